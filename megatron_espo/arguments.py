@@ -1,0 +1,316 @@
+"""Command line: Megatron's flags plus one group per settings dataclass; the only argparse reader."""
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+
+from megatron_espo import device
+from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
+from megatron_espo.model.presets import expand_preset
+
+Config = TypeVar("Config")
+
+# Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
+_PREFIXES: dict[type, str] = {
+    DiffusionConfig: "",
+    SftConfig: "sft",
+    RolloutConfig: "rollout",
+    EspoConfig: "espo",
+}
+
+# Model settings that a checkpoint decides, as they are stored in its arguments.
+MODEL_SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids", "norm_epsilon")
+
+# What must agree between a run and the checkpoint it loads.
+_CHECKPOINT_FIELDS = {
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "num_query_groups": "--num-query-groups",
+    "vocab_size": "--vocab-size",
+    "mask_token_id": "--mask-token-id",
+    "logit_shift": "--logit-shift",
+    "rotary_base": "--rotary-base",
+    "add_qkv_bias": "--add-qkv-bias",
+    "normalization": "--normalization",
+}
+
+
+class _PrefixedGroup(ArgumentGroupFactory):
+    """Puts ``--PREFIX-`` before every flag of a dataclass."""
+
+    def __init__(self, config: type, prefix: str) -> None:
+        super().__init__(config)
+        self.prefix = prefix
+
+    def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
+        if self.prefix:
+            kwargs["dest"] = f"{self.prefix}_{attribute.name}"
+            kwargs["arg_names"] = [
+                f"--{self.prefix}-{name.removeprefix('--')}" for name in kwargs["arg_names"]
+            ]
+        return kwargs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the project's flag groups and, without CUDA, the defaults a CPU run needs."""
+    for config, prefix in _PREFIXES.items():
+        _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
+    if not device.has_cuda():
+        parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
+    parser.set_defaults(tokenizer_type="HuggingFaceTokenizer", use_distributed_optimizer=False)
+    return parser
+
+
+def config_from_args(config: type[Config], args: argparse.Namespace) -> Config:
+    """Read one of the settings dataclasses back from the parsed command line.
+
+    Args:
+        config: the dataclass.
+        args: the parsed arguments.
+
+    Returns:
+        An instance of it (not validated).
+    """
+    prefix = _PREFIXES[config]
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return config(
+        **{name: getattr(args, f"{prefix}_{name}" if prefix else name) for name in names}
+    )
+
+
+def initialize_arguments(
+    argv: Sequence[str], prepare: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """Parse, check and publish the arguments of a run.
+
+    Everything a user can get wrong is checked here or in ``prepare``, on every rank and from the
+    same data, before the first collective.
+
+    Args:
+        argv: the command line without the program name.
+        prepare: checks and completes the arguments of the entry point (batch sizes, step counts)
+            before Megatron derives others from them.
+
+    Returns:
+        Megatron's arguments, global from here on.
+
+    Raises:
+        ValueError: one sentence that names the flag or file.
+    """
+    device.prepare()
+    program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(list(argv))]
+    try:
+        args = parse_args(add_arguments)
+    finally:
+        sys.argv = program
+    explicit = {name: getattr(args, name) for name in MODEL_SETTINGS}
+    _load_model_settings(args)
+    config_from_args(DiffusionConfig, args).validate()
+    _check_backend(args)
+    prepare(args)
+    if args.tokenizer_model is None or not os.path.isdir(args.tokenizer_model):
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model}: pass a folder with a Hugging Face "
+            "tokenizer (tools/make_tokenizer.py makes one)."
+        )
+    check_layout(args)
+    if args.vocab_size is not None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size,
+            args.make_vocab_size_divisible_by,
+            args.tensor_model_parallel_size,
+            False,
+        )
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        raise ValueError(f"Megatron refuses these arguments: {error}") from error
+    set_global_variables(args)
+    _complete_from_tokenizer(args)
+    _check_checkpoint(args, explicit)
+    return args
+
+
+def check_layout(args: argparse.Namespace) -> None:
+    """Check that the model can be split as asked.
+
+    Args:
+        args: parsed arguments.
+
+    Raises:
+        ValueError: naming the flag to change.
+    """
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    cp, world = args.context_parallel_size, args.world_size
+    if world % (tp * pp * cp):
+        raise ValueError(
+            f"{world} ranks cannot be split into --tensor-model-parallel-size {tp} x "
+            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a multiple "
+            f"of {tp * pp * cp} ranks or change the sizes."
+        )
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if getattr(args, name) is None:
+            raise ValueError(f"--{name.replace('_', '-')} is missing; pass it or a --preset.")
+    if args.num_attention_heads % tp:
+        raise ValueError(
+            f"--num-attention-heads {args.num_attention_heads} is not divisible by "
+            f"--tensor-model-parallel-size {tp}."
+        )
+    if args.group_query_attention and args.num_query_groups % tp and tp % args.num_query_groups:
+        raise ValueError(
+            f"--num-query-groups {args.num_query_groups} cannot be split over "
+            f"--tensor-model-parallel-size {tp}."
+        )
+    if args.group_query_attention and tp > args.num_query_groups:
+        raise ValueError(
+            f"--tensor-model-parallel-size {tp} exceeds --num-query-groups "
+            f"{args.num_query_groups}; use at most {args.num_query_groups}."
+        )
+    if args.ffn_hidden_size is not None and args.ffn_hidden_size % tp:
+        raise ValueError(
+            f"--ffn-hidden-size {args.ffn_hidden_size} is not divisible by "
+            f"--tensor-model-parallel-size {tp}."
+        )
+    if args.vocab_size is not None and not args.pad_vocab_size and args.vocab_size % tp:
+        raise ValueError(
+            f"--vocab-size {args.vocab_size} is not divisible by --tensor-model-parallel-size "
+            f"{tp}; leave out --no-pad-vocab-size."
+        )
+    uneven = (
+        args.decoder_first_pipeline_num_layers
+        or args.decoder_last_pipeline_num_layers
+        or args.pipeline_model_parallel_layout
+    )
+    if not uneven and args.num_layers % pp:
+        raise ValueError(
+            f"--num-layers {args.num_layers} is not divisible by "
+            f"--pipeline-model-parallel-size {pp}; change one, or set "
+            "--decoder-first-pipeline-num-layers."
+        )
+    if cp > 1:
+        raise ValueError(
+            f"--context-parallel-size {cp}: context parallelism is not supported; use 1."
+        )
+
+
+def _check_backend(args: argparse.Namespace) -> None:
+    if args.transformer_impl == "transformer_engine":
+        if not device.has_cuda():
+            raise ValueError(
+                "--transformer-impl transformer_engine needs a GPU; use local on this machine."
+            )
+        from megatron.core.extensions.transformer_engine import HAVE_TE
+
+        if not HAVE_TE:
+            raise ValueError(
+                "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+                "install the package's [gpu] extra or use --transformer-impl local."
+            )
+    if args.fp8 and args.transformer_impl != "transformer_engine":
+        raise ValueError("--fp8-format needs --transformer-impl transformer_engine.")
+
+
+def _complete_from_tokenizer(args: argparse.Namespace) -> None:
+    """Fill model settings that were not given from the tokenizer, and check them against it."""
+    tokenizer = get_tokenizer()
+    if args.vocab_size is None:
+        args.vocab_size = tokenizer.vocab_size
+    elif tokenizer.vocab_size > args.vocab_size:
+        raise ValueError(
+            f"--vocab-size {args.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
+            f"--tokenizer-model {args.tokenizer_model}."
+        )
+    from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+
+    ids = special_ids(load_tokenizer(args.tokenizer_model), args.mask_token_id)
+    args.mask_token_id = ids.mask_token_id
+    if args.stop_token_ids is None:
+        args.stop_token_ids = list(ids.stop_token_ids)
+    for flag, value in (("--mask-token-id", [args.mask_token_id]),
+                        ("--stop-token-ids", args.stop_token_ids)):
+        if not all(0 <= token < args.vocab_size for token in value):
+            raise ValueError(f"{flag} {value} lies outside the vocabulary of {args.vocab_size}.")
+
+
+def _load_model_settings(args: argparse.Namespace) -> None:
+    """Take the model's shape and settings from a checkpoint, with --use-checkpoint-args."""
+    if not args.use_checkpoint_args:
+        return
+    source = "load" if _has_checkpoint(args.load) else "pretrained_checkpoint"
+    if not _has_checkpoint(getattr(args, source)):
+        raise ValueError(
+            "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
+        )
+    loaded = load_args_from_checkpoint(args, load_arg=source)
+    for name in (*MODEL_SETTINGS, "tokenizer_model"):
+        value = getattr(loaded[1], name, None)
+        if value is not None and (getattr(args, name) is None or name in MODEL_SETTINGS):
+            setattr(args, name, value)
+    # The padding of the vocabulary depends on the layout; it is worked out anew.
+    args.padded_vocab_size = None
+    args.iteration = 0
+
+
+def _has_checkpoint(path: str | None) -> bool:
+    return path is not None and os.path.isfile(
+        os.path.join(path, "latest_checkpointed_iteration.txt")
+    )
+
+
+def _check_checkpoint(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+    """Compare the model with that of the checkpoints to load, before Megatron reads them."""
+    for flag, path in (("--load", args.load),
+                       ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+        if path is None:
+            continue
+        stored = checkpoint_arguments(path)
+        if stored is None:
+            if flag == "--pretrained-checkpoint" or args.exit_on_missing_checkpoint:
+                raise ValueError(f"{flag} {path}: no checkpoint there.")
+            continue
+        for name, model_flag in _CHECKPOINT_FIELDS.items():
+            theirs, ours = getattr(stored, name, None), getattr(args, name, None)
+            if theirs is not None and theirs != ours:
+                raise ValueError(
+                    f"{flag} {path} holds another model: {model_flag} is {theirs} there and "
+                    f"{ours} here; pass --use-checkpoint-args or the checkpoint's value."
+                )
+
+
+def checkpoint_arguments(path: str) -> argparse.Namespace | None:
+    """Read the arguments stored in the latest torch_dist checkpoint of a folder.
+
+    Args:
+        path: a --save folder.
+
+    Returns:
+        The arguments, or None where there is no checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read.
+    """
+    tracker = os.path.join(path, "latest_checkpointed_iteration.txt")
+    if not os.path.isfile(tracker):
+        return None
+    with open(tracker) as file:
+        mark = file.read().strip()
+    folder = os.path.join(path, "release" if mark == "release" else f"iter_{int(mark):07d}")
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    try:
+        stored: argparse.Namespace = load_common_state_dict(folder)["args"]
+    except Exception as error:
+        raise ValueError(f"{folder}: cannot read this checkpoint ({error}).") from error
+    return stored

@@ -1,0 +1,244 @@
+"""The project's settings: documented dataclasses that are the only source of defaults.
+
+Each becomes a group of command-line flags (see arguments.py); what Megatron has a flag for is not
+repeated here. ``validate`` raises ValueError with one sentence that names the flag to change.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+_OPTIONAL_INTS = {"argparse_meta": {"type": int, "nargs": "+"}}
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    """The masked-diffusion model and its training noise; stored in checkpoints."""
+
+    preset: str | None = None
+    """Model preset (tiny, llada_8b, dream_7b): stands for the Megatron flags of that shape."""
+
+    mask_token_id: int | None = None
+    """Token id of the mask. Default: the tokenizer's mask token."""
+
+    logit_shift: bool = False
+    """Predict position i from the hidden state at i-1 (Dream); position 0 is never masked."""
+
+    stop_token_ids: list[int] | None = field(default=None, metadata=_OPTIONAL_INTS)
+    """Token ids that end a completion. Default: the tokenizer's end of sequence and of turn."""
+
+    forward_process: Literal["bernoulli", "exact_count"] = "bernoulli"
+    """Training noise: each token masked with probability p (weight 1/p), or exactly l of L tokens
+    masked (weight L/l)."""
+
+    mask_epsilon: float = 1e-3
+    """Smallest masking probability of the bernoulli process."""
+
+    random_length_probability: float = 0.01
+    """Share of pre-training samples that are cut to a random length (tail masked out)."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if not 0.0 < self.mask_epsilon < 1.0:
+            raise ValueError(
+                f"--mask-epsilon {self.mask_epsilon} must lie between 0 and 1; use 1e-3."
+            )
+        if not 0.0 <= self.random_length_probability <= 1.0:
+            raise ValueError(
+                f"--random-length-probability {self.random_length_probability} is no probability; "
+                "use 0.01."
+            )
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised fine-tuning data."""
+
+    train_data: str | None = None
+    """JSONL of {"prompt", "completion"} or {"messages"} to train on."""
+
+    valid_data: str | None = None
+    """JSONL of the same form to validate on."""
+
+    completion_length: int | None = None
+    """Tokens of every completion, end-of-sequence padding included (it is predicted, too).
+    Default: the rest of --seq-length."""
+
+    skip_long: bool = False
+    """Leave out examples that do not fit instead of stopping; their number is printed."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are sampled."""
+
+    completion_length: int = 256
+    """Tokens generated per completion."""
+
+    block_length: int = 32
+    """Tokens per block; blocks are completed from left to right. Must divide the completion
+    length."""
+
+    denoising_steps: int = 128
+    """Model evaluations per completion, split evenly over the blocks."""
+
+    temperature: float = 1.0
+    """Sampling temperature; 0 takes the most likely token."""
+
+    remasking: Literal[
+        "low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy"
+    ] = "low_confidence"
+    """Order in which masked tokens are committed: LLaDA's low_confidence and random, Dream's
+    origin, maskgit_plus, topk_margin and entropy."""
+
+    guidance_scale: float = 0.0
+    """Classifier-free guidance: logits = un + (scale + 1) (cond - un), the prompt masked in un."""
+
+    micro_batch_size: int = 32
+    """Completions per model pass."""
+
+    def validate(self, logit_shift: bool = False) -> None:
+        """Check the values against each other.
+
+        Args:
+            logit_shift: whether the model shifts its logits.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if self.completion_length < 1 or self.completion_length % max(self.block_length, 1):
+            raise ValueError(
+                f"--rollout-completion-length {self.completion_length} is not a multiple of "
+                f"--rollout-block-length {self.block_length}; change one of them."
+            )
+        blocks = self.completion_length // self.block_length
+        if self.denoising_steps < blocks or self.denoising_steps % blocks:
+            raise ValueError(
+                f"--rollout-denoising-steps {self.denoising_steps} cannot be split evenly over "
+                f"{blocks} blocks; use a multiple of {blocks}."
+            )
+        if self.denoising_steps > self.completion_length:
+            raise ValueError(
+                f"--rollout-denoising-steps {self.denoising_steps} exceeds "
+                f"--rollout-completion-length {self.completion_length}; a step commits at least "
+                "one token."
+            )
+        if self.temperature < 0.0:
+            raise ValueError(
+                f"--rollout-temperature {self.temperature} is negative; use 0 for greedy sampling."
+            )
+        if self.guidance_scale < 0.0:
+            raise ValueError(
+                f"--rollout-guidance-scale {self.guidance_scale} is negative; use 0 for none."
+            )
+        if self.guidance_scale > 0.0 and logit_shift:
+            raise ValueError(
+                "--rollout-guidance-scale masks the prompt, whose first token a model with "
+                "--logit-shift never saw masked; use 0."
+            )
+        if self.micro_batch_size < 1:
+            raise ValueError("--rollout-micro-batch-size must be at least 1.")
+
+
+@dataclass(frozen=True)
+class EspoConfig:
+    """ESPO: ELBO-based sequence-level policy optimization (arXiv 2512.03759)."""
+
+    task: str = "sudoku"
+    """Task with a verifiable reward: sudoku, countdown, or an import path of your own."""
+
+    train_data: str | None = None
+    """JSONL of the task's problems to train on."""
+
+    eval_data: str | None = None
+    """JSONL of held-out problems for the accuracy curve."""
+
+    eval_interval: int = 0
+    """Rollouts between evaluations on --espo-eval-data; 0 evaluates before and after only."""
+
+    eval_samples: int = 0
+    """Held-out problems per evaluation; 0 takes all."""
+
+    num_rollouts: int = 100
+    """Rollouts of the run. Each makes --espo-updates-per-rollout optimizer steps."""
+
+    prompts_per_rollout: int = 16
+    """Prompts per rollout, over all data-parallel ranks."""
+
+    group_size: int = 6
+    """Completions per prompt (G); at least 2, since a group is its own baseline."""
+
+    updates_per_rollout: int = 8
+    """Optimizer steps per rollout (the paper's mu), each with fresh masks."""
+
+    num_mc: int = 2
+    """Monte-Carlo draws per ELBO (n_mc); a coupled draw is a pair of complementary masks."""
+
+    elbo_estimator: Literal["coupled", "exact_count", "bernoulli"] = "coupled"
+    """Forward process behind the ELBO."""
+
+    clip_eps_low: float = 0.2
+    """Lower clip range of the importance ratio."""
+
+    clip_eps_high: float = 0.2
+    """Upper clip range of the importance ratio."""
+
+    kl_coef: float = 1e-3
+    """Weight of the KL penalty to the reference policy (beta); 0 keeps no reference."""
+
+    kl_estimator: Literal["k1", "k2", "k3", "k2_unbiased"] = "k2"
+    """Estimator of the KL penalty on d = ELBO - ELBO_ref, per token: k2 = d^2/2 (paper),
+    k2_unbiased = d1 d2 / 2 with independent draws, k3 = exp(-d) - 1 + d, k1 = d."""
+
+    gradient: Literal["joint", "two_pass"] = "two_pass"
+    """joint: all views of a sequence in one micro-batch. two_pass: a pass without gradients, then
+    a backward pass view by view; memory does not grow with the draws."""
+
+    advantage_std_norm: bool = False
+    """Divide advantages by the group's standard deviation (GRPO); the paper does not."""
+
+    reference_mix: float = 0.6
+    """Share a of the policy when the reference is mixed: ref <- a policy + (1-a) ref."""
+
+    reference_mix_interval: int = 64
+    """Optimizer steps between mixes of the reference policy; 0 never mixes."""
+
+    samples_to_log: int = 4
+    """Sampled completions written to TensorBoard as text per rollout logged."""
+
+    def validate(self) -> None:
+        """Check the values against each other.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if self.group_size < 2:
+            raise ValueError(
+                f"--espo-group-size {self.group_size}: a group needs at least 2 completions, "
+                "because the others are the baseline of each."
+            )
+        for name in ("num_rollouts", "prompts_per_rollout", "updates_per_rollout", "num_mc"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--espo-{name.replace('_', '-')} must be at least 1.")
+        for name in ("clip_eps_low", "clip_eps_high"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"--espo-{name.replace('_', '-')} {getattr(self, name)} must lie in [0, 1)."
+                )
+        if self.kl_coef < 0.0:
+            raise ValueError(f"--espo-kl-coef {self.kl_coef} is negative; use 0 for no penalty.")
+        if self.kl_estimator == "k2_unbiased" and self.num_mc < 2:
+            raise ValueError(
+                "--espo-kl-estimator k2_unbiased multiplies two independent draws; use "
+                "--espo-num-mc 2 or more."
+            )
+        if not 0.0 <= self.reference_mix <= 1.0:
+            raise ValueError(f"--espo-reference-mix {self.reference_mix} must lie in [0, 1].")
+
+    @property
+    def completions_per_rollout(self) -> int:
+        """Completions of one rollout over all ranks: the global batch of every update."""
+        return self.prompts_per_rollout * self.group_size

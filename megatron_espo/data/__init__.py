@@ -1,0 +1,1 @@
+"""Tokenizers, indexed pre-training data and fine-tuning data."""

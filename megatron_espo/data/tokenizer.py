@@ -1,0 +1,338 @@
+"""One tokenizer path for a tiny model and an 8B one: a local Hugging Face tokenizer folder.
+
+Published checkpoints bring such a folder. For a model of one's own, `byte_tokenizer` and
+`train_tokenizer` build one with LLaDA's chat tokens. Ids are laid out as 256 bytes (id = byte
+value), then the special tokens, then merges, so a byte tokenizer is the beginning of every
+trained one.
+"""
+
+import itertools
+import json
+import os
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_espo.data.jsonl import read_text
+
+MASK, END_OF_TEXT, START_OF_TEXT = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
+START_HEADER, END_HEADER, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+SPECIAL_TOKENS = (MASK, END_OF_TEXT, START_OF_TEXT, START_HEADER, END_HEADER, END_OF_TURN)
+"""The special tokens of a tokenizer built here, in the order of their ids, from 256."""
+
+CHAT_TEMPLATE = (
+    "{{ '" + START_OF_TEXT + "' }}"
+    "{% for message in messages %}"
+    "{{ '" + START_HEADER + "' + message['role'] + '" + END_HEADER + "\n\n' }}"
+    "{{ message['content'] + '" + END_OF_TURN + "' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '" + START_HEADER + "assistant" + END_HEADER + "\n\n' }}"
+    "{% endif %}"
+)
+"""LLaDA's chat format."""
+
+_TURN_ENDS = (END_OF_TURN, "<|im_end|>")  # LLaDA; ChatML (Dream)
+_NUM_BYTES = 256
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The token ids that masked diffusion needs to know.
+
+    Attributes:
+        mask_token_id: stands for a token that is not known yet.
+        eos_token_id: ends a text and fills a completion up to its length.
+        pad_token_id: fills a row after the completion.
+        stop_token_ids: every id that ends a completion: end of sequence, end of turn.
+    """
+
+    mask_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Load a tokenizer folder; never goes to the network and never runs code from the folder.
+
+    Args:
+        path: a folder with tokenizer.json, or with vocab.json and merges.txt.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: the folder is missing or holds no tokenizer that transformers can load.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(
+            f"--tokenizer-model {path}: no such folder; give a local Hugging Face tokenizer folder, "
+            "for example one made by tools/make_tokenizer.py"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    # Whatever a broken folder makes transformers raise means the same to the user.
+    except Exception as error:
+        raise ValueError(f"--tokenizer-model {path}: {_why_not_loaded(folder)}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"--tokenizer-model {path}: not a fast tokenizer; convert it to a tokenizer.json"
+        )
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    return tokenizer
+
+
+def _why_not_loaded(folder: Path) -> str:
+    """Say why a folder holds no tokenizer and what to change."""
+    try:
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        config = {}
+    if isinstance(config, dict) and "auto_map" in config:
+        return (
+            'its tokenizer_config.json asks for code of its own; remove "auto_map" there and set '
+            '"tokenizer_class" to a class of transformers ("Qwen2Tokenizer" for Dream)'
+        )
+    return "transformers finds no tokenizer in it; the folder needs a valid tokenizer.json"
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the smallest tokenizer: the 256 bytes and the special tokens, no merges.
+
+    Returns:
+        A tokenizer of 262 ids; the id of a byte is its value.
+    """
+    return _build([])
+
+
+def train_tokenizer(files: Sequence[str | Path], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer; equal files give equal ids.
+
+    Args:
+        files: UTF-8 text files.
+        vocab_size: number of ids, the bytes and the special tokens included.
+
+    Returns:
+        A tokenizer of exactly ``vocab_size`` ids.
+
+    Raises:
+        ValueError: ``vocab_size`` is too small, or larger than the text allows, or a file cannot
+            be read.
+    """
+    smallest = _NUM_BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < smallest:
+        raise ValueError(f"--vocab-size {vocab_size}: give at least {smallest}")
+    if not files:
+        raise ValueError("--train: no file given; name at least one text file")
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=_byte_symbols(),
+        show_progress=False,
+    )
+    learner.train_from_iterator(map(read_text, files), trainer)
+    tokenizer = _build(json.loads(learner.to_str())["model"]["merges"])
+    if len(tokenizer) != vocab_size:
+        raise ValueError(
+            f"--vocab-size {vocab_size}: the text of --train yields only {len(tokenizer)} ids; "
+            "lower the size or give more text"
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write a tokenizer folder in one step, so that an interrupted run leaves none.
+
+    Args:
+        tokenizer: the tokenizer.
+        folder: where to; must not exist or must be empty.
+
+    Raises:
+        ValueError: the folder holds something.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--out {folder}: exists and is not an empty folder; choose another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        made = Path(scratch) / "tokenizer"
+        tokenizer.save_pretrained(str(made))
+        os.rename(made, target)
+
+
+def _byte_symbols() -> list[str]:
+    """Return the printable character that byte-level BPE writes for each byte (GPT-2's map)."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    spare = itertools.count(_NUM_BYTES)
+    return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(_NUM_BYTES)]
+
+
+def _build(merges: Sequence[Sequence[str]]) -> PreTrainedTokenizerFast:
+    """Build a tokenizer from pairs of symbols to merge, in the order of their rank."""
+    pairs = [(left, right) for left, right in merges]
+    tokens = [*_byte_symbols(), *SPECIAL_TOKENS, *(left + right for left, right in pairs)]
+    # Two pairs may spell the same token: dict.fromkeys keeps its first place.
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        mask_token=MASK,
+        eos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        bos_token=START_OF_TEXT,
+        extra_special_tokens=[START_HEADER, END_HEADER, END_OF_TURN],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def special_ids(
+    tokenizer: PreTrainedTokenizerFast, mask_token_id: int | None = None
+) -> SpecialIds:
+    """Collect the special token ids of a tokenizer.
+
+    Args:
+        tokenizer: the tokenizer.
+        mask_token_id: the mask token, where the tokenizer names none (LLaDA's published folder).
+
+    Returns:
+        The ids; without a padding token, padding is the end of sequence.
+
+    Raises:
+        ValueError: there is no mask or end-of-sequence token, or the mask token cannot be one.
+    """
+    name = tokenizer.name_or_path or "the tokenizer"
+    mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    if eos is None:
+        raise ValueError(
+            f'{name} defines no end-of-sequence token; set "eos_token" in its tokenizer_config.json'
+        )
+    if mask is None:
+        raise ValueError(
+            f"{name} defines no mask token; pass --mask-token-id (LLaDA 126336, Dream 151666)"
+        )
+    if not 0 <= mask < len(tokenizer):
+        raise ValueError(
+            f"--mask-token-id {mask} is not an id of {name}; give one from 0 to {len(tokenizer) - 1}"
+        )
+    added = tokenizer.get_added_vocab()
+    turn_ends = [added[token] for token in _TURN_ENDS if token in added]
+    pad = eos if pad is None else pad
+    stops = tuple(dict.fromkeys([eos, *turn_ends]))
+    if mask in (pad, *stops):
+        raise ValueError(
+            f"--mask-token-id {mask} is the padding or an end token of {name}; give an id of its own"
+        )
+    return SpecialIds(mask, eos, pad, stops)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    """Turn text into ids; special tokens written in the text count, none is added.
+
+    Args:
+        tokenizer: the tokenizer.
+        text: the text.
+
+    Returns:
+        The token ids.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def render_chat(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Mapping[str, str]],
+    *,
+    generation_header: bool,
+) -> str:
+    """Write a conversation in the tokenizer's own chat format.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        messages: the turns, each with "role" and "content".
+        generation_header: whether to end with the header of the assistant's next turn.
+
+    Returns:
+        The text, special tokens included.
+
+    Raises:
+        ValueError: there is no message or no chat template, or the template refuses the messages.
+    """
+    if not messages:
+        raise ValueError("the conversation has no message; give at least one")
+    for message in messages:
+        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise ValueError(f'the message {dict(message)!r} needs a text "role" and "content"')
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"--tokenizer-model {tokenizer.name_or_path} has no chat template; give prompts as "
+            "plain text or add a chat_template.jinja to the folder"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=generation_header,
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(
+            f"the chat template refuses the conversation ({error}); change its messages"
+        ) from error
+    assert isinstance(text, str)
+    return text
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast, prompt: str | Sequence[Mapping[str, str]]
+) -> list[int]:
+    """Turn a prompt into ids.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt: text, taken as it is; or chat messages ("role", "content"), written in the
+            tokenizer's chat format with the header of the assistant's turn at the end.
+
+    Returns:
+        The token ids, without special tokens that the text or the format does not write itself.
+
+    Raises:
+        ValueError: the messages cannot be written in the chat format.
+    """
+    if isinstance(prompt, str):
+        return encode(tokenizer, prompt)
+    return encode(tokenizer, render_chat(tokenizer, prompt, generation_header=True))
+
+
+def decode_completion(
+    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], eos_ids: Collection[int]
+) -> str:
+    """Return the text of a completion, as rewards see it.
+
+    Args:
+        tokenizer: the tokenizer.
+        ids: the token ids of the completion.
+        eos_ids: ids that end it (``SpecialIds.stop_token_ids``); what follows is not part of it.
+
+    Returns:
+        The text before the first end, special tokens left out.
+    """
+    kept = list(itertools.takewhile(lambda token: token not in eos_ids, map(int, ids)))
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

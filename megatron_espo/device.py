@@ -1,0 +1,195 @@
+"""What Megatron-Core needs in order to run without CUDA, in one place.
+
+Megatron spells "cuda" out in allocations, streams, events and random-state calls. On a machine
+without CUDA, :func:`prepare` points these at the CPU and gloo; the code that runs is the same code
+that runs on GPUs. With CUDA present nothing is changed, apart from one repair that users of the
+wheel need on every machine: Megatron's start-up runs ``make`` on the data-set helpers although the
+wheel ships them compiled and without a Makefile.
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+# Megatron's own flags that a run without CUDA cannot do without, as argparse destinations.
+CPU_ARGUMENT_DEFAULTS: dict[str, Any] = {
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "distributed_backend": "gloo",
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
+    "bias_dropout_fusion": False,
+    "apply_rope_fusion": False,
+}
+
+
+def has_cuda() -> bool:
+    """Say whether this process runs on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def current_device() -> torch.device:
+    """Return the device that this rank computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else CPU
+
+
+def prepare() -> None:
+    """Make Megatron-Core usable on this machine; call once, before Megatron's start-up.
+
+    Does nothing but the helper repair where CUDA is present. Calling it again has no effect.
+    """
+    _skip_compiled_helpers()
+    if has_cuda() or _CudaOnCpu.active:
+        return
+    # torch.compile on a CPU costs minutes of start-up for functions that run once in the warm-up.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # Megatron requires this with tensor parallelism; it has no meaning without CUDA.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _replace_cuda_calls()
+    _CudaOnCpu.active = True
+    _CudaOnCpu().__enter__()
+
+
+def _is_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.startswith("cuda")) or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class _CudaOnCpu(TorchFunctionMode):
+    """Reads ``device="cuda"`` as the CPU in every torch call of the process."""
+
+    active = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            # Gradient clipping asserts the CUDA type by name.
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs and "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = CPU
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        return func(*args, **kwargs) if kwargs else func(*args)
+
+
+class _NoStream:
+    """A stream or event of a device that has none."""
+
+    device = CPU
+
+    def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def query(self) -> bool:
+        """Everything on a CPU is done when the call returns."""
+        return True
+
+    def elapsed_time(self, other: object) -> float:
+        """Events carry no time here; Megatron's timers use the host clock."""
+        return 0.0
+
+
+def _replace_cuda_calls() -> None:
+    """Point the calls of torch.cuda and Megatron that need a device at the CPU."""
+    nothing = _constant(None)
+    replacements: dict[str, Any] = {
+        "current_device": _constant(CPU),
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "current_stream": _constant(_NoStream()),
+        "default_stream": _constant(_NoStream()),
+        "set_stream": nothing,
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "Stream": _NoStream,
+        "Event": _NoStream,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "manual_seed_all": torch.manual_seed,
+        "memory_allocated": _constant(0),
+        "max_memory_allocated": _constant(0),
+        "memory_reserved": _constant(0),
+        "max_memory_reserved": _constant(0),
+        "reset_peak_memory_stats": nothing,
+        "memory_stats": lambda *args, **kwargs: _ZeroStats(),
+        "get_device_properties": _constant(None),
+        "get_device_capability": _constant((0, 0)),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+    for name in ("range_push", "range_pop", "mark"):
+        setattr(torch.cuda.nvtx, name, nothing)
+    torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[assignment,method-assign,misc]
+
+    import megatron.core.tensor_parallel.random as tp_random
+    import megatron.training.training as training
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    def get_state(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        torch.set_rng_state(state)
+
+    tp_random._get_cuda_rng_state = get_state
+    tp_random._set_cuda_rng_state = set_state
+    initialize = training.initialize_megatron
+
+    @functools.wraps(initialize)
+    def initialize_without_cuda(*args: Any, **kwargs: Any) -> Any:
+        kwargs["allow_no_cuda"] = True
+        result = initialize(*args, **kwargs)
+        # Megatron seeds the tensor-parallel tracker only where it counts CUDA devices.
+        from megatron.training import get_args
+
+        model_parallel_cuda_manual_seed(get_args().seed)
+        return result
+
+    training.initialize_megatron = initialize_without_cuda
+    # Compiles and times fused CUDA kernels; there are none.
+    training.set_jit_fusion_options = nothing
+
+
+class _ZeroStats(dict[str, int]):
+    """Memory statistics of an allocator that is not there."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def _constant(value: Any) -> Callable[..., Any]:
+    def call(*args: object, **kwargs: object) -> Any:
+        return value
+
+    return call
+
+
+def _skip_compiled_helpers() -> None:
+    """Skip the build of Megatron's data-set helpers where the compiled module imports."""
+    try:
+        import megatron.core.datasets.helpers_cpp  # noqa: F401
+    except ImportError:
+        return
+    import megatron.core.datasets.utils as dataset_utils
+
+    dataset_utils.compile_helpers = _constant(None)
+

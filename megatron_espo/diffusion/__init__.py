@@ -1,0 +1,1 @@
+"""The mathematics of masked diffusion: plain functions on tensors, no process groups."""

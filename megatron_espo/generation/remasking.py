@@ -1,0 +1,102 @@
+"""Which masked positions a denoising step commits: schedules and orders (no process groups).
+
+Orders of LLaDA's sampler: ``low_confidence``, ``random`` (arXiv 2502.09992, section 2.4).
+Orders of Dream's sampler: ``origin``, ``maskgit_plus``, ``topk_margin``, ``entropy``.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from megatron_espo.parallel.vocab import TokenDraw
+
+Remasking = Literal[
+    "low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy"
+]
+REMASKING_ORDERS: tuple[str, ...] = get_args(Remasking)
+DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
+
+
+def commit_counts(num_masked: int, steps: int) -> list[int]:
+    """Split a block's masked tokens evenly over its steps, the remainder to the early steps.
+
+    Args:
+        num_masked: masked tokens when the block starts.
+        steps: denoising steps of the block.
+
+    Returns:
+        Tokens to commit at each step.
+    """
+    base, remainder = divmod(num_masked, steps)
+    return [base + (step < remainder) for step in range(steps)]
+
+
+def dream_commit_counts(num_masked: int, steps: int, epsilon: float = 1e-3) -> list[int]:
+    """Tokens that Dream commits at each step of its linear schedule.
+
+    The share 1 - s/t of what is still masked, rounded down in float32 as Dream does, and
+    everything at the last step; t runs over linspace(1, epsilon, steps + 1).
+
+    Args:
+        num_masked: masked tokens when the block starts.
+        steps: denoising steps of the block.
+        epsilon: last time of the schedule.
+
+    Returns:
+        Tokens to commit at each step; a step may commit none.
+    """
+    shares = dream_commit_shares(steps, epsilon)
+    left = torch.tensor(float(num_masked))
+    counts = []
+    for step in range(steps):
+        count = int(left) if step == steps - 1 else int(left * shares[step])
+        counts.append(count)
+        left = left - count
+    return counts
+
+
+def dream_commit_shares(steps: int, epsilon: float = 1e-3) -> Tensor:
+    """Probability that a masked token is committed at each step: 1 - s/t, and 1 at the last.
+
+    Returns:
+        float32 ``[steps]``.
+    """
+    times = torch.linspace(1.0, epsilon, steps + 1)
+    shares = 1 - times[1:] / times[:-1]
+    shares[-1] = 1.0
+    return shares
+
+
+def rank_by(order: Remasking, draw: TokenDraw) -> Tensor:
+    """Score the candidates of a step; the highest are committed first.
+
+    Args:
+        order: an order that ranks by the model's output; ``random`` and ``origin`` do not.
+        draw: the tokens drawn for the candidates, fields of shape ``[r]``.
+
+    Returns:
+        float32 ``[r]``.
+    """
+    if order == "low_confidence":
+        return draw.log_confidence
+    if order == "maskgit_plus":
+        return draw.log_tempered
+    if order == "topk_margin":
+        return draw.margin
+    assert order == "entropy", order
+    return draw.negative_entropy
+
+
+def select_highest(scores: Tensor, count: int) -> Tensor:
+    """Mark the ``count`` highest scores of each row; ties go to the earlier position.
+
+    Args:
+        scores: float ``[b, c]``.
+        count: entries to mark per row.
+
+    Returns:
+        bool ``[b, c]``.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)

@@ -1,0 +1,1 @@
+"""The bidirectional masked-diffusion GPT: layer specs, presets and construction."""

@@ -1,0 +1,56 @@
+"""Layer specs of a bidirectional transformer, for Transformer Engine and for plain PyTorch."""
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """PyTorch's RMS norm whose weight takes part in sequence parallelism.
+
+    Megatron's wrapper of the PyTorch norms refuses sequence parallelism although the norm works
+    position by position: all it takes is to mark the weight, so that Megatron sums its gradient
+    over the tensor-parallel ranks.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
+    ) -> None:
+        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
+            raise ValueError(
+                "masked-diffusion models use plain RMS norms; pass --normalization RMSNorm "
+                "without --apply-layernorm-1p."
+            )
+        super().__init__(normalized_shape=hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def bidirectional_block_spec(
+    config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Build this pipeline stage's layer specs with attention over the whole sequence.
+
+    The mask type is ``padding`` in both backends: every position sees every position that is not
+    right padding. Everything else is Megatron's own block.
+
+    Args:
+        config: the model's transformer config.
+        use_transformer_engine: build Transformer Engine layers, else Megatron's local ones.
+        vp_stage: virtual pipeline stage, if any.
+
+    Returns:
+        Submodules for GPTModel.
+    """
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
+    )
+    for layer in block.layer_specs:
+        layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
+        if not use_transformer_engine:
+            layer.submodules.input_layernorm = RMSNorm
+            layer.submodules.pre_mlp_layernorm = RMSNorm
+    if not use_transformer_engine:
+        block.layer_norm = RMSNorm
+    return block

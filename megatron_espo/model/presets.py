@@ -1,0 +1,55 @@
+"""Model shapes as plain Megatron flags: ``--preset NAME`` stands for the flags listed here.
+
+A flag given on the command line wins over the preset's. The published shapes are those of the
+models' config.json.
+"""
+
+_COMMON = (
+    "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
+    "--untie-embeddings-and-output-weights --attention-dropout 0.0 --hidden-dropout 0.0"
+)
+
+PRESETS: dict[str, str] = {
+    # For demonstrations and tests on CPUs.
+    "tiny": (
+        "--num-layers 3 --hidden-size 64 --ffn-hidden-size 192 --num-attention-heads 4 "
+        "--max-position-embeddings 4096 --rotary-base 10000 --norm-epsilon 1e-5 "
+        f"--init-method-std 0.02 {_COMMON}"
+    ),
+    # GSAI-ML/LLaDA-8B-Base, -Instruct and LLaDA-1.5.
+    "llada_8b": (
+        "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 "
+        "--max-position-embeddings 4096 --rotary-base 500000 --norm-epsilon 1e-5 "
+        f"--vocab-size 126464 --mask-token-id 126336 --stop-token-ids 126081 126348 {_COMMON}"
+    ),
+    # Dream-org/Dream-v0-Base-7B and -Instruct-7B.
+    "dream_7b": (
+        "--num-layers 28 --hidden-size 3584 --ffn-hidden-size 18944 --num-attention-heads 28 "
+        "--group-query-attention --num-query-groups 4 --add-qkv-bias "
+        "--max-position-embeddings 131072 --rotary-base 1000000 --norm-epsilon 1e-6 "
+        "--vocab-size 152064 --mask-token-id 151666 --stop-token-ids 151643 151645 "
+        f"--logit-shift {_COMMON}"
+    ),
+}
+
+
+def expand_preset(argv: list[str]) -> list[str]:
+    """Put a preset's flags in front of the command line that names it.
+
+    Args:
+        argv: command-line arguments without the program name; ``--preset NAME`` is kept.
+
+    Returns:
+        The preset's flags followed by ``argv``.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    for place, argument in enumerate(argv):
+        flag, _, value = argument.partition("=")
+        if flag == "--preset":
+            name = value or (argv[place + 1] if place + 1 < len(argv) else "")
+            if name not in PRESETS:
+                raise ValueError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}.")
+            return [*PRESETS[name].split(), *argv]
+    return argv

@@ -1,0 +1,1 @@
+"""Everything that talks to other ranks: vocabulary shards, pipeline passes, process groups."""

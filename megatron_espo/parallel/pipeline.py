@@ -1,0 +1,169 @@
+"""Model passes through Megatron's schedules, with the output head on chosen rows only.
+
+A :class:`RowBatch` names the hidden states that something will be read from. On the last stage
+:func:`select_rows` (GPTModel's ``output_processor``) gathers just these rows, runs the output head
+on them and hands the logits of this vocabulary shard to a function.
+
+Symbols: b rows of tokens, s positions, r selected rows, n vocabulary entries of this rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from torch import Tensor
+
+from megatron_espo.parallel.layout import Layout
+
+LogitsFunction = Callable[[Tensor, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """One micro-batch of a pass over the model.
+
+    Attributes:
+        tokens: int64 ``[b, s]``, padded on the right.
+        lengths: int64 ``[b]``; positions from ``lengths`` on are hidden from attention.
+        rows: int64 ``[r]``, the row of ``tokens`` of each predicted token.
+        positions: int64 ``[r]``, its position. With ``logit_shift`` the hidden state before it
+            predicts it.
+        payload: what the function of the logits needs besides the logits.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    rows: Tensor
+    positions: Tensor
+    payload: Any = None
+
+    def to(self, device: torch.device) -> "RowBatch":
+        """Return the batch with its tensors on ``device`` (the payload is left alone)."""
+        return RowBatch(
+            self.tokens.to(device, non_blocking=True),
+            self.lengths.to(device, non_blocking=True),
+            self.rows.to(device, non_blocking=True),
+            self.positions.to(device, non_blocking=True),
+            self.payload,
+        )
+
+
+def padding_mask(lengths: Tensor, s: int) -> Tensor:
+    """Build Megatron's attention mask for right-padded rows.
+
+    Args:
+        lengths: int64 ``[b]``.
+        s: positions.
+
+    Returns:
+        bool ``[b, 1, 1, s]``, True where attention must not look.
+    """
+    return (torch.arange(s, device=lengths.device)[None, :] >= lengths[:, None])[:, None, None, :]
+
+
+def run_model(
+    model: torch.nn.Module,
+    batch: RowBatch,
+    logits_function: LogitsFunction,
+    logit_shift: bool,
+) -> Tensor:
+    """Run one micro-batch through this rank's part of the model.
+
+    Args:
+        model: a GPTModel, possibly wrapped.
+        batch: the micro-batch, on this rank's device.
+        logits_function: gets the float logits ``[r, n]`` and the batch's payload; called on the
+            last stage only, with one extra dummy row instead of none where ``r`` is 0.
+        logit_shift: whether position i is predicted from the hidden state at i - 1 (Dream).
+
+    Returns:
+        The function's result on the last stage, hidden states elsewhere.
+    """
+    s = batch.tokens.size(1)
+    position_ids = torch.arange(s, device=batch.tokens.device)[None, :].expand_as(batch.tokens)
+    output: Tensor = model(
+        batch.tokens,
+        position_ids,
+        padding_mask(batch.lengths, s),
+        output_processor=select_rows,
+        output_processor_context=(batch, logits_function, logit_shift),
+    )
+    return output
+
+
+def select_rows(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: tuple[RowBatch, LogitsFunction, bool],
+    scale_logits: Callable[[Tensor], Tensor],
+    **_: Any,
+) -> Tensor:
+    """Run the output head on the rows of a :class:`RowBatch` (GPTModel's output processor)."""
+    batch, logits_function, logit_shift = context
+    sequence_parallel = output_layer.sequence_parallel
+    if sequence_parallel:
+        # The head's copy-to-region sums the gradient over the tensor-parallel ranks; the gather
+        # then only has to split it.
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
+        )
+    b = hidden_states.size(1)
+    index = (batch.positions - int(logit_shift)) * b + batch.rows
+    chosen = hidden_states.flatten(0, 1).index_select(0, index)[:, None, :]
+    output_layer.sequence_parallel = False
+    try:
+        logits, _bias = output_layer(chosen, weight=output_weight)
+    finally:
+        output_layer.sequence_parallel = sequence_parallel
+    return logits_function(scale_logits(logits)[:, 0], batch.payload)
+
+
+def forward_only(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[RowBatch],
+    logits_function: LogitsFunction,
+    logit_shift: bool,
+    layout: Layout,
+) -> list[Tensor]:
+    """Run micro-batches of one shape through all pipeline stages, without gradients.
+
+    Args:
+        model: this rank's model chunks.
+        batches: micro-batches, all of the same ``[b, s]``, the same on every rank of the
+            model-parallel group.
+        logits_function: see :func:`run_model`.
+        logit_shift: see :func:`run_model`.
+        layout: process groups.
+
+    Returns:
+        The function's results in order on the last stage; an empty list elsewhere.
+    """
+    shape = batches[0].tokens.shape
+    assert all(batch.tokens.shape == shape for batch in batches)
+    if layout.pp_size == 1:
+        # The schedule would do just this; calling the model spares its bookkeeping per step.
+        with torch.no_grad():
+            return [run_model(model[0], b, logits_function, logit_shift) for b in batches]
+
+    def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        output = run_model(chunk, next(iterator), logits_function, logit_shift)
+        return output, lambda tensor, non_loss_data: tensor
+
+    iterators = [iter(batches) for _ in model]
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=list(model) if len(model) > 1 else model[0],
+            num_microbatches=len(batches),
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    return list(results)

@@ -1,0 +1,84 @@
+"""RL tasks with verifiable rewards: one small file each, behind the interface of `tasks.base`."""
+
+import importlib
+import inspect
+from typing import cast
+
+from megatron_espo.tasks import countdown, sudoku
+from megatron_espo.tasks.base import (
+    SPLITS,
+    ChatMessage,
+    DemonstratingTask,
+    Example,
+    GeneratingTask,
+    Score,
+    Task,
+    read_jsonl,
+)
+
+__all__ = [
+    "BUILT_IN",
+    "SPLITS",
+    "ChatMessage",
+    "DemonstratingTask",
+    "Example",
+    "GeneratingTask",
+    "Score",
+    "Task",
+    "load_task",
+    "read_jsonl",
+]
+
+BUILT_IN: dict[str, DemonstratingTask] = {"sudoku": sudoku, "countdown": countdown}
+
+
+def load_task(name: str, *, flag: str = "--task") -> Task:
+    """Return the task that `--task` names.
+
+    Args:
+        name: A built-in name, or the import path of a task: "my_package.my_task" for a module,
+            "my_package.my_tasks:attribute" for an object in one.
+        flag: What the user set, for the errors.
+
+    Returns:
+        The module or object, checked to have the attributes of `Task`.
+
+    Raises:
+        ValueError: There is no such task, or what was found is not one.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    found = _import(name, flag)
+    if inspect.isclass(found):
+        raise ValueError(f"{flag} {name}: is a class; name an instance of it or a module")
+    missing = [part for part in ("read", "score") if not callable(getattr(found, part, None))]
+    if not isinstance(getattr(found, "name", None), str):
+        missing.insert(0, "name")
+    if missing:
+        raise ValueError(
+            f"{flag} {name}: has no {', '.join(missing)}; "
+            "a task needs name (a string), read(path) and score(example, completion)"
+        )
+    return cast(Task, found)
+
+
+def _import(name: str, flag: str) -> object:
+    path, colon, attribute = name.partition(":")
+    unknown = ValueError(
+        f"{flag} {name}: no such task; use one of {', '.join(BUILT_IN)}, or an importable "
+        "my_package.my_task or my_package.my_tasks:attribute"
+    )
+    if not all(part.isidentifier() for part in path.split(".")):
+        raise unknown
+    try:
+        module = importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        # A module that exists but imports something missing is another mistake: keep its error.
+        if error.name is None or not f"{path}.".startswith(f"{error.name}."):
+            raise
+        raise unknown from error
+    if not colon:
+        return module
+    if not hasattr(module, attribute):
+        raise unknown
+    return getattr(module, attribute)

@@ -1,0 +1,194 @@
+"""The interface between a task and the rest: examples, scores, JSONL files and splits.
+
+A task is a module (or any object) with the attributes of `Task`; nothing registers it and nothing is
+inherited. A task whose problems can be made up also has `generate`, and `demonstrate` for SFT data.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol, TypedDict, runtime_checkable
+
+SPLITS = ("train", "validation", "test")
+# Upper ends of the splits' shares of the hash range.
+_SPLIT_ENDS = (0.8, 0.9, 1.0)
+# Draws in a row without a new problem after which a split counts as exhausted.
+_MAX_MISSES = 10_000
+
+
+class ChatMessage(TypedDict):
+    """One message of a chat prompt."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """A problem: the text (or chat) the model sees, and what the reward needs.
+
+    Attributes:
+        prompt: Text, or chat messages that the tokenizer's chat template renders.
+        answer: Whatever `Task.score` needs; JSON-able, so that it can travel to reward workers.
+    """
+
+    prompt: str | tuple[ChatMessage, ...]
+    answer: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The judgement of one completion.
+
+    Attributes:
+        reward: What RL maximises.
+        correct: Exact success; held-out accuracy counts this.
+        metrics: Extra numbers to log; their mean over completions is reported.
+    """
+
+    reward: float
+    correct: bool
+    metrics: Mapping[str, float]
+
+
+class Task(Protocol):
+    """What the trainer asks of a task."""
+
+    name: str
+
+    def read(self, path: str | PathLike[str]) -> list[Example]:
+        """Read a JSONL file of problems; raises ValueError "path:line: ..." on a malformed line."""
+        ...
+
+    def score(self, example: Example, completion: str) -> Score:
+        """Judge a completion: the generated text up to the first end-of-sequence token.
+
+        Must not raise on any text, and must return in bounded time.
+        """
+        ...
+
+
+@runtime_checkable
+class GeneratingTask(Task, Protocol):
+    """A task that makes up its own problems."""
+
+    def generate(self, count: int, seed: int, split: str) -> list[dict[str, Any]]:
+        """Return `count` distinct records that `read` accepts, from one of `SPLITS`."""
+        ...
+
+
+@runtime_checkable
+class DemonstratingTask(GeneratingTask, Protocol):
+    """A task that also writes completions of mixed quality to fine-tune on before RL."""
+
+    def demonstrate(self, record: Mapping[str, Any], rng: Random, noise: float) -> str:
+        """Return a completion for a generated record, corrupted with probability `noise`."""
+        ...
+
+
+def read_jsonl(
+    path: str | PathLike[str],
+    fields: Mapping[str, type],
+    parse: Callable[[Mapping[str, Any]], Example],
+) -> list[Example]:
+    """Read a JSONL file, one example per line; lines of white space are skipped.
+
+    Args:
+        path: The file.
+        fields: Required keys and the exact type of each value (so `true` is not an `int`).
+        parse: Turns a record whose fields were checked into an example; raises ValueError with
+            what is wrong and what to change, to which the file and line are added.
+
+    Returns:
+        The examples, in the order of the file; at least one.
+
+    Raises:
+        ValueError: The file cannot be read or holds no example, or a line is malformed.
+    """
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a JSONL file"
+        ) from error
+    examples = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            examples.append(parse(_parse_record(line, fields)))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    if not examples:
+        raise ValueError(f"{path}: holds no example; write one JSON object per line")
+    return examples
+
+
+def _parse_record(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, absurd numbers or nesting
+        raise ValueError(f"not valid JSON ({error}); write one JSON object per line") from error
+    if type(record) is not dict:
+        raise ValueError(f"not a JSON object but a {type(record).__name__}; write {{...}}")
+    for key, kind in fields.items():
+        if key not in record:
+            raise ValueError(f"key {key!r} is missing; add it")
+        if type(record[key]) is not kind:
+            found = type(record[key]).__name__
+            raise ValueError(f"{key!r} is of type {found}; make it {kind.__name__}")
+    return record
+
+
+def split_of(key: str) -> str:
+    """Return the split a problem belongs to: train 80%, validation 10%, test 10%.
+
+    A hash of the problem itself decides, so splits never overlap, whatever their sizes and seeds.
+
+    Args:
+        key: Canonical text of the problem: equal for problems that must not part.
+    """
+    digest = hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest()
+    share = int.from_bytes(digest, "big") / 2**64
+    return next(split for split, end in zip(SPLITS, _SPLIT_ENDS, strict=True) if share < end)
+
+
+def draw_distinct(
+    draw: Callable[[], tuple[str, dict[str, Any]] | None], count: int, split: str
+) -> list[dict[str, Any]]:
+    """Draw problems until `count` distinct ones of a split are found.
+
+    Args:
+        draw: Returns the key of a random problem (see `split_of`) and its record, or None for a
+            draw that came to nothing.
+        count: Number of records.
+        split: One of `SPLITS`.
+
+    Returns:
+        The records in the order drawn: a smaller count gives a prefix.
+
+    Raises:
+        ValueError: `split` is unknown, `count` is negative, or the split has too few problems.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+    if count < 0:
+        raise ValueError(f"cannot draw {count} {split} problems; ask for 0 or more")
+    records: dict[str, dict[str, Any]] = {}
+    misses = 0
+    while len(records) < count:
+        drawn = draw()
+        if drawn is None or drawn[0] in records or split_of(drawn[0]) != split:
+            misses += 1
+            if misses == _MAX_MISSES:
+                raise ValueError(
+                    f"found only {len(records)} of {count} distinct {split} problems; ask for fewer"
+                )
+        else:
+            records[drawn[0]] = drawn[1]
+            misses = 0
+    return list(records.values())

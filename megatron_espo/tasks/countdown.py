@@ -1,0 +1,270 @@
+"""Countdown: combine the given numbers, each exactly once, into an expression with a given value.
+
+File format: {"numbers": [44, 19, 35], "target": 98}; generated records add a "solution".
+Prompt: "44,19,35=98:". Completion: an expression such as "44+19+35", optionally with "=98" after.
+
+    expression = product {("+" | "-") product}
+    product    = factor {("*" | "/") factor}
+    factor     = number | "(" expression ")"
+
+Numbers are ASCII digits without leading zeros; there is no sign and no other operator. ASCII white
+space may stand between tokens. The value is an exact fraction, so 8/(3-8/3) is 24.
+"""
+
+import re
+import string
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from os import PathLike
+from random import Random
+from typing import Any
+
+from megatron_espo.tasks.base import Example, Score, draw_distinct, read_jsonl
+
+name = "countdown"
+
+MAX_LENGTH = 256
+MAX_DEPTH = 32
+_WELL_FORMED_REWARD = 0.1
+_MAX_TARGET = 100
+# Anything that is no number and no ASCII white space is a token of its own; the grammar refuses it.
+_TOKEN = re.compile(r"[0-9]+|\S", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A parsed expression.
+
+    Attributes:
+        value: None where it divides by zero.
+        numbers: The numbers it is made of, in order.
+    """
+
+    value: Fraction | None
+    numbers: tuple[int, ...]
+
+
+def read(path: str | PathLike[str]) -> list[Example]:
+    """Read problems.
+
+    Args:
+        path: JSONL file with "numbers" and "target" in every record; a "solution" is checked.
+
+    Returns:
+        One example per line.
+
+    Raises:
+        ValueError: A line is malformed, or its solution is wrong.
+    """
+    return read_jsonl(path, {"numbers": list, "target": int}, _parse)
+
+
+def _parse(record: Mapping[str, Any]) -> Example:
+    numbers, target = record["numbers"], record["target"]
+    if not numbers or any(type(number) is not int or number < 1 for number in numbers):
+        raise ValueError("'numbers' is not a list of positive integers; correct it")
+    if target < 0:  # the grammar has no sign, so "=target" could not be written
+        raise ValueError(f"'target' is {target}; make it 0 or more")
+    prompt = f"{','.join(map(str, numbers))}={target}:"
+    example = Example(prompt=prompt, answer={"numbers": numbers, "target": target})
+    if "solution" in record and not score(example, str(record["solution"])).correct:
+        raise ValueError(f"'solution' {record['solution']!r} is wrong; correct it or leave it out")
+    return example
+
+
+def score(example: Example, completion: str) -> Score:
+    """Reward 1 for the target, 0.1 for a well-formed miss, else 0 (ESPO, arXiv 2512.03759).
+
+    Well-formed: follows the grammar, uses exactly the given numbers, and if it has an "=", what
+    follows is the target and nothing else. An expression that divides by zero is well-formed but
+    has no value, so it earns 0.1.
+
+    Args:
+        example: A problem, from `read`.
+        completion: Any text.
+
+    Returns:
+        The score, with the metric "well_formed".
+    """
+    numbers, target = example.answer["numbers"], example.answer["target"]
+    body, equals, claim = completion.partition("=")
+    try:
+        expression = parse_expression(body)
+    except ValueError:
+        well_formed = correct = False
+    else:
+        claim_holds = not equals or claim.strip(string.whitespace) == str(target)
+        well_formed = claim_holds and sorted(expression.numbers) == sorted(numbers)
+        correct = well_formed and expression.value == target
+    reward = 1.0 if correct else _WELL_FORMED_REWARD if well_formed else 0.0
+    return Score(reward=reward, correct=correct, metrics={"well_formed": float(well_formed)})
+
+
+def parse_expression(text: str) -> Expression:
+    """Parse and evaluate an expression of the module's grammar.
+
+    Args:
+        text: At most `MAX_LENGTH` characters, parentheses nested at most `MAX_DEPTH` deep.
+
+    Returns:
+        Its exact value and its numbers.
+
+    Raises:
+        ValueError: The text is not such an expression.
+    """
+    if len(text) > MAX_LENGTH:
+        raise ValueError(f"longer than {MAX_LENGTH} characters")
+    tokens = deque(_TOKEN.findall(text))
+    numbers: list[int] = []
+    value = _parse_sum(tokens, numbers, depth=0)
+    if tokens:
+        raise ValueError(f"unexpected {tokens[0]!r}")
+    return Expression(value, tuple(numbers))
+
+
+def _parse_sum(tokens: deque[str], numbers: list[int], depth: int) -> Fraction | None:
+    value = _parse_product(tokens, numbers, depth)
+    while tokens and tokens[0] in {"+", "-"}:
+        operator = tokens.popleft()
+        value = _apply(operator, value, _parse_product(tokens, numbers, depth))
+    return value
+
+
+def _parse_product(tokens: deque[str], numbers: list[int], depth: int) -> Fraction | None:
+    value = _parse_factor(tokens, numbers, depth)
+    while tokens and tokens[0] in {"*", "/"}:
+        operator = tokens.popleft()
+        value = _apply(operator, value, _parse_factor(tokens, numbers, depth))
+    return value
+
+
+def _parse_factor(tokens: deque[str], numbers: list[int], depth: int) -> Fraction | None:
+    if not tokens:
+        raise ValueError("ends too early")
+    token = tokens.popleft()
+    if token[0] in string.digits:
+        if token[0] == "0" and len(token) > 1:
+            raise ValueError(f"leading zero in {token}")
+        numbers.append(int(token))
+        return Fraction(numbers[-1])
+    if token != "(":
+        raise ValueError(f"unexpected {token!r}")
+    if depth == MAX_DEPTH:
+        raise ValueError(f"more than {MAX_DEPTH} parentheses deep")
+    value = _parse_sum(tokens, numbers, depth + 1)
+    if not tokens or tokens.popleft() != ")":
+        raise ValueError("missing ')'")
+    return value
+
+
+def _apply(operator: str, left: Fraction | None, right: Fraction | None) -> Fraction | None:
+    if left is None or right is None:
+        return None
+    if operator == "+":
+        return left + right
+    if operator == "-":
+        return left - right
+    if operator == "*":
+        return left * right
+    return left / right if right else None
+
+
+def generate(
+    count: int, seed: int, split: str, *, num_numbers: int = 3, max_number: int = 50
+) -> list[dict[str, Any]]:
+    """Make up distinct problems, each with a solution.
+
+    As in the game, every intermediate result of the solution is a positive integer; the target is
+    at most 100. Two problems are the same if they differ only in the order of the numbers, and a
+    hash of what they share decides the split.
+
+    Args:
+        count: Number of problems.
+        seed: Same seed, same problems.
+        split: "train", "validation" or "test".
+        num_numbers: Numbers per problem.
+        max_number: Numbers are uniform from 1 to this (before problems without such a solution
+            are dropped).
+
+    Returns:
+        Records in the file format, with "solution".
+
+    Raises:
+        ValueError: A parameter makes no sense, the split is unknown or has too few problems.
+    """
+    if num_numbers < 2 or max_number < 1:
+        raise ValueError(
+            f"cannot use {num_numbers} numbers from 1 to {max_number}; "
+            "use 2 numbers or more, from 1 to 1 or more"
+        )
+    rng = Random(f"{name}:{split}:{seed}")
+
+    def draw() -> tuple[str, dict[str, Any]] | None:
+        numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
+        solution = _random_expression(numbers, rng)
+        if solution is None:
+            return None
+        text, target = solution
+        key = f"{','.join(map(str, sorted(numbers)))}={target}"
+        return key, {"numbers": numbers, "target": target, "solution": text}
+
+    return draw_distinct(draw, count, split)
+
+
+def _random_expression(numbers: list[int], rng: Random) -> tuple[str, int] | None:
+    """Join random pairs by random operators; None when a result breaks the rules of `generate`."""
+    # Text, value, and how tightly the text binds: 0 a sum, 1 a product, 2 a number.
+    parts = [(str(number), Fraction(number), 2) for number in numbers]
+    while len(parts) > 1:
+        left, left_value, left_binding = parts.pop(rng.randrange(len(parts)))
+        right, right_value, right_binding = parts.pop(rng.randrange(len(parts)))
+        operator = rng.choice("+-*/")
+        value = _apply(operator, left_value, right_value)
+        if value is None or value <= 0 or value.denominator != 1:
+            return None
+        binding = 0 if operator in "+-" else 1
+        if left_binding < binding:
+            left = f"({left})"
+        if right_binding < binding or (right_binding == binding and operator in "-/"):
+            right = f"({right})"
+        parts.append((f"{left}{operator}{right}", value, binding))
+    text, value, _ = parts[0]
+    return (text, int(value)) if value <= _MAX_TARGET else None
+
+
+def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
+    """Write a completion of mixed quality.
+
+    With probability 1 - noise it is the solution. Otherwise it is the solution with one operator
+    replaced or two numbers exchanged such that the target is missed: well-formed, but worth 0.1.
+
+    Args:
+        record: A record of `generate`.
+        rng: Source of the noise.
+        noise: Probability that the demonstration is corrupted.
+
+    Raises:
+        ValueError: The record has no solution.
+    """
+    if "solution" not in record:
+        raise ValueError("a record without 'solution' cannot be demonstrated; use generated ones")
+    solution: str = record["solution"]
+    if rng.random() >= noise:
+        return solution
+    tokens = _TOKEN.findall(solution)
+    operators = [i for i, token in enumerate(tokens) if token in "+-*/"]
+    places = [i for i, token in enumerate(tokens) if token[0] in string.digits]
+    variants = [
+        tokens[:i] + [operator] + tokens[i + 1 :] for i in operators for operator in "+-*/"
+    ] + [_exchange(tokens, i, j) for i in places for j in places if i < j]
+    texts = ["".join(variant) for variant in variants]
+    # At least one misses: no two values a+b, a-b, a*b, a/b of positive a and b all agree.
+    return rng.choice([text for text in texts if parse_expression(text).value != record["target"]])
+
+
+def _exchange(tokens: list[str], i: int, j: int) -> list[str]:
+    exchanged = list(tokens)
+    exchanged[i], exchanged[j] = tokens[j], tokens[i]
+    return exchanged

@@ -1,0 +1,174 @@
+"""4x4 sudoku: fill the blanks of a grid so that rows, columns and 2x2 boxes each hold 1 to 4.
+
+File format: {"puzzle": "3102200002100320", "solution": "3142243142131324"}, row by row, 0 = blank.
+The prompt is the puzzle's 16 characters; the completion is the 16 digits of the solution.
+"""
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from itertools import permutations, product
+from os import PathLike
+from random import Random
+from typing import Any
+
+from megatron_espo.tasks.base import Example, Score, draw_distinct, read_jsonl
+
+name = "sudoku"
+
+_BLANK = "0"
+_MAX_BLANKS = 12
+_ROWS = [tuple(range(start, start + 4)) for start in (0, 4, 8, 12)]
+_COLUMNS = [tuple(range(start, 16, 4)) for start in range(4)]
+_BOXES = [(start, start + 1, start + 4, start + 5) for start in (0, 2, 8, 10)]
+
+
+def read(path: str | PathLike[str]) -> list[Example]:
+    """Read puzzles with their solutions.
+
+    Args:
+        path: JSONL file with "puzzle" and "solution" in every record.
+
+    Returns:
+        One example per line.
+
+    Raises:
+        ValueError: A line is malformed, or its solution does not solve its puzzle.
+    """
+    return read_jsonl(path, {"puzzle": str, "solution": str}, _parse)
+
+
+def _parse(record: Mapping[str, Any]) -> Example:
+    puzzle, solution = record["puzzle"], record["solution"]
+    if not re.fullmatch("[0-4]{16}", puzzle):
+        raise ValueError("'puzzle' is not 16 digits from 0 (blank) to 4; write it row by row")
+    if not re.fullmatch("[1-4]{16}", solution):
+        raise ValueError("'solution' is not 16 digits from 1 to 4; write it row by row")
+    if _BLANK not in puzzle:
+        raise ValueError("'puzzle' has no blank, so nothing to reward; leave a cell 0")
+    if not is_grid(solution):
+        raise ValueError("'solution' repeats a digit in a row, column or box; correct it")
+    if any(given not in (_BLANK, digit) for given, digit in zip(puzzle, solution, strict=True)):
+        raise ValueError("'solution' contradicts a given of 'puzzle'; correct one of them")
+    return Example(prompt=puzzle, answer={"puzzle": puzzle, "solution": solution})
+
+
+def score(example: Example, completion: str) -> Score:
+    """Reward the fraction of the blank cells that are right (ESPO, arXiv 2512.03759).
+
+    White space is ignored, so a grid on four lines counts. The remaining characters fill the
+    cells in order: cells that are missing are wrong, characters after the sixteenth are not
+    looked at for the reward, but only the 16 digits of the solution, givens included, are correct.
+    Where a puzzle has several solutions, the one in the file counts.
+
+    Args:
+        example: A puzzle, from `read`.
+        completion: Any text.
+
+    Returns:
+        The score, with the metric "givens_kept": the fraction of the givens that were copied.
+    """
+    puzzle, solution = example.answer["puzzle"], example.answer["solution"]
+    text = "".join(completion.split())
+    right = [digit == found for digit, found in zip(solution, text.ljust(16)[:16], strict=True)]
+    blanks = [hit for given, hit in zip(puzzle, right, strict=True) if given == _BLANK]
+    givens = [hit for given, hit in zip(puzzle, right, strict=True) if given != _BLANK]
+    return Score(
+        reward=sum(blanks) / len(blanks),
+        correct=text == solution,
+        metrics={"givens_kept": sum(givens) / len(givens) if givens else 1.0},
+    )
+
+
+def generate(
+    count: int, seed: int, split: str, *, min_blanks: int = 6, max_blanks: int = 10
+) -> list[dict[str, Any]]:
+    """Make up distinct puzzles that have exactly one solution.
+
+    The number of blanks is uniform over its range; the grid and the blank cells are drawn until
+    the solution is unique. A puzzle's own hash decides its split.
+
+    Args:
+        count: Number of puzzles.
+        seed: Same seed, same puzzles.
+        split: "train", "validation" or "test".
+        min_blanks: Fewest blank cells.
+        max_blanks: Most blank cells, at most 12: fewer than 4 givens never fix the solution.
+
+    Returns:
+        Records in the file format.
+
+    Raises:
+        ValueError: The range of blanks is empty, the split is unknown or has too few puzzles.
+    """
+    if not 1 <= min_blanks <= max_blanks <= _MAX_BLANKS:
+        raise ValueError(
+            f"cannot leave {min_blanks} to {max_blanks} cells blank; "
+            f"use a range within 1 to {_MAX_BLANKS}"
+        )
+    rng = Random(f"{name}:{split}:{seed}")
+
+    def draw() -> tuple[str, dict[str, Any]]:
+        num_blanks = rng.randint(min_blanks, max_blanks)
+        while True:
+            solution = rng.choice(all_grids())
+            blanks = rng.sample(range(16), num_blanks)
+            puzzle = "".join(_BLANK if c in blanks else digit for c, digit in enumerate(solution))
+            if num_solutions(puzzle) == 1:
+                return puzzle, {"puzzle": puzzle, "solution": solution}
+
+    return draw_distinct(draw, count, split)
+
+
+def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
+    """Write a completion of mixed quality.
+
+    With probability 1 - noise it is the solution. Otherwise every blank cell is, independently
+    with probability 1/2, one of the three wrong digits; givens are always copied. A model that
+    imitates this samples right grids about 1 - noise of the time, so RL has room to improve; yet a
+    blank is right with probability 1 - noise/2 > 1/2, so the right grid stays the most likely
+    one and RL finds it by sharpening what the model already does.
+
+    Args:
+        record: A record of `generate`.
+        rng: Source of the noise.
+        noise: Probability that the demonstration is corrupted.
+    """
+    if rng.random() >= noise:
+        return str(record["solution"])
+    return "".join(
+        rng.choice("1234".replace(digit, "")) if given == _BLANK and rng.random() < 0.5 else digit
+        for given, digit in zip(record["puzzle"], record["solution"], strict=True)
+    )
+
+
+def is_grid(text: str) -> bool:
+    """Return whether 16 digits from 1 to 4 repeat none in a row, column or box."""
+    return all(len({text[cell] for cell in unit}) == 4 for unit in _ROWS + _COLUMNS + _BOXES)
+
+
+@cache
+def all_grids() -> tuple[str, ...]:
+    """Return all 288 filled grids, in a fixed order."""
+    rows = ["".join(row) for row in permutations("1234")]
+    bands = [
+        upper + lower
+        for upper, lower in permutations(rows, 2)
+        if len(set(upper[:2] + lower[:2])) == len(set(upper[2:] + lower[2:])) == 4
+    ]
+    return tuple(filter(is_grid, (top + bottom for top, bottom in product(bands, repeat=2))))
+
+
+@cache
+def _grids_with(cell: int, digit: str) -> int:
+    """Return the set of grids with a digit in a cell; bit i stands for the i-th grid."""
+    return sum(1 << i for i, grid in enumerate(all_grids()) if grid[cell] == digit)
+
+
+def num_solutions(puzzle: str) -> int:
+    """Return how many of the 288 grids agree with the givens of a puzzle."""
+    grids = (1 << len(all_grids())) - 1
+    for cell, digit in enumerate(puzzle):
+        if digit != _BLANK:
+            grids &= _grids_with(cell, digit)
+    return grids.bit_count()
