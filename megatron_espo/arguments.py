@@ -28,7 +28,7 @@ _PREFIXES: dict[type, str] = {
 }
 
 # Model settings that a checkpoint decides, as they are stored in its arguments.
-MODEL_SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids", "norm_epsilon")
+MODEL_SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids", "layernorm_epsilon")
 
 # What must agree between a run and the checkpoint it loads.
 _CHECKPOINT_FIELDS = {

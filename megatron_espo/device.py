@@ -123,8 +123,9 @@ def _replace_cuda_calls() -> None:
         "Event": _NoStream,
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
-        "manual_seed": torch.manual_seed,
-        "manual_seed_all": torch.manual_seed,
+        # torch.manual_seed calls manual_seed_all itself.
+        "manual_seed": torch.default_generator.manual_seed,
+        "manual_seed_all": nothing,
         "memory_allocated": _constant(0),
         "max_memory_allocated": _constant(0),
         "memory_reserved": _constant(0),

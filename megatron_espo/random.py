@@ -39,11 +39,17 @@ def stream(seed: int, purpose: str, *indices: int) -> Stream:
     Returns:
         The key of the family, equal for equal arguments on every machine.
     """
-    text = f"{seed}/{purpose}/" + "/".join(str(int(index)) for index in indices)
+    return _key(f"{seed}/{purpose}/" + "/".join(str(int(index)) for index in indices))
+
+
+def substream(key: Stream, purpose: str, index: int = 0) -> Stream:
+    """Split a family of draws: parts with different names or indices share no bits."""
+    return _key(f"{key.low}:{key.high}/{purpose}/{index}")
+
+
+def _key(text: str) -> Stream:
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return Stream(
-        int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
-    )
+    return Stream(int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little"))
 
 
 def philox(counter: Tensor, key: Stream) -> Tensor:

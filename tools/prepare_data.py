@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_espo.tasks import SPLITS, DemonstratingTask, GeneratingTask, load_task
+from megatron_espo.tasks import SPLITS, DemonstratingTask, Example, GeneratingTask, Task, load_task
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,12 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_arguments(argv)
     try:
         task = load_task(args.task, flag="TASK")
-        if args.check is not None:
-            print(f"{args.check}: {len(task.read(args.check))} examples of {task.name}")
-        elif isinstance(task, GeneratingTask):
+        if args.check is None:
             _prepare(task, args)
         else:
-            raise ValueError(f"task {task.name} has no generate(); only --check can be used with it")
+            print(f"{args.check}: {len(task.read(args.check))} examples of {task.name}")
     except ValueError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
@@ -64,9 +62,33 @@ def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _prepare(task: GeneratingTask, args: argparse.Namespace) -> None:
+def _prepare(task: Task, args: argparse.Namespace) -> None:
+    _check_arguments(args)
     counts = {split: getattr(args, split) for split in SPLITS}
-    counts["demonstrations"] = args.demonstrations
+    # Demonstrations are the end of a longer draw, so they share no problem with train.jsonl.
+    draws = counts | {"train": args.train + args.demonstrations}
+    records = {split: _generate(task, count, args.seed, split) for split, count in draws.items()}
+    demonstrated = records["train"][args.train :]
+    records["train"] = records["train"][: args.train]
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out, prefix=".prepare_data_") as scratch:
+        staging = Path(scratch)
+        examples = {}
+        for stem, part in (records | {"demonstrations": demonstrated}).items():
+            if part:
+                _write_jsonl(staging / f"{stem}.jsonl", part)
+                examples[stem] = task.read(staging / f"{stem}.jsonl")
+        if demonstrated:
+            lines = _demonstrate(task, examples["demonstrations"], demonstrated, args)
+            _write_jsonl(staging / "demonstrations.jsonl", lines)
+        for stem, part_examples in examples.items():
+            path = args.out / f"{stem}.jsonl"
+            os.replace(staging / path.name, path)
+            print(f"{path}: {len(part_examples)} lines of {task.name}")
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
+    counts = {flag: getattr(args, flag) for flag in (*SPLITS, "demonstrations")}
     for flag, count in counts.items():
         if count < 0:
             raise ValueError(f"--{flag} is {count}; make it 0 or more")
@@ -74,45 +96,27 @@ def _prepare(task: GeneratingTask, args: argparse.Namespace) -> None:
         raise ValueError(f"nothing to write; give one of {', '.join(f'--{f}' for f in counts)}")
     if not 0 <= args.noise <= 1:
         raise ValueError(f"--noise is {args.noise}; make it a probability from 0 to 1")
-    args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out, prefix=".prepare_data_") as scratch:
-        staging = Path(scratch)
-        records = {
-            split: task.generate(counts[split], args.seed, split)
-            for split in SPLITS
-            if counts[split]
-        }
-        if counts["demonstrations"]:
-            # One longer draw, cut in two, so that RL prompts differ from demonstrated ones.
-            drawn = task.generate(counts["train"] + counts["demonstrations"], args.seed, "train")
-            records["train"] = drawn[: counts["train"]]
-            lines = _demonstrate(task, drawn[counts["train"] :], args, staging)
-            _write_jsonl(staging / "demonstrations.jsonl", lines)
-        for split in SPLITS:
-            if counts[split]:
-                _write_jsonl(staging / f"{split}.jsonl", records[split])
-                task.read(staging / f"{split}.jsonl")
-        for stem, count in counts.items():
-            if count:
-                os.replace(staging / f"{stem}.jsonl", args.out / f"{stem}.jsonl")
-                print(f"{args.out / f'{stem}.jsonl'}: {count} lines of {task.name}")
+
+
+def _generate(task: Task, count: int, seed: int, split: str) -> list[dict[str, Any]]:
+    if isinstance(task, GeneratingTask):
+        return task.generate(count, seed, split) if count else []
+    raise ValueError(f"task {task.name} has no generate(); only --check works for it")
 
 
 def _demonstrate(
-    task: DemonstratingTask,
+    task: Task,
+    examples: Sequence[Example],
     records: Sequence[Mapping[str, Any]],
     args: argparse.Namespace,
-    staging: Path,
 ) -> list[dict[str, Any]]:
-    # Only the task's own reader knows the prompt of a record.
-    problems = staging / "demonstrated_problems.jsonl"
-    _write_jsonl(problems, records)
-    examples = task.read(problems)
     rng = Random(f"{task.name}:demonstrations:{args.seed}")
-    return [
-        {"prompt": example.prompt, "completion": task.demonstrate(record, rng, args.noise)}
-        for example, record in zip(examples, records, strict=True)
-    ]
+    if isinstance(task, DemonstratingTask):
+        return [
+            {"prompt": example.prompt, "completion": task.demonstrate(record, rng, args.noise)}
+            for example, record in zip(examples, records, strict=True)
+        ]
+    raise ValueError(f"task {task.name} has no demonstrate(); leave out --demonstrations")
 
 
 def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -67,7 +67,7 @@ def parse_line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path}:{number}: byte {error.start} of the line is not UTF-8; convert the file to UTF-8"
+            f"{path}:{number}: byte {error.start} of the line is not UTF-8; convert the file"
         ) from error
     except json.JSONDecodeError as error:
         raise ValueError(

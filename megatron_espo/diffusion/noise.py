@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_espo.random import Stream, randint, uniform
+from megatron_espo.random import Stream, randint, substream, uniform
 
 ForwardProcess = Literal["bernoulli", "exact_count"]
 ElboEstimator = Literal["coupled", "exact_count", "bernoulli"]
@@ -135,6 +135,8 @@ def elbo_views(
     total: int,
     length: int,
     num_mc: int,
+    *,
+    independent_draws: bool = False,
 ) -> ElboViews:
     """Draw the masks of an ELBO estimate of completions of ``length`` tokens.
 
@@ -150,19 +152,31 @@ def elbo_views(
         total: size of the global batch.
         length: completion length L.
         num_mc: number of draws m.
+        independent_draws: spread the counts over the batch only, not over a row's draws, which
+            are then independent of each other (products of draws need that).
 
     Returns:
         The views, on the host.
     """
     b = sample_ids.numel()
     maskable = torch.ones(b, length, dtype=torch.bool)
-    keys = [Stream(key.low ^ (2 * draw + 1), key.high) for draw in range(num_mc)]
+    keys = [substream(key, "mask", draw) for draw in range(num_mc)]
     if estimator == "bernoulli":
         noises = [bernoulli(k, sample_ids, maskable, epsilon=0.0) for k in keys]
         masks = torch.stack([noise.mask_indices for noise in noises], dim=1)
         return ElboViews(masks[:, :, None], torch.stack([n.weights for n in noises], 1)[..., None])
     low = 0 if estimator == "coupled" else 1
-    counts = stratified_counts(key, indices, total, num_mc, low, length)
+    # One lattice for all draws of a row, or one for each draw.
+    draws_per_lattice = 1 if independent_draws else num_mc
+    counts = torch.cat(
+        [
+            stratified_counts(
+                substream(key, "count", i), indices, total, draws_per_lattice, low, length
+            )
+            for i in range(num_mc // draws_per_lattice)
+        ],
+        dim=1,
+    )
     masks = torch.stack(
         [random_subset(k, sample_ids, maskable, counts[:, i]) for i, k in enumerate(keys)], dim=1
     )

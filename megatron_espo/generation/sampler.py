@@ -9,7 +9,6 @@ Symbols: b rows, s positions, l completion length, k block length, c candidates 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -25,33 +24,11 @@ from megatron_espo.generation.remasking import (
     rank_by,
     select_highest,
 )
-from megatron_espo.parallel.layout import Layout, broadcast_from_last_stage
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.parallel.pipeline import RowBatch, forward_only
 from megatron_espo.parallel.vocab import draw_tokens
 from megatron_espo.random import stream, uniform
-
-
-@dataclass(frozen=True)
-class SamplerModel:
-    """A model to sample from, with what the sampler must know of it.
-
-    Attributes:
-        chunks: this rank's model chunks.
-        mask_token_id: the mask token.
-        pad_token_id: fills the right padding (hidden from attention).
-        vocab_size: tokens before padding.
-        logit_shift: whether position i is predicted from the hidden state at i - 1.
-        pad_multiple: rows are padded to a multiple of this many positions.
-        layout: process groups.
-    """
-
-    chunks: Sequence[torch.nn.Module]
-    mask_token_id: int
-    pad_token_id: int
-    vocab_size: int
-    logit_shift: bool
-    pad_multiple: int
-    layout: Layout
 
 
 class Generation(NamedTuple):
@@ -68,13 +45,12 @@ class Generation(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    model: SamplerModel,
+    model: DiffusionModel,
     prompts: Sequence[Sequence[int]],
     sample_ids: Tensor,
     config: RolloutConfig,
     seed: int,
     purpose: str,
-    device: torch.device,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Generation:
     """Sample one completion per prompt.
@@ -89,7 +65,6 @@ def generate(
         config: sampling settings.
         seed: the run's seed.
         purpose: name of these draws, such as ``"rollout/7"``.
-        device: this rank's device.
         on_step: called with the completions so far, int64 ``[b, l]`` with the mask token where
             nothing is committed yet, after every step.
 
@@ -97,26 +72,32 @@ def generate(
         The completions.
     """
     length, k = config.completion_length, config.block_length
-    if not prompts:
+    num_rows = len(prompts)
+    if num_rows == 0:
         return Generation(torch.empty(0, length, dtype=torch.int64), 0)
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    tokens = _layout_rows(model, prompts, length).to(device)
-    ids = sample_ids.to(device)
+    if model.layout.pp_size > 1 and num_rows > config.micro_batch_size:
+        # The pipeline passes micro-batches of one shape: fill up the last with copies.
+        extra = -num_rows % config.micro_batch_size
+        prompts = [*prompts, *[prompts[-1]] * extra]
+        sample_ids = torch.cat((sample_ids, sample_ids[-1:].expand(extra)))
+    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    tokens = _layout_rows(model, prompts, length).to(model.device)
+    ids = sample_ids.to(model.device)
     steps = config.denoising_steps // (length // k)
     counts = (dream_commit_counts if config.remasking in DREAM_ORDERS else commit_counts)(k, steps)
     evaluations = 0
     for block in range(length // k):
         key = stream(seed, f"token/{purpose}", block)
-        noise = uniform(key, ids, 2 * steps * k).view(len(prompts), steps, 2, k)
-        places = prompt_lengths[:, None] + block * k + torch.arange(k, device=device)[None]
+        noise = uniform(key, ids, 2 * steps * k).view(-1, steps, 2, k)
+        places = prompt_lengths[:, None] + block * k + torch.arange(k, device=model.device)[None]
         masked = torch.ones_like(places, dtype=torch.bool)
         for step in range(steps):
-            candidates, valid = _candidates(masked, noise[:, step, 1], config, step, steps, counts)
+            candidates, valid = _candidates(masked, noise[:, step, 1], config, step, counts)
             if candidates.size(1) == 0:
                 continue
             chosen = _denoise(
-                model, tokens, prompt_lengths, places, candidates, valid, noise[:, step], config,
-                counts[step],
+                model, tokens, prompt_lengths, places, candidates, valid, noise[:, step, 0],
+                config, counts[step],
             )
             committed = chosen >= 0
             block_tokens = torch.where(committed, chosen, tokens.gather(1, places))
@@ -124,11 +105,12 @@ def generate(
             masked &= ~committed
             evaluations += 1
             if on_step is not None:
-                on_step(_read_completions(tokens, prompt_lengths, length))
-    return Generation(_read_completions(tokens, prompt_lengths, length).cpu(), evaluations)
+                on_step(_read_completions(tokens, prompt_lengths, length)[:num_rows])
+    completions = _read_completions(tokens, prompt_lengths, length)[:num_rows]
+    return Generation(completions.cpu(), evaluations)
 
 
-def _layout_rows(model: SamplerModel, prompts: Sequence[Sequence[int]], length: int) -> Tensor:
+def _layout_rows(model: DiffusionModel, prompts: Sequence[Sequence[int]], length: int) -> Tensor:
     """Lay out [prompt][masks][padding] rows: int64 ``[b, s]``."""
     longest = max(len(prompt) for prompt in prompts) + length
     s = -(-longest // model.pad_multiple) * model.pad_multiple
@@ -150,7 +132,6 @@ def _candidates(
     order_noise: Tensor,
     config: RolloutConfig,
     step: int,
-    steps: int,
     counts: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Choose the positions that a step evaluates.
@@ -164,7 +145,7 @@ def _candidates(
     if counts[step] == 0 and config.remasking != "origin":
         return masked.new_empty(masked.size(0), 0, dtype=torch.int64), masked[:, :0]
     if config.remasking == "origin":
-        picked = masked & (order_noise < dream_commit_shares(steps)[step].item())
+        picked = masked & (order_noise < dream_commit_shares(len(counts))[step].item())
         width = int(picked.sum(dim=1).max())
     elif config.remasking == "random":
         picked = select_highest(order_noise.masked_fill(~masked, -1.0), counts[step])
@@ -178,7 +159,7 @@ def _candidates(
 
 
 def _denoise(
-    model: SamplerModel,
+    model: DiffusionModel,
     tokens: Tensor,
     prompt_lengths: Tensor,
     places: Tensor,
@@ -197,7 +178,7 @@ def _denoise(
         places: int64 ``[b, k]``, positions of the block in the rows.
         candidates: int64 ``[b, c]``, places in the block to evaluate.
         valid: bool ``[b, c]``.
-        noise: float64 ``[b, 2, k]``, uniform numbers for tokens and for the order.
+        noise: float64 ``[b, k]``, uniform numbers for the tokens.
         config: sampling settings.
         count: tokens to commit per row, for orders that rank the candidates.
 
@@ -208,7 +189,7 @@ def _denoise(
     where = places.gather(1, candidates)
     batches = [
         _row_batch(model, tokens[rows], lengths[rows], prompt_lengths[rows], where[rows],
-                   noise[rows, 0].gather(1, candidates[rows]), config)
+                   noise[rows].gather(1, candidates[rows]), config)
         for rows in _slices(tokens.size(0), config.micro_batch_size)
     ]
     draws = forward_only(
@@ -231,7 +212,7 @@ def _slices(rows: int, size: int) -> list[slice]:
 
 
 def _row_batch(
-    model: SamplerModel,
+    model: DiffusionModel,
     tokens: Tensor,
     lengths: Tensor,
     prompt_lengths: Tensor,
@@ -251,7 +232,7 @@ def _row_batch(
     return RowBatch(tokens, lengths, rows, positions, uniforms.flatten())
 
 
-def _draw(logits: Tensor, uniforms: Any, *, model: SamplerModel, config: RolloutConfig) -> Tensor:
+def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: RolloutConfig) -> Tensor:
     """Turn the logits of a micro-batch into drawn tokens and their scores: float64 ``[2, r]``."""
     logits = logits.float()
     if config.guidance_scale > 0.0:

@@ -125,9 +125,9 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
 
     With probability 1 - noise it is the solution. Otherwise every blank cell is, independently
     with probability 1/2, one of the three wrong digits; givens are always copied. A model that
-    imitates this samples right grids about 1 - noise of the time, so RL has room to improve; yet a
-    blank is right with probability 1 - noise/2 > 1/2, so the right grid stays the most likely
-    one and RL finds it by sharpening what the model already does.
+    imitates this samples right grids about 1 - noise of the time, so RL has room to improve. Yet a
+    blank is right with probability 1 - noise/2, more than any wrong digit, so the right grid stays
+    the most likely one and RL reaches it by sharpening what the model already does.
 
     Args:
         record: A record of `generate`.

@@ -1,0 +1,173 @@
+"""Micro-batches for the model: sequences, their noised views, and the rows to predict.
+
+Symbols: n sequences, s positions, l completion length, m draws, v views per draw, R rows (views)
+of a micro-batch, r masked positions in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_espo.diffusion.noise import ElboViews
+from megatron_espo.parallel.pipeline import RowBatch
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and completions of one length, padded on the right.
+
+    Attributes:
+        tokens: int64 ``[n, s]`` on the host: [prompt][completion][padding].
+        prompt_lengths: int64 ``[n]``.
+        completion_length: l, end-of-sequence padding included.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    completion_length: int
+
+    def __len__(self) -> int:
+        return self.tokens.size(0)
+
+
+@dataclass(frozen=True)
+class MaskedTargets:
+    """Where the cross entropy of a micro-batch's masked tokens goes (a RowBatch's payload).
+
+    Attributes:
+        targets: int64 ``[r]``, the clean tokens.
+        rows: int64 ``[r]``, row of the micro-batch.
+        columns: int64 ``[r]``, position within the maskable part of the row.
+        num_rows: R.
+        num_columns: length of the maskable part.
+        is_dummy: nothing is masked in this micro-batch; the one row is there so that every
+            rank's part of the model still gets a gradient (of zeros).
+        vocab_size: tokens before padding.
+    """
+
+    targets: Tensor
+    rows: Tensor
+    columns: Tensor
+    num_rows: int
+    num_columns: int
+    is_dummy: bool
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """A micro-batch of noised views.
+
+    Attributes:
+        batch: what the model reads; its payload is a MaskedTargets.
+        view_index: int64 ``[R]``, place of each row among all n*m*v views.
+        weights: float32 ``[R]``, weight of each row's summed cross entropy.
+    """
+
+    batch: RowBatch
+    view_index: Tensor
+    weights: Tensor
+
+
+def pack_sequences(
+    prompts: Sequence[Sequence[int]], completions: Tensor, pad_token_id: int, pad_multiple: int
+) -> Sequences:
+    """Join prompts and completions.
+
+    Args:
+        prompts: token ids per row.
+        completions: int64 ``[n, l]``.
+        pad_token_id: fills the right padding.
+        pad_multiple: the width is a multiple of this.
+
+    Returns:
+        The sequences.
+    """
+    n, length = completions.shape
+    longest = max(len(prompt) for prompt in prompts) + length
+    tokens = torch.full((n, -(-longest // pad_multiple) * pad_multiple), pad_token_id)
+    for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        row[len(prompt) : len(prompt) + length] = completion
+    return Sequences(tokens, torch.tensor([len(prompt) for prompt in prompts]), length)
+
+
+def mask_rows(
+    tokens: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    starts: Tensor,
+    mask_token_id: int,
+    vocab_size: int,
+) -> RowBatch:
+    """Noise rows and name the positions to predict.
+
+    Args:
+        tokens: int64 ``[R, s]``, clean.
+        lengths: int64 ``[R]``; attention sees the positions before it.
+        mask: bool ``[R, c]``, which of the maskable part's positions are masked.
+        starts: int64 ``[R]``, position where the maskable part starts.
+        mask_token_id: the mask token.
+        vocab_size: tokens before padding.
+
+    Returns:
+        The micro-batch, with MaskedTargets as payload.
+    """
+    rows, columns = mask.nonzero(as_tuple=True)
+    is_dummy = rows.numel() == 0
+    if is_dummy:
+        # Any position with a predecessor: a shifted model reads the state before it.
+        rows, columns = rows.new_zeros(1), columns.new_zeros(1)
+        positions = rows.new_ones(1)
+        noised = tokens
+    else:
+        positions = starts[rows] + columns
+        noised = tokens.clone()
+        noised[rows, positions] = mask_token_id
+    payload = MaskedTargets(
+        tokens[rows, positions], rows, columns, mask.size(0), mask.size(1), is_dummy, vocab_size
+    )
+    return RowBatch(noised, lengths, rows, positions, payload)
+
+
+def view_batches(
+    sequences: Sequences,
+    views: ElboViews,
+    mask_token_id: int,
+    vocab_size: int,
+    rows_per_batch: int,
+) -> list[ViewBatch]:
+    """Cut all views of all sequences into micro-batches, views of a sequence side by side.
+
+    Args:
+        sequences: n sequences.
+        views: their masks, ``[n, m, v, l]``.
+        mask_token_id: the mask token.
+        vocab_size: tokens before padding.
+        rows_per_batch: R; must divide n*m*v.
+
+    Returns:
+        Micro-batches in order, on the host.
+    """
+    per_sequence = views.weights[0].numel()
+    total = len(sequences) * per_sequence
+    assert total % rows_per_batch == 0, (total, rows_per_batch)
+    masks = views.mask_indices.flatten(0, 2)
+    weights = views.weights.flatten()
+    batches = []
+    for start in range(0, total, rows_per_batch):
+        index = torch.arange(start, start + rows_per_batch)
+        sequence = index // per_sequence
+        starts = sequences.prompt_lengths[sequence]
+        batch = mask_rows(
+            sequences.tokens[sequence],
+            starts + sequences.completion_length,
+            masks[index],
+            starts,
+            mask_token_id,
+            vocab_size,
+        )
+        batches.append(ViewBatch(batch, index, weights[index]))
+    return batches

@@ -1,0 +1,35 @@
+"""A built model together with what sampling and likelihoods must know of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_espo.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class DiffusionModel:
+    """A masked-diffusion model on this rank.
+
+    Attributes:
+        chunks: this rank's model chunks, as Megatron built and wrapped them.
+        mask_token_id: the mask token.
+        pad_token_id: fills right padding, which attention does not see.
+        stop_token_ids: tokens that end a completion.
+        vocab_size: tokens before padding.
+        logit_shift: whether position i is predicted from the hidden state at i - 1 (Dream).
+        pad_multiple: rows are padded to a multiple of this many positions.
+        device: where the model computes.
+        layout: process groups.
+    """
+
+    chunks: Sequence[torch.nn.Module]
+    mask_token_id: int
+    pad_token_id: int
+    stop_token_ids: tuple[int, ...]
+    vocab_size: int
+    logit_shift: bool
+    pad_multiple: int
+    device: torch.device
+    layout: Layout

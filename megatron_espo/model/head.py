@@ -1,0 +1,31 @@
+"""What is computed from the logits of masked positions."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_espo.data.batch import MaskedTargets
+from megatron_espo.parallel.vocab import cross_entropy
+
+
+def masked_cross_entropy(
+    logits: Tensor, payload: MaskedTargets, *, tp_group: dist.ProcessGroup
+) -> Tensor:
+    """Compute the cross entropy at the masked positions of a micro-batch.
+
+    Args:
+        logits: float ``[r, n]``, this rank's part of the vocabulary; used up.
+        payload: which tokens they predict.
+        tp_group: tensor-parallel group.
+
+    Returns:
+        float32 ``[R, c]``, zero where nothing is masked; carries the gradient.
+    """
+    device = logits.device
+    losses = cross_entropy(logits, payload.targets.to(device), payload.vocab_size, tp_group)
+    if payload.is_dummy:
+        losses = losses * 0.0
+    table = losses.new_zeros(payload.num_rows, payload.num_columns)
+    # Each place is written once, so the sums over the table do not depend on an order of adding.
+    place = (payload.rows.to(device), payload.columns.to(device))
+    return torch.index_put(table, place, losses)

@@ -1,0 +1,1 @@
+"""Reinforcement learning with sequence-level ELBO ratios (ESPO)."""

@@ -1,0 +1,102 @@
+"""The reference policy: a second set of weights that visits the model when its ELBO is needed.
+
+Each rank keeps a copy of its own parameters, on the host where there is a GPU. For an ELBO pass
+the copy and the model's parameters change places bit for bit; the optimizer's float32 master
+weights are not touched.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+
+class ReferencePolicy:
+    """Weights of the reference policy on this rank."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Copy the model's weights.
+
+        Args:
+            chunks: this rank's model chunks.
+        """
+        self._chunks = list(chunks)
+        self._weights = [self._copy(parameter) for parameter in self._parameters()]
+
+    def _parameters(self) -> list[Tensor]:
+        return [p.data for chunk in self._chunks for p in chunk.parameters()]
+
+    @staticmethod
+    def _copy(weights: Tensor) -> Tensor:
+        copy = torch.empty_like(weights, device="cpu", pin_memory=weights.is_cuda)
+        return copy.copy_(weights)
+
+    @contextlib.contextmanager
+    def in_model(self) -> Iterator[None]:
+        """Let the model hold the reference weights inside the context.
+
+        The distributed optimizer's parameter-gather hooks must be off.
+        """
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for ours, theirs in zip(self._parameters(), self._weights, strict=True):
+            kept = ours.clone()
+            ours.copy_(theirs)
+            theirs.copy_(kept)
+
+    def mix(self, share: float) -> None:
+        """Move towards the policy: ref <- share * policy + (1 - share) * ref, in float32.
+
+        Args:
+            share: the policy's share a (0.6 in ESPO).
+        """
+        for ours, theirs in zip(self._parameters(), self._weights, strict=True):
+            policy = ours.to(theirs.device, torch.float32)
+            theirs.copy_(share * policy + (1.0 - share) * theirs.float())
+
+    def save(self, folder: str) -> None:
+        """Write the weights as a torch_dist checkpoint that any layout can read.
+
+        Args:
+            folder: made if missing; written by all ranks together.
+        """
+        if torch.distributed.get_rank() == 0:
+            os.makedirs(folder, exist_ok=True)
+        torch.distributed.barrier()
+        with self.in_model():
+            dist_checkpointing.save(self._sharded_state(), folder)
+
+    def load(self, folder: str) -> None:
+        """Read weights that :meth:`save` wrote, possibly in another layout.
+
+        Args:
+            folder: the checkpoint.
+
+        Raises:
+            ValueError: if it is missing.
+        """
+        if not os.path.isdir(folder):
+            raise ValueError(
+                f"{folder}: the checkpoint has no reference policy; resume with --espo-kl-coef 0 "
+                "or start from --pretrained-checkpoint."
+            )
+        with self.in_model():
+            state = dist_checkpointing.load(self._sharded_state(), folder)
+            for name, chunk in self._named_chunks():
+                chunk.load_state_dict(state[name])
+
+    def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
+        chunks = unwrap_model(self._chunks)
+        return [(f"model{i}" if len(chunks) > 1 else "model", c) for i, c in enumerate(chunks)]
+
+    def _sharded_state(self) -> dict[str, object]:
+        return {name: chunk.sharded_state_dict() for name, chunk in self._named_chunks()}

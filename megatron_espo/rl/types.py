@@ -1,0 +1,53 @@
+"""The records that pass from prompt to gradient. Each hop makes a new one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_espo.data.batch import Sequences
+from megatron_espo.tasks.base import Example, Score
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem and its prompt (made by rl.rollout from a task's examples).
+
+    Attributes:
+        group_id: global number of the prompt in the run; its G completions share it.
+        token_ids: the prompt.
+        example: the problem, for the reward.
+    """
+
+    group_id: int
+    token_ids: tuple[int, ...]
+    example: Example
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Scored completions of this data-parallel rank (made by rl.rollout, used by rl.trainer).
+
+    n completions, group by group.
+
+    Attributes:
+        sequences: prompts and completions, n rows.
+        sample_ids: int64 ``[n]``, global ids, the keys of their noise.
+        indices: int64 ``[n]``, places in the global batch of the rollout.
+        scores: n scores.
+        rewards: float64 ``[n]``.
+        advantages: float32 ``[n]``.
+        texts: n completions as text, up to the end of sequence.
+        completion_lengths: int64 ``[n]``, tokens before the end of sequence.
+        num_evaluations: model evaluations per completion.
+    """
+
+    sequences: Sequences
+    sample_ids: Tensor
+    indices: Tensor
+    scores: Sequence[Score]
+    rewards: Tensor
+    advantages: Tensor
+    texts: Sequence[str]
+    completion_lengths: Tensor
+    num_evaluations: int

@@ -1,0 +1,132 @@
+"""The gradient of one ESPO update, through Megatron's forward-backward schedule.
+
+exp() is not linear, so all draws of a sequence must meet before the ratio. Two exact ways:
+
+* joint: all views of a sequence sit in one micro-batch, and the loss is computed there;
+* two-pass: a pass without gradients gives every ELBO, hence the scalar c = d loss / d ELBO of
+  each draw; a second pass back-propagates c * ELBO view by view, in any micro-batch, so that memory
+  does not grow with the number of draws.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_espo.config import EspoConfig
+from megatron_espo.data.batch import ViewBatch
+from megatron_espo.diffusion.elbo import elbo_draws
+from megatron_espo.diffusion.noise import ElboViews
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.parallel.layout import broadcast_from_last_stage
+from megatron_espo.parallel.pipeline import run_model
+from megatron_espo.rl.elbo import elbo_of_views, view_cross_entropy
+from megatron_espo.rl.losses import elbo_gradient, espo_terms
+
+LossFunction = Callable[[ViewBatch, Tensor], Tensor]
+
+
+def accumulate_gradient(
+    model: DiffusionModel,
+    batches: list[ViewBatch],
+    views: ElboViews,
+    elbo_old: Tensor | None,
+    elbo_ref: Tensor | None,
+    advantages: Tensor,
+    length: int,
+    config: EspoConfig,
+    global_batch_size: int,
+) -> Tensor:
+    """Add the gradient of the mean loss over the global batch to the model's gradient buffers.
+
+    Args:
+        model: the policy, in training mode; the caller has zeroed the buffers.
+        batches: all views of this rank's n sequences.
+        views: their masks and weights.
+        elbo_old: float32 ``[n, m]`` on the host, or None where the current policy is the sampling
+            policy (the first update of a rollout: the ratio is exactly 1).
+        elbo_ref: float32 ``[n, m]`` on the host, or None without a KL penalty.
+        advantages: float32 ``[n]`` on the host.
+        length: completion length.
+        config: ESPO settings.
+        global_batch_size: sequences over all data-parallel ranks.
+
+    Returns:
+        float32 ``[n, m]`` on the host of the current policy's ELBO draws, on every rank.
+    """
+    n, m, v = views.weights.shape
+    # The schedule divides by the number of micro-batches, and Megatron averages over the
+    # data-parallel ranks; what is left is the mean over the global batch.
+    scale = len(batches) * model.layout.dp_size / global_batch_size
+    if config.gradient == "two_pass":
+        draws = elbo_of_views(model, batches, views)
+        old = draws if elbo_old is None else elbo_old
+        gradient, _ = elbo_gradient(draws, old, elbo_ref, advantages, length, config)
+        # d ELBO / d (summed cross entropy of a view) = -weight.
+        factors = -(gradient[..., None] * views.weights).flatten() * scale
+        _forward_backward(model, batches, partial(_linear_loss, factors=factors))
+        return draws
+
+    def joint_loss(batch: ViewBatch, sums: Tensor) -> Tensor:
+        rows = batch.view_index.view(-1, m, v)
+        sequence = rows[:, 0, 0] // (m * v)
+        device = sums.device
+        draws = elbo_draws(sums.view(rows.shape), batch.weights.view(rows.shape).to(device))
+        old = draws.detach() if elbo_old is None else elbo_old[sequence].to(device)
+        ref = None if elbo_ref is None else elbo_ref[sequence].to(device)
+        chosen = advantages[sequence].to(device)
+        return espo_terms(draws, old, ref, chosen, length, config).loss.sum() * scale
+
+    sums = _forward_backward(model, batches, joint_loss)
+    return elbo_draws(sums.view(n, m, v), views.weights)
+
+
+def _linear_loss(batch: ViewBatch, sums: Tensor, *, factors: Tensor) -> Tensor:
+    return (sums * factors[batch.view_index].to(sums.device)).sum()
+
+
+def _forward_backward(
+    model: DiffusionModel, batches: list[ViewBatch], loss_function: LossFunction
+) -> Tensor:
+    """Run Megatron's schedule with gradients.
+
+    Returns:
+        float32 ``[n*m*v]`` on the host: the views' summed cross entropy, on every rank.
+    """
+
+    def forward_step(
+        iterator: Iterator[ViewBatch], chunk: torch.nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
+        batch = next(iterator)
+        output = run_model(
+            chunk,
+            batch.batch.to(model.device),
+            partial(view_cross_entropy, tp_group=model.layout.tp),
+            model.logit_shift,
+        )
+
+        def loss(sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss_function(batch, sums), {"sums": sums.detach()}
+
+        return output, loss
+
+    chunks: Any = list(model.chunks)
+    shape = batches[0].batch.tokens.shape
+    iterators = [iter(batches) for _ in chunks]
+    stored = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=shape[1],
+        micro_batch_size=shape[0],
+        forward_only=False,
+    )
+    if model.layout.is_last_stage:
+        sums = torch.cat([entry["sums"] for entry in stored])
+    else:
+        sums = torch.empty(shape[0] * len(batches), device=model.device)
+    return broadcast_from_last_stage(sums, model.layout).cpu()

@@ -1,0 +1,127 @@
+"""What the entry points share: start-up, the model handle, inference mode, user errors."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.training import get_args
+
+from megatron_espo import device
+from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.parallel.layout import current_layout
+
+
+def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
+    """Run an entry point; what a user can do wrong ends with one sentence and exit status 2.
+
+    Args:
+        main: gets the command line without the program name.
+    """
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        message = str(error)
+        # Every rank finds the same mistake in the same data: one of them says so.
+        if rank == 0 or message.startswith("rank "):
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # No atexit handlers: other ranks may never reach the collectives that those wait for.
+        os._exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def initialize_process_groups(args: argparse.Namespace) -> None:
+    """Start torch.distributed and Megatron's groups where Megatron itself needs CUDA for it.
+
+    Args:
+        args: Megatron's arguments.
+    """
+    if device.has_cuda():
+        return
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group(
+        "gloo",
+        rank=args.rank,
+        world_size=args.world_size,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+    mpu.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+    )
+
+
+def pad_multiple(args: argparse.Namespace) -> int:
+    """Positions per row must be a multiple of this: sequence parallelism, FP8 tiles."""
+    return max(
+        args.tensor_model_parallel_size if args.sequence_parallel else 1, 16 if args.fp8 else 1
+    )
+
+
+def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
+    """Describe the built model for sampling and likelihoods.
+
+    Args:
+        chunks: this rank's model chunks.
+
+    Returns:
+        The handle.
+    """
+    args = get_args()
+    ids = special_ids(load_tokenizer(args.tokenizer_model), args.mask_token_id)
+    return DiffusionModel(
+        chunks=tuple(chunks),
+        mask_token_id=args.mask_token_id,
+        pad_token_id=ids.pad_token_id,
+        stop_token_ids=tuple(args.stop_token_ids),
+        vocab_size=args.vocab_size,
+        logit_shift=args.logit_shift,
+        pad_multiple=pad_multiple(args),
+        device=device.current_device(),
+        layout=current_layout(),
+    )
+
+
+@contextlib.contextmanager
+def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
+    """Evaluate the model between updates: evaluation mode, gathered parameters, no hooks.
+
+    Args:
+        chunks: this rank's model chunks.
+        optimizer: Megatron's optimizer, or None.
+    """
+    from megatron.training.training import (
+        disable_forward_pre_hook,
+        enable_forward_pre_hook,
+        should_disable_forward_pre_hook,
+    )
+
+    hooked = optimizer is not None and should_disable_forward_pre_hook(get_args())
+    hooked = hooked and all(getattr(c, "remove_forward_pre_hook_handles", None) for c in chunks)
+    if hooked:
+        disable_forward_pre_hook(chunks)
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, mode in zip(chunks, training, strict=True):
+            chunk.train(mode)
+        if hooked:
+            enable_forward_pre_hook(chunks)

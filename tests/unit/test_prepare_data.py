@@ -1,0 +1,165 @@
+"""tools/prepare_data.py: complete files, disjoint problems, one sentence and exit code 2."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from megatron_espo.tasks import BUILT_IN
+from megatron_espo.tasks.base import split_of
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "tools" / "prepare_data.py"
+FILES = ("train", "validation", "test", "demonstrations")
+COUNTS = ["--train", "30", "--validation", "7", "--test", "5", "--demonstrations", "20"]
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prompts(name: str, path: Path) -> list[object]:
+    if path.stem == "demonstrations":
+        return [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    return [example.prompt for example in BUILT_IN[name].read(path)]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_files_have_the_asked_counts_and_share_no_problem(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = tmp_path / "deep" / "data"
+    assert tool.main([name, "--out", str(out), "--seed", "3", *COUNTS]) == 0
+    assert sorted(path.name for path in out.iterdir()) == sorted(f"{f}.jsonl" for f in FILES)
+    found = {stem: prompts(name, out / f"{stem}.jsonl") for stem in FILES}
+    assert [len(found[stem]) for stem in FILES] == [30, 7, 5, 20]
+    assert len({prompt for part in found.values() for prompt in part}) == 62
+    report = capsys.readouterr().out
+    for stem, count in zip(FILES, (30, 7, 5, 20), strict=True):
+        assert f"{out / stem}.jsonl: {count} lines of {name}" in report
+
+
+def test_demonstrations_come_from_the_train_split_and_follow_the_noise(
+    tool: ModuleType, tmp_path: Path
+) -> None:
+    for noise in ("0", "1"):
+        argv = ["sudoku", "--out", str(tmp_path), "--demonstrations", "60", "--noise", noise]
+        assert tool.main(argv) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["demonstrations.jsonl"]
+        lines = [json.loads(line) for line in (tmp_path / "demonstrations.jsonl").open()]
+        assert all(line.keys() == {"prompt", "completion"} for line in lines)
+        assert {split_of(line["prompt"]) for line in lines} == {"train"}
+        grids = {BUILT_IN["sudoku"].generate(60, 0, "train")[i]["solution"] for i in range(60)}
+        exact = sum(line["completion"] in grids for line in lines)
+        assert exact == 60 if noise == "0" else exact < 10
+
+
+def test_seed_decides_every_byte(tool: ModuleType, tmp_path: Path) -> None:
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        tool.main(["countdown", "--out", str(tmp_path / folder), "--seed", seed, *COUNTS])
+    for stem in FILES:
+        one, same, other = (tmp_path / f / f"{stem}.jsonl" for f in "abc")
+        assert one.read_bytes() == same.read_bytes() != other.read_bytes()
+
+
+def test_failure_leaves_earlier_files_as_they_were(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tool.main(["sudoku", "--out", str(tmp_path), *COUNTS]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object) -> str:
+        raise ValueError("demonstration failed")
+
+    monkeypatch.setattr(BUILT_IN["sudoku"], "demonstrate", fail)
+    assert tool.main(["sudoku", "--out", str(tmp_path), "--seed", "9", *COUNTS]) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_check_counts_a_good_file_and_names_the_bad_line(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"numbers": [44, 19, 35], "target": 98}\n' * 3)
+    assert tool.main(["countdown", "--check", str(path)]) == 0
+    assert capsys.readouterr().out == f"{path}: 3 examples of countdown\n"
+    path.write_text('{"numbers": [44, 19, 35], "target": 98}\n{"numbers": [44]}\n')
+    assert tool.main(["countdown", "--check", str(path)]) == 2
+    assert f"{path}:2: key 'target' is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sudku", "--out", "OUT", "--train", "1"], "TASK sudku: no such task"),
+        (["sudoku", "--out", "OUT"], "nothing to write; give one of --train"),
+        (["sudoku", "--out", "OUT", "--train", "-1"], "--train is -1"),
+        (["sudoku", "--out", "OUT", "--demonstrations", "-1"], "--demonstrations is -1"),
+        (["sudoku", "--out", "OUT", "--train", "1", "--noise", "1.5"], "--noise is 1.5"),
+        (["sudoku", "--out", "OUT", "--train", "1", "--noise", "nan"], "--noise is nan"),
+        (["sudoku", "--check", "OUT/none.jsonl"], "none.jsonl: cannot be read"),
+        (["sudoku", "--out", "OUT/file/deeper", "--train", "1"], "Not a directory; choose"),
+        (["plain_task", "--out", "OUT", "--train", "1"], "task plain has no generate()"),
+        (["plain_task:rich", "--out", "OUT", "--demonstrations", "1"], "has no demonstrate()"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    tool: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "plain_task.py").write_text(
+        "from types import SimpleNamespace\n"
+        "from megatron_espo.tasks import Example\n"
+        "name = 'plain'\n"
+        "def read(path): return [Example('p', {})]\n"
+        "def score(example, completion): raise NotImplementedError\n"
+        "def generate(count, seed, split): return [{}] * count\n"
+        "rich = SimpleNamespace(name='rich', read=read, score=score, generate=generate)\n"
+        "del generate\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "plain_task", raising=False)
+    before = sorted(tmp_path.iterdir())
+    assert tool.main([argument.replace("OUT", str(tmp_path)) for argument in argv]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.startswith("prepare_data.py: ")
+    assert captured.err.count("\n") == 1
+    assert [p for p in sorted(tmp_path.iterdir()) if p.name != "__pycache__"] == before
+
+
+def test_command_line_exits_without_a_traceback(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for argv, code in (
+        (["sudoku", "--out", str(tmp_path), "--test", "2"], 0),
+        (["sudku", "--out", str(tmp_path), "--test", "2"], 2),
+        (["sudoku"], 2),
+        (["sudoku", "--out", str(tmp_path), "--check", "x"], 2),
+        (["sudoku", "--out", str(tmp_path), "--test", "many"], 2),
+    ):
+        result = subprocess.run(
+            [sys.executable, str(SCRIPT), *argv],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == code, result.stderr
+        assert "Traceback" not in result.stderr

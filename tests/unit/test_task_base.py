@@ -1,0 +1,189 @@
+"""Task interface: reading JSONL, splits by hash, drawing distinct problems, loading by name."""
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_espo.tasks import BUILT_IN, countdown, load_task, sudoku
+from megatron_espo.tasks.base import (
+    SPLITS,
+    DemonstratingTask,
+    Example,
+    draw_distinct,
+    read_jsonl,
+    split_of,
+)
+
+
+def parse(record: Mapping[str, Any]) -> Example:
+    if record["n"] < 0:
+        raise ValueError("'n' is negative; make it 0 or more")
+    return Example(prompt=record["text"], answer={"n": record["n"]})
+
+
+def read(path: Path) -> list[Example]:
+    return read_jsonl(path, {"text": str, "n": int}, parse)
+
+
+def test_reader_returns_every_line_in_order_and_skips_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "é", "n": 1}\r\n\n  \n{"text": "b", "n": 2, "more": []}', "utf-8")
+    assert read(path) == [Example("é", {"n": 1}), Example("b", {"n": 2})]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "a", "n": 1', "not valid JSON"),
+        (b'{"text": "\xff", "n": 1}', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'["a", 1]', "not a JSON object but a list"),
+        (b"null", "not a JSON object but a NoneType"),
+        (b'{"text": "a"}', "key 'n' is missing"),
+        (b'{"text": "a", "n": "1"}', "'n' is of type str; make it int"),
+        (b'{"text": "a", "n": true}', "'n' is of type bool; make it int"),
+        (b'{"text": "a", "n": 1.0}', "'n' is of type float; make it int"),
+        (b'{"text": "a", "n": -1}', "'n' is negative"),
+    ],
+)
+def test_reader_names_file_and_line_of_a_malformed_line(
+    tmp_path: Path, line: bytes, message: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"text": "a", "n": 1}\n\n' + line + b'\n{"text": "a", "n": 1}\n')
+    with pytest.raises(ValueError, match=message) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:3: ")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_reader_refuses_a_file_without_examples(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="holds no example") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "."])
+def test_reader_refuses_what_is_not_a_readable_file(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be read"):
+        read(tmp_path / name)
+
+
+def test_splits_are_a_fixed_property_of_the_key_with_shares_80_10_10() -> None:
+    counts = Counter(split_of(str(key)) for key in range(20_000))
+    assert [counts[split] / 20_000 for split in SPLITS] == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
+    # Pinned: another hash would move problems of data sets already written across splits.
+    for split, members in (("validation", [11, 37, 54]), ("test", [1, 7, 10, 15, 24])):
+        assert [key for key in range(60) if split_of(str(key)) == split] == members
+
+
+def test_drawing_finds_every_problem_of_a_split_then_says_that_there_are_no_more() -> None:
+    state = iter(range(10**9))
+
+    def draw() -> tuple[str, dict[str, Any]] | None:
+        number = next(state) % 200
+        return None if number % 2 else (str(number), {"number": number})
+
+    expected = [n for n in range(0, 200, 2) if split_of(str(n)) == "validation"]
+    found = draw_distinct(draw, len(expected), "validation")
+    assert [record["number"] for record in found] == expected
+    with pytest.raises(ValueError, match=f"only {len(expected)} of 50 distinct validation"):
+        draw_distinct(draw, 50, "validation")
+
+
+def test_drawing_refuses_an_unknown_split_and_a_negative_count() -> None:
+    with pytest.raises(ValueError, match="split 'dev' is unknown; use one of train, validation"):
+        draw_distinct(lambda: None, 0, "dev")
+    with pytest.raises(ValueError, match="-1"):
+        draw_distinct(lambda: None, -1, "train")
+
+
+def test_built_in_tasks_load_by_name_and_can_demonstrate() -> None:
+    assert load_task("sudoku") is sudoku
+    assert load_task("countdown") is countdown
+    for name, task in BUILT_IN.items():
+        assert task.name == name
+        assert isinstance(task, DemonstratingTask)
+
+
+TASK_MODULE = """
+from types import SimpleNamespace
+from megatron_espo.tasks import Score
+
+name = "mine"
+
+def read(path):
+    return []
+
+def score(example, completion):
+    return Score(1.0, True, {})
+
+other = SimpleNamespace(name="other", read=read, score=score)
+nameless = SimpleNamespace(name=3, read=read)
+
+class AsClass:
+    name, read, score = name, read, score
+"""
+
+
+@pytest.fixture
+def user_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "users_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "my_task.py").write_text(TASK_MODULE)
+    (package / "broken.py").write_text("import a_library_that_is_not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for module in [name for name in sys.modules if name.startswith("users_package")]:
+        monkeypatch.delitem(sys.modules, module)
+
+
+@pytest.mark.usefixtures("user_package")
+def test_users_task_loads_as_module_or_attribute() -> None:
+    assert load_task("users_package.my_task").name == "mine"
+    assert load_task("users_package.my_task:other").name == "other"
+
+
+@pytest.mark.usefixtures("user_package")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sudku",
+        "",
+        ".sudoku",
+        "my-task",
+        "users_package/my_task.py",
+        "users_package.no_task",
+        "users_package.my_task.deeper",
+        "users_package.my_task:nothing",
+        "users_package.my_task:",
+        ":sudoku",
+    ],
+)
+def test_unknown_task_error_names_flag_known_names_and_import_path(name: str) -> None:
+    with pytest.raises(ValueError, match="no such task") as caught:
+        load_task(name)
+    for part in (f"--task {name}:", "sudoku, countdown", "my_package.my_tasks:attribute"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.usefixtures("user_package")
+def test_object_without_the_interface_is_refused_by_what_it_lacks() -> None:
+    with pytest.raises(ValueError, match="--task json: has no name, read, score;"):
+        load_task("json")
+    with pytest.raises(ValueError, match="has no name, score;"):
+        load_task("users_package.my_task:nameless")
+    with pytest.raises(ValueError, match="is a class"):
+        load_task("users_package.my_task:AsClass")
+
+
+@pytest.mark.usefixtures("user_package")
+def test_missing_dependency_of_a_users_task_keeps_its_own_error() -> None:
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_installed"):
+        load_task("users_package.broken")

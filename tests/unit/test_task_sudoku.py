@@ -1,0 +1,213 @@
+"""4x4 sudoku: reader, reward, unique solutions, disjoint splits, demonstrations."""
+
+import json
+from collections import Counter
+from itertools import combinations, product
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from megatron_espo.tasks import sudoku
+from megatron_espo.tasks.base import SPLITS, Example, split_of
+
+PUZZLE, SOLUTION = "3102200002100320", "3142243142131324"
+EXAMPLE = Example(PUZZLE, {"puzzle": PUZZLE, "solution": SOLUTION})
+BLANKS = [cell for cell, digit in enumerate(PUZZLE) if digit == "0"]
+GIVENS = [cell for cell, digit in enumerate(PUZZLE) if digit != "0"]
+
+
+def with_wrong(cells: list[int]) -> str:
+    """The solution with another digit in some cells."""
+    return "".join(str(int(d) % 4 + 1) if c in cells else d for c, d in enumerate(SOLUTION))
+
+
+def solutions_by_brute_force(puzzle: str) -> list[str]:
+    """Every filling of the blanks that respects the rules, cell by cell."""
+
+    def conflict(a: int, b: int) -> bool:
+        same_box = (a // 8, a % 4 // 2) == (b // 8, b % 4 // 2)
+        return a // 4 == b // 4 or a % 4 == b % 4 or same_box
+
+    fillings = [puzzle]
+    for cell in range(16):
+        fillings = [
+            f[:cell] + digit + f[cell + 1 :]
+            for f in fillings
+            for digit in ("1234" if f[cell] == "0" else f[cell])
+            if all(f[o] != digit for o in range(16) if o != cell and conflict(cell, o))
+        ]
+    return fillings
+
+
+def test_reader_gives_the_puzzle_as_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"puzzle": PUZZLE, "solution": SOLUTION}) + "\n")
+    assert sudoku.read(path) == [EXAMPLE]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"puzzle": PUZZLE}, "'solution' is missing"),
+        ({"puzzle": 3102200002100320, "solution": SOLUTION}, "'puzzle' is of type int"),
+        ({"puzzle": PUZZLE[:-1], "solution": SOLUTION}, "'puzzle' is not 16 digits"),
+        ({"puzzle": PUZZLE + "\n", "solution": SOLUTION}, "'puzzle' is not 16 digits"),
+        ({"puzzle": "5" + PUZZLE[1:], "solution": SOLUTION}, "'puzzle' is not 16 digits"),
+        ({"puzzle": "٣" + PUZZLE[1:], "solution": SOLUTION}, "'puzzle' is not 16 digits"),
+        ({"puzzle": PUZZLE, "solution": "0" + SOLUTION[1:]}, "'solution' is not 16 digits"),
+        ({"puzzle": PUZZLE, "solution": SOLUTION + "1"}, "'solution' is not 16 digits"),
+        ({"puzzle": SOLUTION, "solution": SOLUTION}, "no blank"),
+        ({"puzzle": "0" * 16, "solution": "1234341212343412"}, "repeats a digit"),  # columns
+        ({"puzzle": "0" * 16, "solution": "1234234134124123"}, "repeats a digit"),  # boxes
+        ({"puzzle": "0" * 16, "solution": "1313242431314242"}, "repeats a digit"),  # rows
+        ({"puzzle": "4" + PUZZLE[1:], "solution": SOLUTION}, "contradicts a given"),
+    ],
+)
+def test_reader_names_the_line_and_what_is_wrong(
+    tmp_path: Path, record: dict[str, object], message: str
+) -> None:
+    path = tmp_path / "data.jsonl"
+    good = json.dumps({"puzzle": PUZZLE, "solution": SOLUTION})
+    path.write_text(f"{good}\n{json.dumps(record)}\n")
+    with pytest.raises(ValueError, match=message) as caught:
+        sudoku.read(path)
+    assert str(caught.value).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("text", [SOLUTION, f"  {SOLUTION}\n", "3142\n2431\n4213 \r\n\t1324"])
+def test_whole_solution_is_correct_whatever_its_white_space(text: str) -> None:
+    score = sudoku.score(EXAMPLE, text)
+    assert (score.reward, score.correct, score.metrics) == (1.0, True, {"givens_kept": 1.0})
+
+
+@pytest.mark.parametrize("num_wrong", range(len(BLANKS) + 1))
+def test_reward_is_the_fraction_of_blanks_that_are_right(num_wrong: int) -> None:
+    score = sudoku.score(EXAMPLE, with_wrong(BLANKS[:num_wrong]))
+    assert score.reward == pytest.approx(1 - num_wrong / len(BLANKS))
+    assert score.correct is (num_wrong == 0)
+    assert score.metrics["givens_kept"] == 1.0
+
+
+def test_changed_givens_keep_the_reward_but_are_not_correct() -> None:
+    score = sudoku.score(EXAMPLE, with_wrong(GIVENS[:2]))
+    assert (score.reward, score.correct) == (1.0, False)
+    assert score.metrics["givens_kept"] == pytest.approx(1 - 2 / len(GIVENS))
+
+
+@pytest.mark.parametrize("length", range(16))
+def test_short_completion_earns_the_blanks_it_reaches(length: int) -> None:
+    score = sudoku.score(EXAMPLE, SOLUTION[:length])
+    assert score.reward == sum(cell < length for cell in BLANKS) / len(BLANKS)
+    assert score.metrics["givens_kept"] == sum(cell < length for cell in GIVENS) / len(GIVENS)
+    assert not score.correct
+
+
+@pytest.mark.parametrize("tail", ["1", "x", SOLUTION, " and done"])
+def test_characters_after_the_sixteenth_keep_the_reward_but_are_not_correct(tail: str) -> None:
+    score = sudoku.score(EXAMPLE, SOLUTION + tail)
+    assert (score.reward, score.correct) == (1.0, False)
+
+
+@pytest.mark.parametrize("text", ["", "   ", "x" * 16, PUZZLE, "٣١٤٢٢٤٣١٤٢١٣١٣٢٤", "\x00" * 40])
+def test_text_without_right_digits_earns_nothing(text: str) -> None:
+    score = sudoku.score(EXAMPLE, text)
+    assert (score.reward, score.correct) == (0.0, False)
+
+
+def test_leading_text_shifts_every_cell() -> None:
+    shifted = sudoku.score(EXAMPLE, "x" + SOLUTION)
+    expected = sum(SOLUTION[c] == ("x" + SOLUTION)[c] for c in BLANKS) / len(BLANKS)
+    assert (shifted.reward, shifted.correct) == (expected, False)
+
+
+def test_puzzle_without_givens_keeps_all_its_givens() -> None:
+    example = Example("0" * 16, {"puzzle": "0" * 16, "solution": SOLUTION})
+    assert sudoku.score(example, SOLUTION).metrics == {"givens_kept": 1.0}
+
+
+def test_there_are_288_grids_and_solution_counts_equal_brute_force() -> None:
+    assert sorted(sudoku.all_grids()) == solutions_by_brute_force("0" * 16)
+    assert len(sudoku.all_grids()) == 288
+    rng = Random(0)
+    counts = set()
+    for _ in range(100):
+        blanks = rng.sample(range(16), rng.randint(6, 13))
+        puzzle = "".join("0" if c in blanks else d for c, d in enumerate(SOLUTION))
+        count = sudoku.num_solutions(puzzle)
+        assert count == len(solutions_by_brute_force(puzzle))
+        counts.add(count)
+    assert len(counts) > 3
+    assert sudoku.num_solutions("11" + "0" * 14) == 0
+
+
+def test_generated_puzzles_have_one_solution_and_are_accepted_by_the_reader(
+    tmp_path: Path,
+) -> None:
+    records = sudoku.generate(150, seed=0, split="train")
+    for record in records:
+        assert solutions_by_brute_force(record["puzzle"]) == [record["solution"]]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert [e.prompt for e in sudoku.read(path)] == [record["puzzle"] for record in records]
+
+
+def test_number_of_blanks_is_uniform_over_six_to_ten() -> None:
+    blanks = Counter(r["puzzle"].count("0") for r in sudoku.generate(2000, 0, "train"))
+    assert set(blanks) == {6, 7, 8, 9, 10}
+    assert all(abs(count - 400) < 90 for count in blanks.values())  # 5 standard deviations
+
+
+def test_splits_share_no_puzzle_over_counts_and_seeds() -> None:
+    puzzles: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for split, seed, count in product(SPLITS, range(4), (10, 150)):
+        found = {record["puzzle"] for record in sudoku.generate(count, seed, split)}
+        assert len(found) == count
+        assert {split_of(puzzle) for puzzle in found} == {split}
+        puzzles[split] |= found
+    for one, other in combinations(SPLITS, 2):
+        assert not puzzles[one] & puzzles[other]
+
+
+def test_seed_decides_the_puzzles_and_a_smaller_count_is_a_prefix() -> None:
+    records = sudoku.generate(40, 1, "test")
+    assert records == sudoku.generate(40, 1, "test")
+    assert records[:15] == sudoku.generate(15, 1, "test")
+    assert records != sudoku.generate(40, 2, "test")
+    assert sudoku.generate(0, 1, "test") == []
+
+
+def test_impossible_requests_are_refused() -> None:
+    # One blank leaves 288 * 16 puzzles, all with one solution, in all splits together.
+    with pytest.raises(ValueError, match=r"found only \d+ of 4000 distinct train problems"):
+        sudoku.generate(4000, 0, "train", min_blanks=1, max_blanks=1)
+    with pytest.raises(ValueError, match="split 'dev' is unknown"):
+        sudoku.generate(1, 0, "dev")
+    for low, high in ((0, 3), (5, 4), (13, 13)):
+        with pytest.raises(ValueError, match=f"cannot leave {low} to {high} cells blank"):
+            sudoku.generate(1, 0, "train", min_blanks=low, max_blanks=high)
+
+
+def test_demonstration_without_noise_is_the_solution() -> None:
+    record = {"puzzle": PUZZLE, "solution": SOLUTION}
+    assert {sudoku.demonstrate(record, Random(seed), 0.0) for seed in range(50)} == {SOLUTION}
+
+
+@pytest.mark.parametrize("noise", [0.4, 1.0])
+def test_noisy_demonstrations_follow_their_model(noise: float) -> None:
+    record = {"puzzle": PUZZLE, "solution": SOLUTION}
+    rng, count = Random(0), 4000
+    texts = [sudoku.demonstrate(record, rng, noise) for _ in range(count)]
+    assert texts[:20] == [
+        sudoku.demonstrate(record, rng, noise) for rng in [Random(0)] for _ in range(20)
+    ]
+    scores = [sudoku.score(EXAMPLE, text) for text in texts]
+    assert all(score.metrics["givens_kept"] == 1.0 for score in scores)
+    exact = sum(score.correct for score in scores) / count
+    assert exact == pytest.approx(1 - noise + noise * 0.5 ** len(BLANKS), abs=0.03)
+    mean = sum(score.reward for score in scores) / count
+    assert mean == pytest.approx(1 - noise / 2, abs=0.02)
+    for cell in BLANKS:
+        digits = Counter(text[cell] for text in texts)
+        assert set(digits) == set("1234")
+        assert digits.most_common(1)[0][0] == SOLUTION[cell]
