@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -126,6 +127,8 @@ def initialize_arguments(
             "tokenizer (tools/make_tokenizer.py makes one)."
         )
     check_layout(args)
+    if args.save is not None and args.save_interval is None:
+        args.save_interval = args.train_iters or sys.maxsize
     if args.vocab_size is not None:
         args.padded_vocab_size = calculate_padded_vocab_size(
             args.vocab_size,
@@ -136,7 +139,9 @@ def initialize_arguments(
     try:
         validate_args(args)
     except AssertionError as error:
-        raise ValueError(f"Megatron refuses these arguments: {error}") from error
+        # Many of Megatron's assertions carry no message: then the line says what is wanted.
+        wanted = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these arguments: {wanted}") from error
     set_global_variables(args)
     _complete_from_tokenizer(args)
     _check_checkpoint(args, explicit)

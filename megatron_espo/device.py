@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -132,7 +133,9 @@ def _replace_cuda_calls() -> None:
         "max_memory_reserved": _constant(0),
         "reset_peak_memory_stats": nothing,
         "memory_stats": lambda *args, **kwargs: _ZeroStats(),
-        "get_device_properties": _constant(None),
+        "get_device_properties": _constant(
+            SimpleNamespace(name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=0)
+        ),
         "get_device_capability": _constant((0, 0)),
     }
     for name, replacement in replacements.items():

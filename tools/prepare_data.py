@@ -1,8 +1,8 @@
 """Write synthetic data for a task, or check a file of its format.
 
 train.jsonl, validation.jsonl and test.jsonl never share a problem, whatever their sizes and seeds.
-demonstrations.jsonl ({"prompt", "completion"} lines for SFT) comes from the train split as well, from
-problems other than those written to train.jsonl. Files appear only when all of them are complete.
+demonstrations.jsonl ({"prompt", "completion"} lines for SFT) comes from the train split as well,
+from problems other than those written to train.jsonl. Files appear only when all are complete.
 """
 
 import argparse

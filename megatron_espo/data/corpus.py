@@ -21,7 +21,17 @@ _NUM_SPLITS = 3  # train, valid, test
 
 
 def split_spans(split: str | None) -> list[tuple[float, float] | None]:
-    """Return the share of the documents of each set as (begin, end), None where it is empty."""
+    """Turn Megatron's --split into a share of the documents for each set.
+
+    Args:
+        split: up to three numbers, for training, validation and test, for example "99,1,0".
+
+    Returns:
+        For each set where its share begins and ends, from 0 to 1; None where it is empty.
+
+    Raises:
+        ValueError: these are not such numbers.
+    """
     number = r"\s*(\d+\.?\d*|\.\d+)\s*"
     if split is None or not re.fullmatch(rf"{number}(,{number}){{0,2}}", split):
         raise ValueError(f'--split {split}: give up to three numbers, for example "99,1,0"')
@@ -54,7 +64,19 @@ class Corpus:
 
 
 def inspect_corpus(prefix: str, flag: str, vocab_size: int) -> Corpus:
-    """Check a .bin/.idx pair as far as that is cheap for any size."""
+    """Check a .bin/.idx pair: sizes, header and the first million tokens.
+
+    Args:
+        prefix: path of the files without .bin and .idx.
+        flag: the flag that names the prefix, for the errors.
+        vocab_size: number of token ids of the tokenizer.
+
+    Returns:
+        The outline of the pair.
+
+    Raises:
+        ValueError: a file is missing or broken, or holds tokens beyond the vocabulary.
+    """
     idx, data = f"{prefix}.idx", f"{prefix}.bin"
     for path in (idx, data):
         if not os.path.isfile(path):

@@ -47,7 +47,7 @@ _UNSUPPORTED = (
 
 
 @dataclass
-class PretrainDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]
+class PretrainDatasetConfig(GPTDatasetConfig):
     """GPTDatasetConfig with what else decides the order of the samples."""
 
     corpus_fingerprint: str = ""
@@ -55,7 +55,7 @@ class PretrainDatasetConfig(GPTDatasetConfig):  # type: ignore[misc]
     same path are not used for a new one."""
 
 
-class PretrainDataset(GPTDataset):  # type: ignore[misc]
+class PretrainDataset(GPTDataset):
     """Rows of consecutive tokens in a shuffled order that spans the epochs."""
 
     @staticmethod
@@ -168,8 +168,8 @@ def build_pretrain_datasets(
             add_extra_token_to_sequence=False,
             corpus_fingerprint=plan.fingerprint,
         )
-        # One set at a time: a set that is not asked for may have no document, which Megatron's
-        # builder answers with an endless loop.
+        # One set at a time: Megatron would index an epoch of the others as well, and would refuse
+        # the weights of one set because another is to be a single epoch.
         config.split_matrix = [plan.span if other is place else None for other in Split]
         sizes = [count if other is place else 0 for other in Split]
         with warnings.catch_warnings():
@@ -208,10 +208,10 @@ def _plan(
 ) -> _Plan | None:
     """Decide, and check, what a set is made from."""
     if blend_per_split is not None:
-        flag, source = f"--{place.name}-data-path", blend_per_split[place.value]
+        flag, source, share = f"--{place.name}-data-path", blend_per_split[place.value], ""
         split = ",".join("1" if other is place else "0" for other in Split)
     else:
-        flag, source = "--data-path", blend
+        flag, source, share = "--data-path", blend, f" of --split {split}"
         if source is None:
             raise ValueError(
                 "--data-path is missing; give the prefix of a .bin and .idx file made by "
@@ -229,12 +229,11 @@ def _plan(
         if number == 0 or (count is None and number < seq_length):
             raise ValueError(
                 f"{flag} {corpus.prefix}: its {len(corpus.starts)} documents leave {number} tokens "
-                f"for the {place.name} set of --split {split} with --seq-length {seq_length}; "
-                "change --split or give more data"
+                f"for the {place.name} set{share} with --seq-length {seq_length}; give it more"
             )
-    if len(prefixes) == 1:
-        weights = None
-    elif count is not None and weights is None:
+    if len(prefixes) == 1 or count is None:
+        weights = None  # one epoch takes all there is, whatever the weights
+    elif weights is None:
         # Left to itself, Megatron would stop a blend without weights after one epoch.
         weights = [float(number) for number in tokens]
     fingerprint = hashlib.sha256("".join(c.fingerprint for c in corpora).encode()).hexdigest()

@@ -166,7 +166,7 @@ def _build(merges: Sequence[Sequence[str]]) -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call, unused-ignore]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         mask_token=MASK,
         eos_token=END_OF_TEXT,

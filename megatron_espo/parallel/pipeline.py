@@ -134,8 +134,8 @@ def forward_only(
 
     Args:
         model: this rank's model chunks.
-        batches: micro-batches, all of the same ``[b, s]``, the same on every rank of the
-            model-parallel group.
+        batches: micro-batches, the same on every rank of the model-parallel group; with pipeline
+            stages all of the same ``[b, s]``.
         logits_function: see :func:`run_model`.
         logit_shift: see :func:`run_model`.
         layout: process groups.
@@ -143,12 +143,13 @@ def forward_only(
     Returns:
         The function's results in order on the last stage; an empty list elsewhere.
     """
-    shape = batches[0].tokens.shape
-    assert all(batch.tokens.shape == shape for batch in batches)
     if layout.pp_size == 1:
         # The schedule would do just this; calling the model spares its bookkeeping per step.
         with torch.no_grad():
             return [run_model(model[0], b, logits_function, logit_shift) for b in batches]
+
+    shape = batches[0].tokens.shape
+    assert all(batch.tokens.shape == shape for batch in batches)
 
     def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         output = run_model(chunk, next(iterator), logits_function, logit_shift)

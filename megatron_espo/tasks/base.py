@@ -1,7 +1,8 @@
 """The interface between a task and the rest: examples, scores, JSONL files and splits.
 
-A task is a module (or any object) with the attributes of `Task`; nothing registers it and nothing is
-inherited. A task whose problems can be made up also has `generate`, and `demonstrate` for SFT data.
+A task is a module (or any object) with the attributes of `Task`; nothing registers it and nothing
+is inherited. A task whose problems can be made up also has `generate`, and `demonstrate` for SFT
+data.
 """
 
 import hashlib

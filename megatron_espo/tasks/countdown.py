@@ -256,10 +256,9 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
     tokens = _TOKEN.findall(solution)
     operators = [i for i, token in enumerate(tokens) if token in "+-*/"]
     places = [i for i, token in enumerate(tokens) if token[0] in string.digits]
-    variants = [
-        tokens[:i] + [operator] + tokens[i + 1 :] for i in operators for operator in "+-*/"
-    ] + [_exchange(tokens, i, j) for i in places for j in places if i < j]
-    texts = ["".join(variant) for variant in variants]
+    replaced = [[*tokens[:i], operator, *tokens[i + 1 :]] for i in operators for operator in "+-*/"]
+    exchanged = [_exchange(tokens, i, j) for i in places for j in places if i < j]
+    texts = ["".join(variant) for variant in replaced + exchanged]
     # At least one misses: no two values a+b, a-b, a*b, a/b of positive a and b all agree.
     return rng.choice([text for text in texts if parse_expression(text).value != record["target"]])
 

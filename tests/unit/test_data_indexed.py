@@ -1,6 +1,7 @@
 """Invariants of the pre-training data: every token, in order, under a key of its own."""
 
 import argparse
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def write(prefix: Path, documents: Sequence[Sequence[int]]) -> str:
 def documents_of(lengths: Sequence[int], start: int = 0) -> list[list[int]]:
     """Return documents in which every token differs from all others."""
     ends = np.cumsum([start, *lengths])
-    return [list(range(a, b)) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [list(range(a, b)) for a, b in itertools.pairwise(ends)]
 
 
 def build(tokenizer: Any, tmp_path: Path, blend: Blend | None, **changes: Any) -> Any:
@@ -64,6 +65,10 @@ def tokens_of(dataset: Any) -> list[list[int]]:
     return [row["tokens"].tolist() for row in dataset]
 
 
+def flat(rows: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(rows))
+
+
 # The last corpus has documents that end where a row ends, and one of a single token.
 @pytest.mark.parametrize("lengths", [[40], [3, 5, 8, 1, 23], [16, 8, 8, 24], [8, 1, 7, 8, 20]])
 def test_rows_are_the_shuffled_documents_token_by_token(
@@ -76,7 +81,7 @@ def test_rows_are_the_shuffled_documents_token_by_token(
     stream = [token for place in train.document_index for token in documents[place]]
     kept = len(stream) // SEQ * SEQ
     assert sorted(train.document_index.tolist()) == list(range(len(lengths)))
-    assert sum(in_order, []) == stream[:kept]
+    assert flat(in_order) == stream[:kept]
 
 
 def test_every_token_comes_once_an_epoch(tokenizer: Any, tmp_path: Path) -> None:
@@ -85,7 +90,7 @@ def test_every_token_comes_once_an_epoch(tokenizer: Any, tmp_path: Path) -> None
         tokenizer, tmp_path, ([write(tmp_path / "a", documents)], None), num_samples=(15, 0, 0)
     )
     assert len(train) == 15
-    assert Counter(sum(tokens_of(train), [])) == Counter({token: 3 for token in range(40)})
+    assert Counter(flat(tokens_of(train))) == Counter(dict.fromkeys(range(40), 3))
 
 
 def test_a_row_holds_tokens_and_its_key_only(tokenizer: Any, tmp_path: Path) -> None:
@@ -103,9 +108,13 @@ def test_a_row_holds_tokens_and_its_key_only(tokenizer: Any, tmp_path: Path) -> 
             train[outside]
 
 
-def test_padding_and_end_tokens_in_the_data_stay_as_they_are(
-    tokenizer: Any, tmp_path: Path
-) -> None:
+def test_padding_and_end_tokens_in_the_data_stay_as_they_are(tmp_path: Path) -> None:
+    plain = byte_tokenizer()
+    plain.pad_token = plain.bos_token  # not the end of sequence, so Megatron would blank it out
+    save_tokenizer(plain, tmp_path / "tokenizer")
+    tokenizer = MegatronTokenizer.from_pretrained(
+        str(tmp_path / "tokenizer"), metadata_path={"library": "huggingface"}
+    )
     document = [tokenizer.pad, tokenizer.eod, 7, tokenizer.mask] * 2
     train, _, _ = build(tokenizer, tmp_path, ([write(tmp_path / "a", [document])], None))
     assert tokens_of(train) == [document]
@@ -133,7 +142,7 @@ def test_a_new_corpus_at_the_same_path_does_not_use_the_old_indices(
     replacement = [list(range(39, 0, -1)), [0]]  # as many documents and tokens as before
     write(tmp_path / "a", replacement)
     train, _, _ = build(tokenizer, tmp_path, blend)
-    assert sorted(sum(tokens_of(train), [])) == list(range(40))
+    assert sorted(flat(tokens_of(train))) == list(range(40))
 
 
 def test_splits_share_no_document(tokenizer: Any, tmp_path: Path) -> None:
@@ -141,7 +150,7 @@ def test_splits_share_no_document(tokenizer: Any, tmp_path: Path) -> None:
     sets = build(
         tokenizer, tmp_path, ([prefix], None), split="70,20,10", num_samples=(None, None, None)
     )
-    seen = [set(sum(tokens_of(dataset), [])) for dataset in sets]
+    seen = [set(flat(tokens_of(dataset))) for dataset in sets]
     assert [len(tokens) for tokens in seen] == [112, 32, 16]
     assert len(set.union(*seen)) == 160
     assert [dataset.index_split for dataset in sets] == list(Split)
@@ -157,13 +166,13 @@ def test_each_split_may_have_files_of_its_own(tokenizer: Any, tmp_path: Path) ->
         blend_per_split=[([one], None), ([two], None), None],
         num_samples=(2, None, 5),
     )
-    assert sorted(sum(tokens_of(train), [])) == list(range(16))
-    assert sorted(sum(tokens_of(valid), [])) == list(range(100, 116))
+    assert sorted(flat(tokens_of(train))) == list(range(16))
+    assert sorted(flat(tokens_of(valid))) == list(range(100, 116))
     assert not isinstance(valid, list)
     assert test is None
 
 
-def blended(tokenizer: Any, tmp_path: Path, weights: list[float] | None, count: int) -> Any:
+def blended(tokenizer: Any, tmp_path: Path, weights: list[float] | None, count: int | None) -> Any:
     one = write(tmp_path / "a", documents_of([8] * 3))
     two = write(tmp_path / "b", documents_of([8] * 9, start=100))
     return build(tokenizer, tmp_path, ([one, two], weights), num_samples=(count, 0, 0))[0]
@@ -189,6 +198,14 @@ def test_a_blend_follows_its_weights_and_else_the_tokens(
     assert of_first == pytest.approx(40 * share, abs=1)
 
 
+@pytest.mark.parametrize("weights", [[3.0, 1.0], None])
+def test_one_epoch_of_a_blend_is_every_row_once(
+    tokenizer: Any, tmp_path: Path, weights: list[float] | None
+) -> None:
+    train = blended(tokenizer, tmp_path, weights, None)
+    assert sorted(flat(tokens_of(train))) == [*range(24), *range(100, 172)]
+
+
 def test_datasets_can_be_sent_to_loader_processes(tokenizer: Any, tmp_path: Path) -> None:
     train = blended(tokenizer, tmp_path, None, 20)
     assert tokens_of(pickle.loads(pickle.dumps(train))) == tokens_of(train)
@@ -200,7 +217,7 @@ def test_missing_files_are_named_with_the_flag(tokenizer: Any, tmp_path: Path, g
     (tmp_path / f"a.{gone}").unlink()
     with pytest.raises(ValueError, match=rf"^--data-path .*a: .*a\.{gone} is missing"):
         build(tokenizer, tmp_path, ([prefix], None))
-    with pytest.raises(ValueError, match="^--valid-data-path"):
+    with pytest.raises(ValueError, match=r"^--valid-data-path"):
         build(
             tokenizer,
             tmp_path,
@@ -208,25 +225,23 @@ def test_missing_files_are_named_with_the_flag(tokenizer: Any, tmp_path: Path, g
             blend_per_split=[None, ([prefix], None), None],
             num_samples=(0, 1, 0),
         )
-    with pytest.raises(ValueError, match="^--data-path is missing"):
+    with pytest.raises(ValueError, match=r"^--data-path is missing"):
         build(tokenizer, tmp_path, None)
 
 
 @pytest.mark.parametrize("file", ["bin", "idx"])
 @pytest.mark.parametrize("keep", [0, 20, -2])
-def test_files_cut_short_are_refused(
-    tokenizer: Any, tmp_path: Path, file: str, keep: int
-) -> None:
+def test_files_cut_short_are_refused(tokenizer: Any, tmp_path: Path, file: str, keep: int) -> None:
     prefix = write(tmp_path / "a", documents_of([40]))
     path = tmp_path / f"a.{file}"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(ValueError, match="^--data-path .* are broken or not a pair"):
+    with pytest.raises(ValueError, match=r"^--data-path .* are broken or not a pair"):
         build(tokenizer, tmp_path, ([prefix], None))
 
 
 def test_data_of_another_tokenizer_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     prefix = write(tmp_path / "a", [[1] * 40, [262]])
-    with pytest.raises(ValueError, match="holds token 262, --tokenizer-model has only 262"):
+    with pytest.raises(ValueError, match=r"holds token 262, --tokenizer-model has only 262"):
         build(tokenizer, tmp_path, ([prefix], None))
 
 
@@ -237,12 +252,13 @@ def test_a_set_without_documents_is_refused_only_when_it_is_asked_for(
     train, valid, _ = build(tokenizer, tmp_path, blend, split="99,1,0", num_samples=(7, 0, 0))
     assert len(train) >= 7
     assert valid is None
-    with pytest.raises(ValueError, match="2 documents leave 0 tokens for the valid set of --split"):
+    assert {path.name.split("-")[2] for path in (tmp_path / "cache").iterdir()} == {"train"}
+    with pytest.raises(
+        ValueError, match=r"2 documents leave 0 tokens for the valid set of --split"
+    ):
         build(tokenizer, tmp_path, blend, split="99,1,0", num_samples=(7, 1, 0))
-    with pytest.raises(ValueError, match="20 tokens for the valid set .* --seq-length 32"):
-        build(
-            tokenizer, tmp_path, blend, split="1,1", num_samples=(7, None, 0), seq_length=32
-        )
+    with pytest.raises(ValueError, match=r"20 tokens for the valid set .* --seq-length 32"):
+        build(tokenizer, tmp_path, blend, split="1,1", num_samples=(7, None, 0), seq_length=32)
 
 
 def test_weights_must_be_positive(tokenizer: Any, tmp_path: Path) -> None:
@@ -255,7 +271,7 @@ def test_split_is_shares_of_the_documents() -> None:
     assert split_spans("1") == [(0.0, 1.0), None, None]
     assert split_spans("0,.5,1.5") == [None, (0.0, 0.25), (0.25, 1.0)]
     for wrong in (None, "", "a,b", "1,1,1,1", "-1,2", "0,0,0", "1,,2"):
-        with pytest.raises(ValueError, match="--split"):
+        with pytest.raises(ValueError, match=r"--split"):
             split_spans(wrong)
 
 
@@ -276,15 +292,13 @@ def test_megatrons_flags_describe_the_data(tokenizer: Any, tmp_path: Path) -> No
     assert isinstance(valid, PretrainDataset)
     assert (len(train), len(valid), test) == (8, 4, None)
     assert not train.dataset.mmap
-    assert max(sum(tokens_of(train), [])) < 32 <= min(sum(tokens_of(valid), []))
+    assert max(flat(tokens_of(train))) < 32 <= min(flat(tokens_of(valid)))
     assert train.config.random_seed == 3
     assert list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("flag", ["mock_data", "reset_attention_mask", "multiple_validation_sets"])
-def test_flags_without_meaning_here_are_refused(
-    tokenizer: Any, tmp_path: Path, flag: str
-) -> None:
+def test_flags_without_meaning_here_are_refused(tokenizer: Any, tmp_path: Path, flag: str) -> None:
     args = arguments("unused", tmp_path, **{flag: True})
     with pytest.raises(ValueError, match=f"^--{flag.replace('_', '-')} is not supported"):
         pretrain_datasets_from_args(args, (1, 1, 1), tokenizer)

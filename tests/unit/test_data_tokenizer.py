@@ -1,12 +1,13 @@
 """Invariants of the tokenizers, the chat format and the decoding of completions."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.tokenizers import MegatronTokenizer
+from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +82,7 @@ def test_ids_are_bytes_then_special_tokens_then_merges(trained: PreTrainedTokeni
     for tokenizer in (BYTES, trained):
         assert tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS)) == list(range(256, 262))
         assert tokenizer.vocab_size == len(tokenizer)
-    assert min(trained.convert_tokens_to_ids(["mask", "diffus"])) >= 262
+    assert min(trained.convert_tokens_to_ids(["ask", "ffus"])) >= 262
 
 
 def test_training_again_gives_the_same_tokenizer(
@@ -97,7 +98,7 @@ def test_training_merges_what_is_frequent(trained: PreTrainedTokenizerFast) -> N
 
 
 def test_training_refuses_sizes_it_cannot_reach(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--vocab-size 261: give at least 262"):
+    with pytest.raises(ValueError, match=r"--vocab-size 261: give at least 262"):
         train_tokenizer([corpus], 261)
     with pytest.raises(ValueError, match=r"--vocab-size 5000: the text of --train yields only \d+"):
         train_tokenizer([corpus], 5000)
@@ -125,16 +126,24 @@ def test_saved_folder_loads_with_the_same_ids_tokens_and_template(
 
 def test_saving_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "something").touch()
-    with pytest.raises(ValueError, match="--out .* is not an empty folder"):
+    with pytest.raises(ValueError, match=r"--out .* is not an empty folder"):
         save_tokenizer(BYTES, tmp_path)
 
 
 def test_megatron_loads_the_folder_with_the_same_ids(tmp_path: Path) -> None:
     save_tokenizer(BYTES, tmp_path / "bytes")
-    theirs = MegatronTokenizer.from_pretrained(
-        str(tmp_path / "bytes"), metadata_path={"library": "huggingface"}
-    )
+    not_given = ("chat_template", "vocab_file", "merge_file", "special_tokens", "metadata_path")
+    flags = {
+        "tokenizer_type": "HuggingFaceTokenizer",
+        "tokenizer_model": str(tmp_path / "bytes"),
+        "tokenizer_hf_no_use_fast": False,
+        "tokenizer_hf_no_include_special_tokens": False,
+        "trust_remote_code": False,
+        "pad_vocab_size": False,
+    }
+    theirs = build_tokenizer(Namespace(**flags, **dict.fromkeys(not_given)))
     assert theirs.vocab_size == len(BYTES) == 262
+    assert theirs.chat_template == BYTES.chat_template
     assert theirs.eod == BYTES.eos_token_id
     assert theirs.mask == BYTES.mask_token_id
     assert theirs.tokenize("hé <|mask|>") == encode_prompt(BYTES, "hé <|mask|>")
@@ -163,7 +172,7 @@ def test_code_in_a_folder_is_not_run_and_the_way_out_works(tmp_path: Path) -> No
         "mask_token": "<|mask|>",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match='remove "auto_map" .*"Qwen2Tokenizer"'):
+    with pytest.raises(ValueError, match=r'remove "auto_map" .*"Qwen2Tokenizer"'):
         load_tokenizer(tmp_path)
     del config["auto_map"]
     config["tokenizer_class"] = "Qwen2Tokenizer"
@@ -184,14 +193,14 @@ def test_chat_is_written_in_the_chat_format_with_the_assistants_header() -> None
 def test_chat_needs_a_template_and_whole_messages() -> None:
     plain = byte_tokenizer()
     plain.chat_template = None
-    with pytest.raises(ValueError, match="has no chat template"):
+    with pytest.raises(ValueError, match=r"has no chat template"):
         encode_prompt(plain, MESSAGES)
     plain.chat_template = "{{ raise_exception('user first') }}"
     with pytest.raises(ValueError, match=r"refuses the conversation \(user first\)"):
         encode_prompt(plain, MESSAGES)
-    with pytest.raises(ValueError, match='needs a text "role" and "content"'):
+    with pytest.raises(ValueError, match=r'needs a text "role" and "content"'):
         encode_prompt(BYTES, [{"role": "user"}])
-    with pytest.raises(ValueError, match="no message"):
+    with pytest.raises(ValueError, match=r"no message"):
         encode_prompt(BYTES, [])
 
 
@@ -214,7 +223,7 @@ def test_special_ids_of_a_built_tokenizer() -> None:
 def test_special_ids_need_a_mask_token_of_its_own() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.mask_token = None
-    with pytest.raises(ValueError, match="defines no mask token; pass --mask-token-id"):
+    with pytest.raises(ValueError, match=r"defines no mask token; pass --mask-token-id"):
         special_ids(tokenizer)
     assert special_ids(tokenizer, 7).mask_token_id == 7
     assert special_ids(BYTES, 7).mask_token_id == 7
@@ -228,5 +237,5 @@ def test_special_ids_need_an_end_of_sequence_and_pad_with_it() -> None:
     tokenizer.pad_token = None
     assert special_ids(tokenizer).pad_token_id == tokenizer.eos_token_id
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="defines no end-of-sequence token"):
+    with pytest.raises(ValueError, match=r"defines no end-of-sequence token"):
         special_ids(tokenizer)

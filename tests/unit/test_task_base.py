@@ -97,6 +97,12 @@ def test_drawing_finds_every_problem_of_a_split_then_says_that_there_are_no_more
         draw_distinct(draw, 50, "validation")
 
 
+def test_only_misses_in_a_row_count_as_exhaustion() -> None:
+    misses = [None] * 9_999
+    draws = iter([*misses, ("0", {"n": 0}), *misses, ("2", {"n": 2})])
+    assert draw_distinct(lambda: next(draws), 2, "train") == [{"n": 0}, {"n": 2}]
+
+
 def test_drawing_refuses_an_unknown_split_and_a_negative_count() -> None:
     with pytest.raises(ValueError, match="split 'dev' is unknown; use one of train, validation"):
         draw_distinct(lambda: None, 0, "dev")

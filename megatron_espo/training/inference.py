@@ -1,0 +1,58 @@
+"""Loads a checkpoint for sampling and evaluation, without an optimizer."""
+
+import argparse
+from collections.abc import Sequence
+
+from megatron.core.enums import ModelType
+from megatron.training import training as megatron_training
+
+from megatron_espo.arguments import config_from_args, initialize_arguments
+from megatron_espo.config import RolloutConfig
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.model.provider import model_provider
+from megatron_espo.training.setup import diffusion_model, initialize_process_groups
+
+
+def prepare_arguments(args: argparse.Namespace) -> None:
+    """Check the arguments and fill in what only training needs.
+
+    Args:
+        args: parsed arguments.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    config_from_args(RolloutConfig, args).validate(args.logit_shift)
+    if args.load is None:
+        raise ValueError("--load is missing: the folder of the checkpoint.")
+    args.exit_on_missing_checkpoint = True
+    args.skip_train = args.no_load_optim = args.no_load_rng = True
+    args.micro_batch_size = args.global_batch_size = None
+    args.micro_batch_size = 1
+    args.train_iters, args.lr = 1, 0.0
+    if args.seq_length is None:
+        args.seq_length = args.max_position_embeddings or 4096
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+
+
+def load_model(argv: Sequence[str]) -> tuple[DiffusionModel, argparse.Namespace]:
+    """Build the model that the command line describes and load its checkpoint.
+
+    The shape comes from the checkpoint.
+
+    Args:
+        argv: flags.
+
+    Returns:
+        The model in evaluation mode, and Megatron's arguments.
+    """
+    args = initialize_arguments(["--use-checkpoint-args", *argv], prepare_arguments)
+    initialize_process_groups(args)
+    megatron_training.initialize_megatron()
+    chunks, _, _ = megatron_training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+    )
+    for chunk in chunks:
+        chunk.eval()
+    return diffusion_model(chunks), args

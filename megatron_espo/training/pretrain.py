@@ -1,0 +1,131 @@
+"""Pre-training and fine-tuning through Megatron's own training loop.
+
+``torchrun -m megatron_espo.training.pretrain [Megatron flags]`` pre-trains on .bin/.idx data;
+with ``--sft-train-data FILE`` it fine-tunes on JSONL instead.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.datasets.utils import Split
+from megatron.core.enums import ModelType
+from megatron.training import get_args, get_tokenizer
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.training import pretrain
+
+from megatron_espo.arguments import config_from_args, initialize_arguments
+from megatron_espo.config import SftConfig
+from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
+from megatron_espo.data.sft import SftDataset
+from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.model.provider import model_provider
+from megatron_espo.training.denoise import forward_step
+from megatron_espo.training.setup import initialize_process_groups, run_entry_point
+
+
+def prepare_arguments(args: argparse.Namespace) -> None:
+    """Check and complete the arguments of pre-training and fine-tuning.
+
+    Args:
+        args: parsed arguments.
+
+    Raises:
+        ValueError: naming the flag.
+    """
+    if args.seq_length is None or args.micro_batch_size is None:
+        raise ValueError("--seq-length and --micro-batch-size are missing; pass both.")
+    if not args.train_iters and not args.train_samples and not args.skip_train:
+        raise ValueError("--train-iters is missing: how many steps to train.")
+    if args.max_position_embeddings is None:
+        args.max_position_embeddings = args.seq_length
+    if args.calculate_per_token_loss:
+        raise ValueError(
+            "--calculate-per-token-loss: the loss is an average over samples; leave it out."
+        )
+    model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    rows = args.micro_batch_size * max(args.world_size // model_size, 1)
+    if args.global_batch_size is not None and args.global_batch_size % rows:
+        raise ValueError(
+            f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
+            f"{args.micro_batch_size} x {rows // args.micro_batch_size} data-parallel ranks."
+        )
+    sft = config_from_args(SftConfig, args)
+    if sft.train_data is not None and sft.valid_data is None:
+        args.eval_iters = 0
+    if args.eval_interval is None:
+        args.eval_interval = max(args.train_iters or 1, 1)
+
+
+def build_datasets(
+    num_samples: Sequence[int | None], vp_stage: int | None = None
+) -> Datasets:
+    """Build the data sets (Megatron's provider interface; called on every rank).
+
+    Args:
+        num_samples: rows of the training, validation and test set.
+        vp_stage: virtual pipeline stage; all stages read the same rows.
+
+    Returns:
+        The sets.
+    """
+    args = get_args()
+    train, valid, test = num_samples
+    sft = config_from_args(SftConfig, args)
+    if sft.train_data is None:
+        return pretrain_datasets_from_args(args, (train, valid, test), get_tokenizer())
+
+    tokenizer = load_tokenizer(args.tokenizer_model)
+
+    def dataset(path: str, count: int | None, split: Split) -> SftDataset:
+        return SftDataset(
+            path,
+            tokenizer,
+            special_ids(tokenizer, args.mask_token_id),
+            seq_length=args.seq_length,
+            completion_length=sft.completion_length,
+            num_samples=count,
+            seed=args.seed,
+            shuffle=split is Split.train,
+            skip_long=sft.skip_long,
+            split=split,
+        )
+
+    return (
+        dataset(sft.train_data, train, Split.train),
+        dataset(sft.valid_data, valid, Split.valid) if sft.valid_data and valid != 0 else None,
+        None,
+    )
+
+
+# Megatron then builds the data on every rank instead of broadcasting from the first.
+build_datasets.is_distributed = True  # type: ignore[attr-defined]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train from the command line.
+
+    Args:
+        argv: flags.
+    """
+    args = initialize_arguments(argv, prepare_arguments)
+    _check_data(args)
+    initialize_process_groups(args)
+    config: Any = pretrain_cfg_container_from_args(args)
+    pretrain(
+        config,
+        build_datasets,
+        ModelType.encoder_or_decoder,
+        forward_step,
+        model_provider,
+    )
+
+
+def _check_data(args: argparse.Namespace) -> None:
+    """Read the data once before any rank waits for another, so that a bad file ends all ranks."""
+    if args.sft_train_data is not None:
+        build_datasets((1, 1 if args.sft_valid_data else 0, 0))
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

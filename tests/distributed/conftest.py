@@ -1,0 +1,146 @@
+"""Four gloo ranks for the whole folder: ``torchrun --nproc-per-node 4 -m pytest tests/distributed``.
+
+Every rank runs the same tests in the same order. A layout is built with the code that training
+uses, from a checkpoint that one fixture wrote, so all layouts hold the same weights.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_espo import device
+
+device.prepare()
+
+from megatron.core import mpu  # noqa: E402
+from megatron.core.enums import ModelType  # noqa: E402
+from megatron.core.num_microbatches_calculator import (  # noqa: E402
+    unset_num_microbatches_calculator,
+)
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
+from megatron.training import training as megatron_training  # noqa: E402
+from megatron.training.checkpointing import save_checkpoint  # noqa: E402
+from megatron.training.global_vars import destroy_global_vars  # noqa: E402
+
+from megatron_espo.arguments import initialize_arguments  # noqa: E402
+from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa: E402
+from megatron_espo.model.handle import DiffusionModel  # noqa: E402
+from megatron_espo.model.provider import model_provider  # noqa: E402
+from megatron_espo.training.espo import _connect_schedule  # noqa: E402
+from megatron_espo.training.setup import diffusion_model  # noqa: E402
+
+WORLD = 4
+# Four layers, grouped queries, and a vocabulary of 262 that every layout pads differently.
+SHAPE = (
+    "--preset tiny --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 "
+    "--group-query-attention --num-query-groups 4 --make-vocab-size-divisible-by 8 "
+    "--seq-length 48 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --init-method-std 0.2 "
+    "--mask-token-id 256"
+).split()
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model in one layout."""
+
+    model: DiffusionModel
+    optimizer: Any
+    scheduler: Any
+    args: Any
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) != WORLD:
+        skip = pytest.mark.skip(reason="start with torchrun --nproc-per-node 4")
+        for item in items:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def process_group() -> Iterator[None]:
+    if int(os.environ.get("WORLD_SIZE", "1")) == WORLD:
+        dist.init_process_group("gloo", timeout=timedelta(minutes=3))
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(process_group: None, tmp_path_factory: pytest.TempPathFactory) -> str:
+    box = [str(tmp_path_factory.mktemp("shared")) if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(box, 0)
+    return str(box[0])
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(shared_folder: str) -> str:
+    folder = os.path.join(shared_folder, "tokenizer")
+    if dist.get_rank() == 0:
+        save_tokenizer(byte_tokenizer(), folder)
+    dist.barrier()
+    return folder
+
+
+def _no_checks(args: Any) -> None:
+    args.max_position_embeddings = 4096
+    args.rerun_mode = "disabled"
+
+
+def build_layout(
+    tokenizer: str, tp: int, pp: int, extra: tuple[str, ...] = (), solo: bool = False
+) -> Built:
+    """Build a model in a layout of the four ranks.
+
+    Args:
+        tokenizer: tokenizer folder.
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        extra: more flags.
+        solo: each rank treats itself as the only one; the data-parallel copies that Megatron
+            knows of compute the same thing, and the mean of equal gradients is the gradient.
+    """
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+    destroy_rerun_state_machine()
+    if mpu.model_parallel_is_initialized():
+        mpu.destroy_model_parallel()
+    argv = [
+        *SHAPE, "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp),
+        "--tokenizer-model", tokenizer, *extra,
+    ]
+    args = initialize_arguments(argv, _no_checks)
+    mpu.initialize_model_parallel(tp, pp, args.virtual_pipeline_model_parallel_size)
+    megatron_training.initialize_megatron()
+    chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+    )
+    _connect_schedule(chunks, optimizer)
+    model = diffusion_model(chunks)
+    if solo:
+        groups = [dist.new_group([rank]) for rank in range(WORLD)]
+        own = groups[dist.get_rank()]
+        model = replace(model, layout=replace(model.layout, dp=own))
+    return Built(model, optimizer, scheduler, args)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(shared_folder: str, tokenizer_folder: str) -> str:
+    """Random weights, saved once; every layout loads them."""
+    folder = os.path.join(shared_folder, "weights")
+    built = build_layout(tokenizer_folder, 1, 1, ("--save", folder))
+    # Norm weights of 1 and zero biases would hide a wrong layout of them.
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for chunk in built.model.chunks:
+            for _, parameter in sorted(chunk.named_parameters(), key=lambda pair: pair[0]):
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    built.optimizer.reload_model_params()
+    save_checkpoint(1, list(built.model.chunks), built.optimizer, built.scheduler, 0)
+    return folder

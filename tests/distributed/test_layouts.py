@@ -1,0 +1,268 @@
+"""The same ELBOs, gradients, tokens and losses in every layout as on one rank."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import Built, build_layout
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.diffusion.noise import elbo_views
+from megatron_espo.generation.sampler import generate
+from megatron_espo.random import stream, uniform
+from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
+from megatron_espo.rl.update import accumulate_gradient
+from megatron_espo.training.denoise import forward_step
+
+# tp, pp, further flags; what is left of the four ranks is data parallel.
+LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "tp2-dp2": (2, 1, ()),
+    "pp2-dp2": (1, 2, ()),
+    "dp4": (1, 1, ()),
+    "tp2-pp2": (2, 2, ()),
+    "tp4": (4, 1, ()),
+    "pp4": (1, 4, ()),
+    "tp2-sp-dp2": (2, 1, ("--sequence-parallel",)),
+    "tp2-pp2-sp-do": (2, 2, ("--sequence-parallel", "--use-distributed-optimizer")),
+    "pp2-vpp2-dp2": (1, 2, ("--num-layers-per-virtual-pipeline-stage", "1")),
+}
+TOLERANCE = 1e-5
+N, LENGTH = 8, 8
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one rank computes."""
+
+    elbo: Tensor
+    tokens: dict[str, Tensor]
+    espo: dict[str, Tensor]
+    espo_norm: float
+    losses: dict[bool, float]
+    loss_gradients: dict[bool, dict[str, Tensor]]
+
+
+@pytest.fixture(scope="session")
+def expected(tokenizer_folder: str, checkpoint: str) -> Expected:
+    solo = build_layout(tokenizer_folder, 1, 1, ("--pretrained-checkpoint", checkpoint), solo=True)
+    losses, gradients = {}, {}
+    for sft in (False, True):
+        losses[sft] = pretrain_loss(solo, 4, sft)
+        gradients[sft] = gradients_of(solo)
+    elbo = elbo_of(solo)
+    tokens = {name: tokens_of(solo, config) for name, config in SAMPLERS.items()}
+    espo, norm = espo_gradient(solo, "joint", 8)
+    return Expected(elbo, tokens, espo, norm, losses, gradients)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def built(request: Any, expected: Expected, tokenizer_folder: str, checkpoint: str) -> Built:
+    tp, pp, extra = request.param
+    flags = ("--pretrained-checkpoint", checkpoint, *extra)
+    return build_layout(tokenizer_folder, tp, pp, flags)
+
+
+def prompts_and_completions() -> tuple[list[list[int]], Tensor]:
+    """Prompts of different lengths, and completions."""
+    numbers = (uniform(stream(3, "test-tokens"), torch.arange(N), 32) * 250).long()
+    prompts = [numbers[i, : 5 + i].tolist() for i in range(N)]
+    return prompts, numbers[:, 16 : 16 + LENGTH]
+
+
+def own_rows(built: Built) -> slice:
+    """This data-parallel rank's share of the N sequences."""
+    share = N // built.model.layout.dp_size
+    return slice(built.model.layout.dp_rank * share, (built.model.layout.dp_rank + 1) * share)
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    scale = expected.abs().max().clamp(min=1e-12)
+    error = ((actual - expected).abs().max() / scale).item()
+    assert error < TOLERANCE, f"{what}: relative difference {error:.2e}"
+
+
+def elbo_of(built: Built) -> Tensor:
+    prompts, completions = prompts_and_completions()
+    rows = own_rows(built)
+    ids = torch.arange(N)[rows]
+    for chunk in built.model.chunks:
+        chunk.eval()
+    return torch.cat(
+        [
+            # One sequence at a time on data-parallel ranks: strata cover the call's sequences.
+            estimate_elbo(
+                built.model, [prompts[i]], completions[i : i + 1], num_mc=2, seed=5,
+                sample_ids=ids[k : k + 1], rows_per_batch=2,
+            ).draws
+            for k, i in enumerate(ids.tolist())
+        ]
+    )
+
+
+def test_elbo_does_not_depend_on_layout(built: Built, expected: Expected) -> None:
+    assert_close(elbo_of(built), expected.elbo[own_rows(built)], "ELBO draws")
+
+
+def tokens_of(built: Built, config: RolloutConfig) -> Tensor:
+    prompts, _ = prompts_and_completions()
+    rows = own_rows(built)
+    for chunk in built.model.chunks:
+        chunk.eval()
+    return generate(
+        built.model, prompts[rows], torch.arange(N)[rows], config, 11, "test"
+    ).completions
+
+
+SAMPLERS = {
+    "low_confidence": RolloutConfig(16, 8, 8, 1.0, "low_confidence", micro_batch_size=3),
+    "greedy": RolloutConfig(16, 16, 8, 0.0, "low_confidence", micro_batch_size=2),
+    "random": RolloutConfig(16, 8, 16, 0.7, "random", micro_batch_size=8),
+    "guidance": RolloutConfig(16, 8, 4, 1.0, "low_confidence", 1.5, micro_batch_size=4),
+    "origin": RolloutConfig(16, 16, 8, 1.0, "origin", micro_batch_size=2),
+    "entropy": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=4),
+    "topk_margin": RolloutConfig(16, 16, 8, 0.9, "topk_margin", micro_batch_size=4),
+    "maskgit_plus": RolloutConfig(16, 16, 8, 0.9, "maskgit_plus", micro_batch_size=4),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_tokens_do_not_depend_on_layout(built: Built, expected: Expected, name: str) -> None:
+    actual = tokens_of(built, SAMPLERS[name])
+    assert torch.equal(actual, expected.tokens[name][own_rows(built)])
+
+
+def test_samplers_differ(expected: Expected) -> None:
+    """Equal tokens show something only if the tokens depend on the settings."""
+    seen = {str(tokens.tolist()) for tokens in expected.tokens.values()}
+    assert len(seen) == len(SAMPLERS)
+
+
+def gradients_of(built: Built) -> dict[str, Tensor]:
+    """All gradients on this rank's stage, whole (gathered over tensor-parallel shards)."""
+    group, result = built.model.layout.tp, {}
+    for chunk in unwrap_model(list(built.model.chunks)):
+        # Layers carry their place in the whole model; module names count within the stage.
+        numbers = {
+            f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}."
+            for i, layer in enumerate(chunk.decoder.layers)
+        }
+        for name, parameter in chunk.named_parameters():
+            prefix = next((p for p in numbers if name.startswith(p)), None)
+            if prefix is not None:
+                name = numbers[prefix] + name.removeprefix(prefix)
+            gradient = parameter.main_grad.detach().clone()
+            if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1:
+                parts = [torch.empty_like(gradient) for _ in range(group.size())]
+                dist.all_gather(parts, gradient, group=group)
+                if name.endswith("linear_fc1.weight"):
+                    halves = [part.chunk(2) for part in parts]
+                    parts = [h[0] for h in halves] + [h[1] for h in halves]
+                gradient = torch.cat(parts, dim=parameter.partition_dim)
+            result[name] = gradient
+    return result
+
+
+def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[str, Tensor], float]:
+    prompts, completions = prompts_and_completions()
+    rows = own_rows(built)
+    config = EspoConfig(
+        gradient=mode, num_mc=2, kl_coef=0.05, prompts_per_rollout=4, group_size=2
+    )
+    ids = torch.arange(N)[rows]
+    views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, config.num_mc)
+    sequences = pack_sequences(
+        prompts[rows], completions[rows], built.model.pad_token_id, built.model.pad_multiple * 8
+    )
+    batches = view_batches(
+        sequences, views, built.model.mask_token_id, built.model.vocab_size, rows_per_batch
+    )
+    noise = uniform(stream(9, "elbos"), torch.arange(N), 5)[rows].float()
+    for chunk in built.model.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    built.optimizer.zero_grad()
+    base = elbo_of_views(built.model, batches, views)
+    draws = accumulate_gradient(
+        built.model, batches, views,
+        base + noise[:, :2] - 0.5, base + 4 * noise[:, 2:4], (noise[:, 4] - 0.5) * 4,
+        LENGTH, config, N,
+    )
+    torch.testing.assert_close(draws, base, rtol=1e-5, atol=1e-4)
+    gradients = gradients_of(built)
+    # The norm alone: a step would change the weights that later tests compare with.
+    built.optimizer.prepare_grads()
+    norm = float(built.optimizer.get_grad_norm())
+    built.optimizer.zero_grad()
+    return gradients, norm
+
+
+def uses_distributed_optimizer(built: Built) -> bool:
+    """Then a rank's buffers hold the sums of its own shards only: norms are compared instead."""
+    return bool(built.args.use_distributed_optimizer)
+
+
+@pytest.mark.parametrize("mode", ["joint", "two_pass"])
+def test_espo_gradient_does_not_depend_on_layout(
+    built: Built, expected: Expected, mode: str
+) -> None:
+    actual, norm = espo_gradient(built, mode, 4)
+    assert abs(norm - expected.espo_norm) < TOLERANCE * expected.espo_norm
+    assert expected.espo_norm > 0.01
+    if uses_distributed_optimizer(built):
+        return
+    assert actual
+    for name, gradient in actual.items():
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            assert not gradient[262:].any(), "gradient on padded vocabulary"
+        assert_close(gradient[:262], expected.espo[name][:262], name)
+
+
+def pretrain_loss(built: Built, micro: int, extra_sft: bool) -> float:
+    """The reported loss over eight rows, through Megatron's schedule."""
+    tokens = (uniform(stream(4, "rows"), torch.arange(N), 40) * 250).long()
+    data = {"tokens": tokens, "sample_id": torch.arange(N)}
+    if extra_sft:
+        data |= {"prompt_length": torch.arange(N), "completion_length": torch.full((N,), 20)}
+    rows = own_rows(built)
+    data = {name: value[rows] for name, value in data.items()}
+    share = N // built.model.layout.dp_size
+    batches = [
+        {name: value[i : i + micro] for name, value in data.items()} for i in range(0, share, micro)
+    ]
+    chunks = list(built.model.chunks)
+    for chunk in chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    built.args.random_length_probability = 0.3
+    iterators = [iter(batches) for _ in chunks]
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches), seq_length=40, micro_batch_size=micro, forward_only=False,
+    )
+    sums = torch.zeros(2, dtype=torch.float64)
+    if built.model.layout.is_last_stage:
+        sums = torch.stack([report["lm loss"].double() for report in reports]).sum(0)
+    if built.model.layout.dp_size > 1:
+        dist.all_reduce(sums, group=built.model.layout.dp)
+    if built.model.layout.pp_size > 1:
+        dist.all_reduce(sums, group=built.model.layout.pp)
+    return float(sums[0] / sums[1])
+
+
+@pytest.mark.parametrize("sft", [False, True], ids=["pretrain", "sft"])
+def test_pretraining_does_not_depend_on_layout(
+    built: Built, expected: Expected, sft: bool
+) -> None:
+    actual = pretrain_loss(built, 2, sft)
+    assert abs(actual - expected.losses[sft]) < TOLERANCE * abs(expected.losses[sft])
+    if not uses_distributed_optimizer(built):
+        for name, gradient in gradients_of(built).items():
+            assert_close(gradient[:262], expected.loss_gradients[sft][name][:262], name)

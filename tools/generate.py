@@ -1,0 +1,42 @@
+"""Completes prompts with a checkpoint.
+
+    python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once" \
+        --rollout-completion-length 64 --rollout-denoising-steps 64 --rollout-temperature 0.7
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
+
+from megatron_espo.arguments import config_from_args
+from megatron_espo.config import RolloutConfig
+from megatron_espo.data.tokenizer import decode_completion, encode_prompt, load_tokenizer
+from megatron_espo.generation.sampler import generate
+from megatron_espo.training.inference import load_model
+from megatron_espo.training.setup import run_entry_point
+
+
+def main(argv: Sequence[str]) -> None:
+    """Complete the prompts given with --prompt; every other flag is passed on."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--prompt", nargs="+", default=[""])
+    own, rest = parser.parse_known_args(argv)
+    model, args = load_model(rest)
+    tokenizer = load_tokenizer(args.tokenizer_model)
+    prompts = [encode_prompt(tokenizer, prompt) for prompt in own.prompt]
+    result = generate(
+        model,
+        prompts,
+        torch.arange(len(prompts)),
+        config_from_args(RolloutConfig, args),
+        args.seed,
+        "generate",
+    )
+    if model.layout.is_reporter:
+        for prompt, ids in zip(own.prompt, result.completions.tolist(), strict=True):
+            print(f"{prompt}\033[1m{decode_completion(tokenizer, ids, model.stop_token_ids)}\033[0m")
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
