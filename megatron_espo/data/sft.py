@@ -8,7 +8,7 @@ only what follows the completion is padding without a loss (arXiv 2502.09992, se
 import functools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,9 @@ class SftDataset(Dataset[dict[str, Tensor]]):
         # One flat array: Python lists would be copied page by page into every loader process.
         tokens, starts, prompts = array("i"), array("q", [0]), array("q")
         for example in read_examples(path, tokenizer, ids):
+            if len(example.completion) - 1 == completion_length:
+                # It fills the fixed length: there is no room for an end of sequence, and no need.
+                example = replace(example, completion=example.completion[:-1])
             problem = _misfit(example, seq_length, completion_length)
             if problem and not skip_long:
                 raise ValueError(f"{path}:{example.line}: {problem} or pass --sft-skip-long")

@@ -150,6 +150,10 @@ def forward_only(
 
     shape = batches[0].tokens.shape
     assert all(batch.tokens.shape == shape for batch in batches)
+    num_batches = len(batches)
+    if len(model) > 1:
+        # The interleaved schedule takes micro-batches in rounds of one per pipeline stage.
+        batches = [*batches, *[batches[-1]] * (-num_batches % layout.pp_size)]
 
     def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         output = run_model(chunk, next(iterator), logits_function, logit_shift)
@@ -167,4 +171,4 @@ def forward_only(
             forward_only=True,
             collect_non_loss_data=True,
         )
-    return list(results)
+    return list(results)[:num_batches]

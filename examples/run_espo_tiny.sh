@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# The whole path on two CPU cores: data, fine-tuning of a tiny model from nothing, ESPO, a control
+# that spends ESPO's compute on more fine-tuning, and accuracy on a held-out test split.
+#
+#   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [-- flags for the ESPO run]
+#
+# Environment: PYTHON (python3), RANKS (2).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+task=sudoku seed=1 out=""
+while (($#)); do
+  case $1 in
+    sudoku | countdown) task=$1; shift ;;
+    --seed) seed=$2; shift 2 ;;
+    --out) out=$2; shift 2 ;;
+    --) shift; break ;;
+    *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
+  esac
+done
+out=${out:-runs/$task-seed$seed}
+python=${PYTHON:-python3} ranks=${RANKS:-2}
+export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
+rm -rf "$out" && mkdir -p "$out"
+started=$SECONDS
+say() { printf '\n\033[1m[%3ds] %s\033[0m\n' $((SECONDS - started)) "$*"; }
+# Megatron prints all its arguments; the log keeps them, the console shows what happens.
+ranks() {
+  local log=$1; shift
+  "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@" 2>&1 |
+    tee "$out/$log.log" | grep -E --line-buffered '^error|^rollout|^held-out|iteration +[0-9]+/|^Traceback|Error' |
+    sed -u -E 's/consumed samples.*learning rate/learning rate/; s/global batch size.*lm loss/lm loss/; s/ \| loss scale.*//' || true
+  test "${PIPESTATUS[0]}" -eq 0
+}
+
+# Settings that were tuned on the validation split only.
+source examples/tiny_"$task".sh
+
+say "Making $task problems and demonstrations of mixed quality"
+"$python" tools/make_tokenizer.py --out "$out/tokenizer"
+"$python" tools/prepare_data.py "$task" --out "$out/data" --seed "$seed" "${data[@]}"
+
+model=(--preset tiny --tokenizer-model "$out/tokenizer" --seq-length "$seq_length" --seed "$seed")
+sampling=(--rollout-completion-length "$completion" --rollout-block-length "$completion"
+  --rollout-denoising-steps "$steps" --rollout-micro-batch-size 128)
+sft=(-m megatron_espo.training.pretrain "${model[@]}" --sft-train-data "$out/data/demonstrations.jsonl"
+  --sft-completion-length "$completion" --micro-batch-size 64 --global-batch-size 128
+  --adam-beta2 0.99 --weight-decay 0.01 --log-interval 50 --save-interval 1000000)
+
+say "Fine-tuning a tiny model from nothing ($sft_iters steps)"
+ranks sft "${sft[@]}" --train-iters "$sft_iters" "${sft_rate[@]}" --save "$out/base" \
+  --tensorboard-dir "$out/tensorboard/sft"
+
+say "ESPO ($rollouts rollouts)"
+ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-task "$task" \
+  --espo-train-data "$out/data/train.jsonl" --espo-eval-data "$out/data/validation.jsonl" \
+  --espo-num-rollouts "$rollouts" "${espo[@]}" --pretrained-checkpoint "$out/base" \
+  --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
+
+say "Control: the compute of ESPO spent on more fine-tuning ($control_iters steps)"
+ranks control "${sft[@]}" --train-iters "$control_iters" "${control_rate[@]}" \
+  --pretrained-checkpoint "$out/base" --load "$out/control" --save "$out/control" \
+  --tensorboard-dir "$out/tensorboard/control"
+
+say "Held-out test problems, greedy sampling"
+for name in base espo control; do
+  ranks "test-$name" tools/evaluate.py --load "$out/$name" --tokenizer-model "$out/tokenizer" \
+    --seq-length "$seq_length" "${sampling[@]}" --espo-task "$task" \
+    --espo-eval-data "$out/data/test.jsonl"
+done
+"$python" tools/plot_run.py "$out" --title "ESPO on $task, seed $seed"
+say "Done: $out/curves.png, TensorBoard: tensorboard --logdir $out/tensorboard"
