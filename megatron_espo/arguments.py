@@ -116,7 +116,6 @@ def initialize_arguments(
         args = parse_args(add_arguments)
     finally:
         sys.argv = program
-    explicit = {name: getattr(args, name) for name in MODEL_SETTINGS}
     _load_model_settings(args)
     config_from_args(DiffusionConfig, args).validate()
     _check_backend(args)
@@ -144,7 +143,7 @@ def initialize_arguments(
         raise ValueError(f"Megatron refuses these arguments: {wanted}") from error
     set_global_variables(args)
     _complete_from_tokenizer(args)
-    _check_checkpoint(args, explicit)
+    _check_checkpoint(args)
     return args
 
 
@@ -274,7 +273,7 @@ def _has_checkpoint(path: str | None) -> bool:
     )
 
 
-def _check_checkpoint(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+def _check_checkpoint(args: argparse.Namespace) -> None:
     """Compare the model with that of the checkpoints to load, before Megatron reads them."""
     for flag, path in (("--load", args.load),
                        ("--pretrained-checkpoint", args.pretrained_checkpoint)):
@@ -286,12 +285,19 @@ def _check_checkpoint(args: argparse.Namespace, explicit: dict[str, Any]) -> Non
                 raise ValueError(f"{flag} {path}: no checkpoint there.")
             continue
         for name, model_flag in _CHECKPOINT_FIELDS.items():
-            theirs, ours = getattr(stored, name, None), getattr(args, name, None)
+            theirs, ours = _model_field(stored, name), _model_field(args, name)
             if theirs is not None and theirs != ours:
                 raise ValueError(
                     f"{flag} {path} holds another model: {model_flag} is {theirs} there and "
                     f"{ours} here; pass --use-checkpoint-args or the checkpoint's value."
                 )
+
+
+def _model_field(args: argparse.Namespace, name: str) -> Any:
+    if name == "num_query_groups" and not args.group_query_attention:
+        # Without grouped queries the number has no meaning, and Megatron writes several.
+        return args.num_attention_heads
+    return getattr(args, name, None)
 
 
 def checkpoint_arguments(path: str) -> argparse.Namespace | None:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -28,11 +29,11 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except ValueError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        message = str(error)
-        # Every rank finds the same mistake in the same data: one of them says so.
-        if rank == 0 or message.startswith("rank "):
-            print(f"error: {message}", file=sys.stderr, flush=True)
+        if int(os.environ.get("RANK", "0")) != 0:
+            # Every rank finds the same mistake in the same data, and rank 0 says so. torchrun ends
+            # the others when the first one ends: let that be rank 0, unless it is well.
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         sys.stderr.flush()
         # No atexit handlers: other ranks may never reach the collectives that those wait for.

@@ -1,14 +1,20 @@
-"""Set-up of the unit tests: Megatron without CUDA, and a process group of one rank."""
+"""Set-up of the unit tests: Megatron without CUDA, and groups of one rank or of threads."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_espo import device
 
 # Before any test module imports Megatron.
 device.prepare()
+
+OnShards = Callable[[Sequence[Tensor], Callable[[Tensor, Any], Any]], list[Any]]
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +23,63 @@ def one_rank() -> Iterator[dist.ProcessGroup]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+class ThreadRank:
+    """Stands for a process group whose ranks are threads, as one of them sees it."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+@pytest.fixture
+def on_shards(monkeypatch: pytest.MonkeyPatch) -> OnShards:
+    """Run ``function(shard, group)`` for all shards at once; collectives meet at a barrier."""
+
+    def run(shards: Sequence[Tensor], function: Callable[[Tensor, Any], Any]) -> list[Any]:
+        size = len(shards)
+        barrier = threading.Barrier(size, timeout=20)
+        sent: list[Any] = [None] * size
+        results: list[Any] = [None] * size
+
+        def exchange(value: Tensor, group: ThreadRank) -> list[Tensor]:
+            sent[group.rank()] = value.clone()
+            barrier.wait()
+            received = [part.clone() for part in sent]
+            barrier.wait()
+            return received
+
+        def all_gather(gathered: list[Tensor], value: Tensor, group: ThreadRank) -> None:
+            for place, received in zip(gathered, exchange(value, group), strict=True):
+                place.copy_(received)
+
+        def all_reduce(value: Tensor, op: Any = dist.ReduceOp.SUM, *, group: ThreadRank) -> None:
+            received = torch.stack(exchange(value, group))
+            value.copy_(received.amax(0) if op == dist.ReduceOp.MAX else received.sum(0))
+
+        def work(rank: int) -> None:
+            try:
+                results[rank] = function(shards[rank], ThreadRank(rank, size))
+            except Exception as error:
+                results[rank] = error
+                barrier.abort()
+
+        monkeypatch.setattr(dist, "all_gather", all_gather)
+        monkeypatch.setattr(dist, "all_reduce", all_reduce)
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        errors = [result for result in results if isinstance(result, Exception)]
+        for error in sorted(errors, key=lambda e: isinstance(e, threading.BrokenBarrierError)):
+            raise error  # the cause before those whom it left waiting
+        return results
+
+    return run

@@ -7,15 +7,14 @@ import torch
 
 from megatron_espo.rl.advantages import leave_one_out
 
-REWARDS = torch.tensor(
-    [[1.0, 0.0], [0.25, 0.75]], dtype=torch.float64
-), torch.tensor(
-    [[1.0, 0.0, 0.0, 0.1, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3, 0.3, 0.3], [-2.0, 5.5, 1e3, 0.0, 7.0, 1.0]],
+PAIRS = torch.tensor([[1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
+SIXES = torch.tensor(
+    [[1.0, 0.0, 0.0, 0.1, 0.0, 1.0], [0.3] * 6, [-2.0, 5.5, 1e3, 0.0, 7.0, 1.0]],
     dtype=torch.float64,
 )
 
 
-@pytest.mark.parametrize("rewards", REWARDS, ids=["G=2", "G=6"])
+@pytest.mark.parametrize("rewards", [PAIRS, SIXES], ids=["G=2", "G=6"])
 def test_advantage_is_the_reward_less_the_mean_of_the_others(rewards: torch.Tensor) -> None:
     result = leave_one_out(rewards)
     assert result.dtype == torch.float64
@@ -27,9 +26,9 @@ def test_advantage_is_the_reward_less_the_mean_of_the_others(rewards: torch.Tens
 
 @pytest.mark.parametrize("std_norm", [False, True])
 def test_advantages_of_a_group_sum_to_zero_and_ignore_a_common_shift(std_norm: bool) -> None:
-    result = leave_one_out(REWARDS[1], std_norm)
+    result = leave_one_out(SIXES, std_norm)
     assert result.sum(dim=1).abs().max() < 1e-9
-    shifted = leave_one_out(REWARDS[1] + 100.0, std_norm)
+    shifted = leave_one_out(SIXES + 100.0, std_norm)
     assert torch.allclose(shifted, result, rtol=0, atol=1e-6)
 
 
@@ -40,18 +39,18 @@ def test_equal_rewards_give_no_advantage_with_or_without_normalisation() -> None
 
 
 def test_groups_do_not_see_each_other() -> None:
-    whole = leave_one_out(REWARDS[1], std_norm=True)
+    whole = leave_one_out(SIXES, std_norm=True)
     for row in range(3):
-        alone = leave_one_out(REWARDS[1][row : row + 1], std_norm=True)
+        alone = leave_one_out(SIXES[row : row + 1], std_norm=True)
         assert torch.equal(alone[0], whole[row])
 
 
 def test_std_norm_divides_by_the_sample_standard_deviation_of_the_rewards() -> None:
-    plain, normalised = (leave_one_out(REWARDS[1], flag, epsilon=1e-3) for flag in (False, True))
-    for group, row, scaled in zip(REWARDS[1].tolist(), plain.tolist(), normalised, strict=True):
+    plain, normalised = (leave_one_out(SIXES, flag, epsilon=1e-3) for flag in (False, True))
+    for group, row, scaled in zip(SIXES.tolist(), plain.tolist(), normalised, strict=True):
         mean = sum(group) / 6
         deviation = math.sqrt(sum((r - mean) ** 2 for r in group) / 5)
         expected = [advantage / (deviation + 1e-3) for advantage in row]
         assert scaled.tolist() == pytest.approx(expected, abs=1e-9)
     # Off unless asked for: the size of the rewards carries over.
-    assert leave_one_out(10 * REWARDS[0]).tolist() == (10 * leave_one_out(REWARDS[0])).tolist()
+    assert leave_one_out(10 * PAIRS).tolist() == (10 * leave_one_out(PAIRS)).tolist()

@@ -105,8 +105,8 @@ LONG = [pair("ab", "xyz"), pair("ab", "x" * 6), pair("a" * 9, "xyz")]
         (2, {"seq_length": 8}, r"prompt \(2 tokens\) and completion \(7\) .* --seq-length 8"),
         (
             2,
-            {"completion_length": 6},
-            "completion has 7 tokens, end of sequence included, .*--sft-completion-length 6",
+            {"completion_length": 5},
+            "completion has 7 tokens, end of sequence included, .*--sft-completion-length 5",
         ),
         (3, {"completion_length": 7}, r"prompt \(9 tokens\) and completion \(7\) .*-length 12"),
     ],
@@ -126,6 +126,12 @@ def test_what_does_not_fit_is_refused_by_line_or_left_out_and_counted(
 def test_an_example_that_fits_exactly_is_kept(tmp_path: Path) -> None:
     data = rows(write(tmp_path / "a.jsonl", [pair("ab", "xyz")]), seq_length=6, completion_length=4)
     assert data[0]["tokens"].tolist() == [97, 98, 120, 121, 122, EOS]
+
+
+def test_a_completion_that_fills_its_fixed_length_needs_no_end_of_sequence(tmp_path: Path) -> None:
+    data = rows(write(tmp_path / "a.jsonl", [pair("ab", "xyz")]), seq_length=5, completion_length=3)
+    assert data[0]["tokens"].tolist() == [97, 98, 120, 121, 122]
+    assert data[0]["completion_length"] == 3
 
 
 def test_a_file_of_which_nothing_fits_is_refused(tmp_path: Path) -> None:

@@ -61,11 +61,10 @@ def every_outcome(
     """(row, views) for each row of a batch and each lattice offset; one view row per order."""
     span = length + 1 if estimator == "coupled" else length
     orders = all_orders(length)
-    offset = 0
     monkeypatch.setattr(noise, "uniform", lambda key, ids, count: orders.clone())
-    monkeypatch.setattr(noise, "randint", lambda *arguments: torch.tensor([[offset]]))
     outcomes = []
-    for offset in range(span * num_mc * total):
+    for offset in torch.arange(span * num_mc * total).view(-1, 1, 1):
+        monkeypatch.setattr(noise, "randint", lambda *arguments, offset=offset: offset)
         for row in range(total):
             places = torch.full((len(orders),), row)
             views = elbo_views(estimator, KEY, places, places, total, length, num_mc)
@@ -75,7 +74,8 @@ def every_outcome(
 
 @pytest.mark.parametrize("estimator", ["coupled", "exact_count"])
 @pytest.mark.parametrize(
-    ("length", "total", "num_mc"), [(1, 1, 1), (2, 3, 1), (4, 1, 1), (4, 3, 2), (4, 2, 3), (5, 1, 2)]
+    ("length", "total", "num_mc"),
+    [(1, 1, 1), (2, 3, 1), (4, 1, 1), (4, 3, 2), (4, 2, 3), (5, 1, 2)],
 )
 def test_estimator_is_unbiased_for_every_row_and_draw_of_a_stratified_batch(
     estimator, length: int, total: int, num_mc: int, monkeypatch: pytest.MonkeyPatch

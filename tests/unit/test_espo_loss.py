@@ -52,15 +52,18 @@ def sequence_reference(
         surrogate, slope = ratio * advantage, ratio * advantage
     loss, gradient, kl = -surrogate, [-slope / LENGTH / m] * m, 0.0
     if ref is not None:
-        kl, slopes = kl_reference([a - b for a, b in zip(elbo, ref, strict=True)], config.kl_estimator)
+        differences = [a - b for a, b in zip(elbo, ref, strict=True)]
+        kl, slopes = kl_reference(differences, config.kl_estimator)
         kl /= LENGTH
         loss += config.kl_coef * kl
-        gradient = [
-            g + config.kl_coef * s / LENGTH for g, s in zip(gradient, slopes, strict=True)
-        ]
+        gradient = [g + config.kl_coef * s / LENGTH for g, s in zip(gradient, slopes, strict=True)]
     return {
-        "loss": loss, "gradient": gradient, "ratio": ratio, "kl": kl,
-        "clipped_low": clipped_low, "clipped_high": clipped_high,
+        "loss": loss,
+        "gradient": gradient,
+        "ratio": ratio,
+        "kl": kl,
+        "clipped_low": clipped_low,
+        "clipped_high": clipped_high,
     }
 
 
@@ -92,14 +95,19 @@ def test_terms_and_gradient_are_those_of_the_written_out_objective(num_mc: int, 
     given_ref = None if estimator is None else ref
     expected = [
         sequence_reference(
-            elbo[i].tolist(), old[i].tolist(),
-            None if estimator is None else ref[i].tolist(), advantages[i].item(), config,
+            elbo[i].tolist(),
+            old[i].tolist(),
+            None if estimator is None else ref[i].tolist(),
+            advantages[i].item(),
+            config,
         )
         for i in range(len(elbo))
     ]
     # Every branch of the objective is among the cases.
     assert {(e["clipped_low"], e["clipped_high"]) for e in expected} == {
-        (False, False), (True, False), (False, True),
+        (False, False),
+        (True, False),
+        (False, True),
     }
     leaf = elbo.clone().requires_grad_()
     terms = espo_terms(leaf, old, given_ref, advantages, LENGTH, config)
@@ -143,9 +151,7 @@ def test_zero_clip_range_keeps_only_steps_back_towards_the_old_policy() -> None:
     config = replace(CONFIG, clip_eps_low=0.0, clip_eps_high=0.0)
     elbo = torch.tensor([[0.1], [0.1], [-0.1], [-0.1]], dtype=torch.float64)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
-    gradient, terms = elbo_gradient(
-        elbo, torch.zeros_like(elbo), None, advantages, LENGTH, config
-    )
+    gradient, terms = elbo_gradient(elbo, torch.zeros_like(elbo), None, advantages, LENGTH, config)
     assert (gradient[:, 0] != 0).tolist() == [False, True, True, False]
     assert terms.clipped_high.tolist() == [True, False, False, False]
     assert terms.clipped_low.tolist() == [False, False, False, True]
@@ -183,7 +189,8 @@ def test_two_passes_have_the_gradient_of_the_joint_loss(estimator) -> None:
     joint = espo_terms(elbo_of(features), old, ref, advantages, LENGTH, config)
     (expected,) = torch.autograd.grad(joint.loss.sum(), theta)
     assert (joint.clipped_high.tolist(), joint.clipped_low.tolist()) == (
-        [True] + [False] * 5, [False, True] + [False] * 4,
+        [True] + [False] * 5,
+        [False, True] + [False] * 4,
     )
 
     with torch.no_grad():

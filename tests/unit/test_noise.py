@@ -59,13 +59,10 @@ def test_every_subset_of_a_size_is_equally_likely() -> None:
     assert statistic < limit
 
 
-def test_bernoulli_masks_below_its_probability_and_weights_by_the_inverse(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_bernoulli_masks_below_p_and_weights_by_its_inverse(monkeypatch) -> None:
     # Rows with t = 0.25 and 0.75; p = 0.9 t + 0.1 = 0.325 and 0.775.
     tokens = torch.tensor([0.0, 0.3249, 0.3251, 0.7749, 0.7751, 0.1])
-    draws = torch.stack((torch.cat((torch.tensor([0.25]), tokens)),
-                         torch.cat((torch.tensor([0.75]), tokens)))).double()
+    draws = torch.cat((torch.tensor([[0.25], [0.75]]), tokens.expand(2, 6)), dim=1).double()
     monkeypatch.setattr(noise, "uniform", lambda key, ids, count: draws)
     maskable = torch.tensor([True] * 5 + [False]).expand(2, 6)
     result = bernoulli(KEY, torch.arange(2), maskable, epsilon=0.1)
@@ -100,7 +97,7 @@ def test_exact_count_masks_l_of_the_maskable_positions_with_weight_length_over_l
     assert torch.equal(weights, (lengths.double() / counts.double()).float())
 
 
-def test_exact_count_is_uniform_on_1_to_length(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_count_is_uniform_on_1_to_length(monkeypatch) -> None:
     # t on a fine grid: each count owns an equal share of it, whatever the order drawn.
     length, per_count = 6, 8
     t = (torch.arange(length * per_count) + 0.5) / (length * per_count)
@@ -114,22 +111,31 @@ def test_exact_count_is_uniform_on_1_to_length(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("total", "num_mc", "low", "high"),
-    [(1, 1, 0, 5), (1, 2, 0, 4), (3, 2, 0, 4), (3, 2, 1, 4), (2, 3, 1, 7), (5, 4, 0, 1), (4, 2, 0, 7)],
+    [
+        (1, 1, 0, 5),
+        (1, 2, 0, 4),
+        (3, 2, 0, 4),
+        (3, 2, 1, 4),
+        (2, 3, 1, 7),
+        (5, 4, 0, 1),
+        (4, 2, 0, 7),
+    ],
 )
 def test_stratified_counts_are_exactly_uniform_and_spread(
     total: int, num_mc: int, low: int, high: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     span = high - low + 1
     size = span * num_mc * total
-    offset = 0
+    pending: list[int] = []
 
     def given_offset(key, sample_ids, count, smallest, largest) -> torch.Tensor:
         assert (sample_ids.numel(), count, smallest, largest) == (1, 1, 0, size - 1)
-        return torch.tensor([[offset]])
+        return torch.tensor([[pending.pop()]])
 
     monkeypatch.setattr(noise, "randint", given_offset)
     seen = torch.zeros(total, num_mc, high + 1, dtype=torch.int64)
     for offset in range(size):
+        pending.append(offset)
         counts = stratified_counts(KEY, torch.arange(total), total, num_mc, low, high)
         assert counts.shape == (total, num_mc)
         seen.scatter_add_(2, counts[:, :, None], torch.ones_like(counts)[:, :, None])
@@ -156,9 +162,9 @@ def test_stratified_counts_of_a_row_do_not_depend_on_the_rows_beside_it() -> Non
 @pytest.mark.parametrize("independent", [False, True])
 def test_coupled_views_are_complements_that_mask_each_position_once(independent: bool) -> None:
     total, num_mc, length = 8, 3, 5
+    ids = torch.arange(total)
     masks, weights = elbo_views(
-        "coupled", KEY, torch.arange(total), torch.arange(total), total, length, num_mc,
-        independent_draws=independent,
+        "coupled", KEY, ids, ids, total, length, num_mc, independent_draws=independent
     )
     assert masks.shape == (total, num_mc, 2, length)
     assert torch.equal(masks[:, :, 0], ~masks[:, :, 1])
@@ -184,10 +190,8 @@ def test_views_of_a_row_do_not_depend_on_batching(estimator, independent: bool) 
     indices = torch.tensor([4, 1, 5, 0, 2, 3])
 
     def views(rows: list[int]) -> noise.ElboViews:
-        return elbo_views(
-            estimator, KEY, sample_ids[rows], indices[rows], 6, 12, 2,
-            independent_draws=independent,
-        )
+        places = sample_ids[rows], indices[rows]
+        return elbo_views(estimator, KEY, *places, 6, 12, 2, independent_draws=independent)
 
     whole = views([0, 1, 2, 3, 4, 5])
     for rows in ([3], [5, 0], [2, 1, 4]):
@@ -222,24 +226,24 @@ def test_rows_draws_and_streams_mask_differently(estimator) -> None:
     assert partial.unique(dim=0).size(0) == partial.size(0)
 
 
-def test_independent_draws_have_independent_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    length, total = 4, 3
+def test_independent_draws_have_independent_counts(monkeypatch) -> None:
+    length, total = 3, 2
     size = (length + 1) * total
     keys: list[Stream] = []
+    pending: list[int] = []
 
     def given_offsets(key, sample_ids, count, low, high) -> torch.Tensor:
         assert high == size - 1
         keys.append(key)
-        return torch.tensor([[offsets[len(keys) - 1]]])
+        return torch.tensor([[pending.pop()]])
 
     monkeypatch.setattr(noise, "randint", given_offsets)
     joint = torch.zeros(length + 1, length + 1, dtype=torch.int64)
     for offsets in itertools.product(range(size), repeat=2):
         keys.clear()
-        masks, _ = elbo_views(
-            "coupled", KEY, torch.tensor([5]), torch.tensor([1]), total, length, 2,
-            independent_draws=True,
-        )
+        pending.extend(offsets)
+        ids = torch.tensor([5]), torch.tensor([1])
+        masks, _ = elbo_views("coupled", KEY, *ids, total, length, 2, independent_draws=True)
         assert len(set(keys)) == 2  # each draw has an offset of its own
         first, second = masks[0, :, 0].sum(-1).tolist()
         joint[first, second] += 1
@@ -262,7 +266,7 @@ def test_random_lengths_shorten_the_share_asked_for_to_a_uniform_length() -> Non
     every = random_lengths(KEY, ids, lengths, 1.0)
     statistic, limit = chi_square(every.bincount(minlength=7)[1:], 1000)
     assert statistic < limit
-    # Cut to a longer range than it can miss: the share of shortened rows is the probability.
+    # Of a million lengths hardly any is the full one: what is shorter was shortened.
     some = random_lengths(KEY, ids, torch.full((6000,), 10**6), 0.1)
     share = (some < 10**6).double().mean().item()
     assert share == pytest.approx(0.1, abs=4 * (0.09 / 6000) ** 0.5)
@@ -274,4 +278,4 @@ def test_random_lengths_belong_to_their_rows() -> None:
     whole = random_lengths(KEY, ids, lengths, 1.0)
     assert (whole >= 1).all() and (whole <= lengths).all()
     for row in range(3):
-        assert random_lengths(KEY, ids[row:row + 1], lengths[row:row + 1], 1.0)[0] == whole[row]
+        assert random_lengths(KEY, ids[row : row + 1], lengths[row : row + 1], 1.0)[0] == whole[row]

@@ -65,7 +65,8 @@ def test_dream_schedule_follows_its_rule_in_float32(epsilon: float) -> None:
 def test_dream_schedule_by_hand() -> None:
     # t = 1, 0.75025, 0.5005, 0.25075, 0.001: shares 0.24975, 0.33289, 0.49900, 1 of 8, 7, 5, 3.
     assert dream_commit_counts(8, 4) == [1, 2, 2, 3]
-    assert dream_commit_shares(4).tolist() == pytest.approx([0.24975, 0.332889, 0.499001, 1.0], 1e-5)
+    shares = [0.24975, 0.332889, 0.499001, 1.0]
+    assert dream_commit_shares(4).tolist() == pytest.approx(shares, rel=1e-5)
     assert dream_commit_shares(1).tolist() == [1.0]
     # A step may commit nothing, and the last takes what is left.
     assert dream_commit_counts(3, 8) == dream_reference(3, 8, 1e-3)
@@ -77,7 +78,9 @@ def test_highest_scores_are_marked_and_ties_go_to_the_earlier_position() -> None
         [[0.5, 0.9, 0.5, 0.9, 0.5], [-1.0, -1.0, -1.0, -1.0, -1.0], [1.0, 2.0, 3.0, 4.0, 5.0]]
     )
     assert select_highest(scores, 3).int().tolist() == [
-        [1, 1, 0, 1, 0], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1]
+        [1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1],
     ]
     hidden = torch.tensor([[float("-inf"), 0.0, float("-inf")]])
     assert select_highest(hidden, 2).tolist() == [[True, True, False]]

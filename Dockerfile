@@ -1,0 +1,16 @@
+# NVIDIA's PyTorch image brings CUDA, NCCL, Transformer Engine and apex, built for each other.
+ARG BASE=nvcr.io/nvidia/pytorch:25.09-py3
+FROM ${BASE}
+
+RUN useradd --create-home --uid 1001 espo
+WORKDIR /opt/megatron_espo
+COPY --chown=espo:espo . .
+# The image's torch, Transformer Engine and apex stay: only what is missing is installed.
+RUN pip install --no-cache-dir --no-build-isolation "megatron-core==0.19.*" \
+        "transformers>=5.0" "tokenizers>=0.21" safetensors tensorboard nvidia-ml-py matplotlib \
+        omegaconf flask-restful sentencepiece tiktoken wandb accelerate \
+    && pip install --no-cache-dir --no-build-isolation --no-deps -e . \
+    && python -c "import megatron.core, megatron.training, transformer_engine, megatron_espo"
+USER espo
+ENV CUDA_DEVICE_MAX_CONNECTIONS=1
+CMD ["bash"]

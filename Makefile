@@ -1,0 +1,57 @@
+# Everything sets itself up: `make demo` and `make test` need Python 3.12 and nothing else.
+PYTHON ?= $(shell command -v python3.12 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=1 $(BIN)/python
+DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
+	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300
+
+.PHONY: setup demo demo-seeds test test-unit test-dist pretrain-tiny format lint type smoke check clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 12) else \
+		f"error: Python 3.12 or newer is needed, {v[0]}.{v[1]} was found; set PYTHON=/path/to/python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	@echo "Installing PyTorch, Megatron-Core and the test tools (a few minutes) ..."
+	$(BIN)/pip install --quiet -e '.[test]' -c constraints.txt
+	touch $@
+
+demo: setup  ## pre-train/fine-tune a tiny model, ESPO, control, table and curves
+	PYTHON=$(BIN)/python examples/run_espo_tiny.sh $(TASK)
+
+demo-seeds: setup  ## the demo with three seeds
+	for seed in 1 2 3; do PYTHON=$(BIN)/python examples/run_espo_tiny.sh $(TASK) --seed $$seed; done
+
+pretrain-tiny: setup  ## pre-train a tiny model on plain text and sample from it
+	PYTHON=$(BIN)/python examples/pretrain_tiny.sh
+
+test: test-unit test-dist
+
+test-unit: setup
+	$(RUN) -m pytest tests/unit -q --timeout 300
+
+test-dist: setup
+	@mkdir -p runs
+	$(DIST)
+
+format: setup
+	$(BIN)/ruff format megatron_espo tools tests setup.py
+	$(BIN)/ruff check --fix megatron_espo tools tests setup.py
+
+lint: setup
+	$(BIN)/ruff format --check megatron_espo tools tests setup.py
+	$(BIN)/ruff check megatron_espo tools tests setup.py
+
+type: setup
+	$(BIN)/mypy
+
+smoke: setup  ## the demo's path at its smallest
+	PYTHON=$(BIN)/python SMOKE=1 examples/run_espo_tiny.sh sudoku --out runs/smoke
+
+check: lint type test
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
