@@ -4,7 +4,7 @@
 #
 #   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [-- flags for the ESPO run]
 #
-# Environment: PYTHON (python3), RANKS (2).
+# Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of a minute that learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -35,6 +35,11 @@ ranks() {
 
 # Settings that were tuned on the validation split only.
 source examples/tiny_"$task".sh
+
+if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it runs
+  sft_iters=6 rollouts=2 control_iters=6
+  data=(--train 40 --validation 20 --test 20 --demonstrations 64 --noise 0.5)
+fi
 
 say "Making $task problems and demonstrations of mixed quality"
 "$python" tools/make_tokenizer.py --out "$out/tokenizer"

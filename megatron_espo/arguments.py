@@ -1,4 +1,4 @@
-"""Command line: Megatron's flags plus one group per settings dataclass; the only argparse reader."""
+"""Command line: Megatron's flags and a group per settings dataclass; the only argparse reader."""
 
 import argparse
 import dataclasses
@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
 from megatron.training.arguments import parse_args, validate_args
@@ -18,8 +18,6 @@ from megatron_espo import device
 from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
 from megatron_espo.model.presets import expand_preset
 
-Config = TypeVar("Config")
-
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
 _PREFIXES: dict[type, str] = {
     DiffusionConfig: "",
@@ -29,7 +27,13 @@ _PREFIXES: dict[type, str] = {
 }
 
 # Model settings that a checkpoint decides, as they are stored in its arguments.
-MODEL_SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids", "layernorm_epsilon")
+MODEL_SETTINGS = (
+    "vocab_size",
+    "mask_token_id",
+    "logit_shift",
+    "stop_token_ids",
+    "layernorm_epsilon",
+)
 
 # What must agree between a run and the checkpoint it loads.
 _CHECKPOINT_FIELDS = {
@@ -74,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def config_from_args(config: type[Config], args: argparse.Namespace) -> Config:
+def config_from_args[Config](config: type[Config], args: argparse.Namespace) -> Config:
     """Read one of the settings dataclasses back from the parsed command line.
 
     Args:
@@ -86,9 +90,7 @@ def config_from_args(config: type[Config], args: argparse.Namespace) -> Config:
     """
     prefix = _PREFIXES[config]
     names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
-    return config(
-        **{name: getattr(args, f"{prefix}_{name}" if prefix else name) for name in names}
-    )
+    return config(**{name: getattr(args, f"{prefix}_{name}" if prefix else name) for name in names})
 
 
 def initialize_arguments(
@@ -242,8 +244,10 @@ def _complete_from_tokenizer(args: argparse.Namespace) -> None:
     args.mask_token_id = ids.mask_token_id
     if args.stop_token_ids is None:
         args.stop_token_ids = list(ids.stop_token_ids)
-    for flag, value in (("--mask-token-id", [args.mask_token_id]),
-                        ("--stop-token-ids", args.stop_token_ids)):
+    for flag, value in (
+        ("--mask-token-id", [args.mask_token_id]),
+        ("--stop-token-ids", args.stop_token_ids),
+    ):
         if not all(0 <= token < args.vocab_size for token in value):
             raise ValueError(f"{flag} {value} lies outside the vocabulary of {args.vocab_size}.")
 
@@ -275,8 +279,10 @@ def _has_checkpoint(path: str | None) -> bool:
 
 def _check_checkpoint(args: argparse.Namespace) -> None:
     """Compare the model with that of the checkpoints to load, before Megatron reads them."""
-    for flag, path in (("--load", args.load),
-                       ("--pretrained-checkpoint", args.pretrained_checkpoint)):
+    for flag, path in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
         if path is None:
             continue
         stored = checkpoint_arguments(path)

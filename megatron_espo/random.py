@@ -94,9 +94,7 @@ def uniform(key: Stream, sample_ids: Tensor, count: int) -> Tensor:
     rows = sample_ids[:, None]
     position = torch.arange(pairs, device=sample_ids.device)[None, :].expand(len(rows), pairs)
     zero = torch.zeros_like(position)
-    counter = torch.stack(
-        (position, zero, (rows & _LOW32) + zero, (rows >> 32) + zero), dim=-1
-    )
+    counter = torch.stack((position, zero, (rows & _LOW32) + zero, (rows >> 32) + zero), dim=-1)
     words = philox(counter, key)
     # 26 + 26 bits, centred in their cell: neither 0 nor 1 can come out.
     high, low = words[..., 0::2] >> 6, words[..., 1::2] >> 6

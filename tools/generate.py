@@ -1,6 +1,6 @@
 """Completes prompts with a checkpoint.
 
-    python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once" \
+python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once" \
         --rollout-completion-length 64 --rollout-denoising-steps 64 --rollout-temperature 0.7
 """
 
@@ -35,7 +35,9 @@ def main(argv: Sequence[str]) -> None:
     )
     if model.layout.is_reporter:
         for prompt, ids in zip(own.prompt, result.completions.tolist(), strict=True):
-            print(f"{prompt}\033[1m{decode_completion(tokenizer, ids, model.stop_token_ids)}\033[0m")
+            print(
+                f"{prompt}\033[1m{decode_completion(tokenizer, ids, model.stop_token_ids)}\033[0m"
+            )
 
 
 if __name__ == "__main__":

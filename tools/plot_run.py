@@ -1,6 +1,6 @@
 """Draws an ESPO run into a PNG and, beside a demo's test logs, prints the table of accuracies.
 
-    python tools/plot_run.py runs/sudoku-seed1 --title "ESPO on sudoku"
+python tools/plot_run.py runs/sudoku-seed1 --title "ESPO on sudoku"
 """
 
 import argparse

@@ -187,9 +187,7 @@ def elbo_views(
     return ElboViews(torch.stack((masks, ~masks), dim=2), weights.float())
 
 
-def random_lengths(
-    key: Stream, sample_ids: Tensor, lengths: Tensor, probability: float
-) -> Tensor:
+def random_lengths(key: Stream, sample_ids: Tensor, lengths: Tensor, probability: float) -> Tensor:
     """Shorten a share of the rows to a uniformly random length (LLaDA pre-training).
 
     The tensors keep their shape; the caller hides the tail from attention and loss.

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from megatron_espo.parallel.vocab import TokenDraw
 
-Remasking = Literal[
-    "low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy"
-]
+Remasking = Literal["low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy"]
 REMASKING_ORDERS: tuple[str, ...] = get_args(Remasking)
 DREAM_ORDERS = ("origin", "maskgit_plus", "topk_margin", "entropy")
 

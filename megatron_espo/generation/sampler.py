@@ -96,8 +96,15 @@ def generate(
             if candidates.size(1) == 0:
                 continue
             chosen = _denoise(
-                model, tokens, prompt_lengths, places, candidates, valid, noise[:, step, 0],
-                config, counts[step],
+                model,
+                tokens,
+                prompt_lengths,
+                places,
+                candidates,
+                valid,
+                noise[:, step, 0],
+                config,
+                counts[step],
             )
             committed = chosen >= 0
             block_tokens = torch.where(committed, chosen, tokens.gather(1, places))
@@ -188,21 +195,29 @@ def _denoise(
     lengths = prompt_lengths + config.completion_length
     where = places.gather(1, candidates)
     batches = [
-        _row_batch(model, tokens[rows], lengths[rows], prompt_lengths[rows], where[rows],
-                   noise[rows].gather(1, candidates[rows]), config)
+        _row_batch(
+            model,
+            tokens[rows],
+            lengths[rows],
+            prompt_lengths[rows],
+            where[rows],
+            noise[rows].gather(1, candidates[rows]),
+            config,
+        )
         for rows in _slices(tokens.size(0), config.micro_batch_size)
     ]
     draws = forward_only(
-        model.chunks, batches, partial(_draw, model=model, config=config), model.logit_shift,
+        model.chunks,
+        batches,
+        partial(_draw, model=model, config=config),
+        model.logit_shift,
         model.layout,
     )
     chosen = torch.full_like(places, -1)
     if model.layout.is_last_stage:
         drawn, scores = (part.view_as(candidates) for part in torch.cat(draws, dim=1))
-        if config.remasking in ("random", "origin"):
-            kept = valid
-        else:
-            kept = select_highest(scores, count)
+        decided = config.remasking in ("random", "origin")
+        kept = valid if decided else select_highest(scores, count)
         chosen.scatter_(1, candidates, torch.where(kept, drawn.long(), -1))
     return broadcast_from_last_stage(chosen, model.layout)
 
@@ -239,7 +254,11 @@ def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: Rollo
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + (config.guidance_scale + 1) * (conditional - unconditional)
     draw = draw_tokens(
-        logits, uniforms, config.temperature, model.vocab_size, model.mask_token_id,
+        logits,
+        uniforms,
+        config.temperature,
+        model.vocab_size,
+        model.mask_token_id,
         model.layout.tp,
     )
     if config.remasking in ("random", "origin"):

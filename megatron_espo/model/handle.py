@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ class DiffusionModel:
         layout: process groups.
     """
 
-    chunks: Sequence[torch.nn.Module]
+    chunks: Sequence[Any]
     mask_token_id: int
     pad_token_id: int
     stop_token_ids: tuple[int, ...]

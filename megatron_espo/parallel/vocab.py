@@ -118,7 +118,11 @@ def draw_tokens(
         inside = (uniforms - lower) / share.gather(0, owner[None])[0].clamp(min=1e-300)
         local = _inverse_cdf(weights, inside)
     chosen = torch.stack(
-        (local + start, scaled.gather(1, local[:, None])[:, 0], logits.gather(1, local[:, None])[:, 0]),
+        (
+            local + start,
+            scaled.gather(1, local[:, None])[:, 0],
+            logits.gather(1, local[:, None])[:, 0],
+        ),
         dim=-1,
     ).double()
     # Exactly one rank owns each row's token; the others add zeros.

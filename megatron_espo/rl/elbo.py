@@ -103,4 +103,3 @@ def view_cross_entropy(
 
 def _largest_divisor(total: int, at_most: int) -> int:
     return next(size for size in range(min(total, at_most), 0, -1) if total % size == 0)
-

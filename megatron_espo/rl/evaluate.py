@@ -61,8 +61,12 @@ def evaluate_task(
         model, [encoded[i] for i in mine], torch.tensor(mine), greedy, seed, "evaluation"
     )
     _, scores = score_completions(
-        task, [examples[i] for i in mine], generation.completions, tokenizer,
-        model.stop_token_ids, layout,
+        task,
+        [examples[i] for i in mine],
+        generation.completions,
+        tokenizer,
+        model.stop_token_ids,
+        layout,
     )
     lengths = completion_lengths(generation.completions, model.stop_token_ids)
     sums = torch.tensor(

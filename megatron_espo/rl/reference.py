@@ -8,6 +8,7 @@ weights are not touched.
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -94,7 +95,7 @@ class ReferencePolicy:
             for name, chunk in self._named_chunks():
                 chunk.load_state_dict(state[name])
 
-    def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
+    def _named_chunks(self) -> list[tuple[str, Any]]:
         chunks = unwrap_model(self._chunks)
         return [(f"model{i}" if len(chunks) > 1 else "model", c) for i, c in enumerate(chunks)]
 

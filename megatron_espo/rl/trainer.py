@@ -67,7 +67,8 @@ class Trainer:
         inference: context in which the policy is evaluated without gradients.
         save: called when a rollout ends with the number of optimizer steps and whether the run
             stops here; saves if it is time.
-        should_stop: asked when a rollout ends; True ends the run early, saved.
+        should_stop: asked when a rollout ends, with the number of optimizer steps; True ends the
+            run early, saved.
     """
 
     model: DiffusionModel
@@ -85,7 +86,7 @@ class Trainer:
     writer: Any
     inference: Callable[[], AbstractContextManager[None]]
     save: Callable[[int, bool], None]
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[int], bool]
 
 
 def train(trainer: Trainer, first_step: int) -> None:
@@ -116,7 +117,7 @@ def train(trainer: Trainer, first_step: int) -> None:
         if last or (espo.eval_interval and (number + 1) % espo.eval_interval == 0):
             _evaluate(trainer, done, "after" if last else f"rollout {number + 1}")
         # Asked once: the ranks agree on the answer, and a signal may come at any moment.
-        stop = trainer.should_stop()
+        stop = trainer.should_stop(done)
         trainer.save(done, stop)
         if stop:
             break
@@ -172,7 +173,10 @@ def _prepare_updates(
             independent_draws=espo.kl_estimator == "k2_unbiased",
         )
         batches = view_batches(
-            rollout.sequences, views, trainer.model.mask_token_id, trainer.model.vocab_size,
+            rollout.sequences,
+            views,
+            trainer.model.mask_token_id,
+            trainer.model.vocab_size,
             trainer.rows_per_batch,
         )
         noise.append((views, batches))
@@ -205,8 +209,15 @@ def _update_policy(
                 chunk.zero_grad_buffer()
             trainer.optimizer.zero_grad()
             draws = accumulate_gradient(
-                trainer.model, update.batches, update.views, update.elbo_old, update.elbo_ref,
-                rollout.advantages, length, espo, espo.completions_per_rollout,
+                trainer.model,
+                update.batches,
+                update.views,
+                update.elbo_old,
+                update.elbo_ref,
+                rollout.advantages,
+                length,
+                espo,
+                espo.completions_per_rollout,
             )
             succeeded, grad_norm, _ = trainer.optimizer.step()
             if succeeded:
@@ -318,8 +329,13 @@ def _evaluate(trainer: Trainer, step: int, when: str) -> Evaluation | None:
         return None
     with trainer.inference():
         result = evaluate_task(
-            trainer.model, trainer.task, trainer.eval_data.examples, trainer.eval_data.encoded,
-            trainer.tokenizer, trainer.rollout, trainer.seed,
+            trainer.model,
+            trainer.task,
+            trainer.eval_data.examples,
+            trainer.eval_data.encoded,
+            trainer.tokenizer,
+            trainer.rollout,
+            trainer.seed,
         )
     write_scalars(
         trainer.writer,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol, TypedDict, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 SPLITS = ("train", "validation", "test")
 # Upper ends of the splits' shares of the hash range.
@@ -21,11 +21,8 @@ _SPLIT_ENDS = (0.8, 0.9, 1.0)
 _MAX_MISSES = 10_000
 
 
-class ChatMessage(TypedDict):
-    """One message of a chat prompt."""
-
-    role: str
-    content: str
+type ChatMessage = Mapping[str, str]
+"""One message of a chat prompt: its "role" and its "content"."""
 
 
 @dataclass(frozen=True)

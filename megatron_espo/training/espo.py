@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ from megatron.training.checkpointing import save_checkpoint
 from megatron_espo.arguments import config_from_args, initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.device import current_device
 from megatron_espo.model.provider import model_provider
 from megatron_espo.rl.prompts import encode_examples
 from megatron_espo.rl.reference import ReferencePolicy
@@ -83,6 +85,16 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--espo-gradient joint keeps the {views} views of a completion together; make "
             f"--micro-batch-size {args.micro_batch_size} a multiple of {views}, or use two_pass."
+        )
+    batches = rows // args.micro_batch_size
+    virtual = (
+        args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
+    )
+    if virtual and batches % args.pipeline_model_parallel_size:
+        raise ValueError(
+            f"virtual pipeline stages take micro-batches in rounds of "
+            f"{args.pipeline_model_parallel_size}, but an update has {batches}; change "
+            f"--micro-batch-size {args.micro_batch_size}."
         )
     # Megatron's schedules count samples: its global batch is the completions of one update.
     if args.global_batch_size not in (None, espo.completions_per_rollout):
@@ -170,7 +182,7 @@ def main(argv: Sequence[str]) -> None:
             writer=get_tensorboard_writer(),
             inference=partial(inference_mode, chunks, optimizer),
             save=saver.save_if_due,
-            should_stop=_signal_received,
+            should_stop=partial(_should_stop, started=time.monotonic()),
         ),
         first_step,
     )
@@ -198,8 +210,19 @@ def _reference_folder(save: str, step: int) -> str:
     return os.path.join(save, "reference", f"iter_{step:07d}")
 
 
-def _signal_received() -> bool:
-    return bool(get_args().exit_signal_handler and any(get_signal_handler().signals_received()))
+def _should_stop(step: int, started: float) -> bool:
+    """Honour Megatron's flags for ending a run early; all ranks agree on the answer."""
+    args = get_args()
+    if args.exit_signal_handler and any(get_signal_handler().signals_received()):
+        return True
+    if args.exit_interval and step % args.exit_interval == 0:
+        return True
+    if args.exit_duration_in_mins:
+        over = time.monotonic() - started > 60 * args.exit_duration_in_mins
+        votes = torch.tensor([int(over)], device=current_device())
+        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        return bool(votes.item())
+    return False
 
 
 class _Saver:

@@ -57,9 +57,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.eval_interval = max(args.train_iters or 1, 1)
 
 
-def build_datasets(
-    num_samples: Sequence[int | None], vp_stage: int | None = None
-) -> Datasets:
+def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = None) -> Datasets:
     """Build the data sets (Megatron's provider interface; called on every rank).
 
     Args:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import get_args
+from torch._C._distributed_c10d import HashStore
 
 from megatron_espo import device
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
@@ -50,10 +51,11 @@ def initialize_process_groups(args: argparse.Namespace) -> None:
     """
     if device.has_cuda():
         return
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}.items():
-        os.environ.setdefault(name, value)
+    # Started alone, without torchrun: a store that needs no port.
+    store = None if "MASTER_ADDR" in os.environ else HashStore()
     dist.init_process_group(
         "gloo",
+        store=store,
         rank=args.rank,
         world_size=args.world_size,
         timeout=timedelta(minutes=args.distributed_timeout_minutes),

@@ -1,4 +1,4 @@
-"""Four gloo ranks for the whole folder: ``torchrun --nproc-per-node 4 -m pytest tests/distributed``.
+"""Four gloo ranks for the whole folder, started once (see ``make test-dist``).
 
 Every rank runs the same tests in the same order. A layout is built with the code that training
 uses, from a checkpoint that one fixture wrote, so all layouts hold the same weights.
@@ -38,10 +38,10 @@ from megatron_espo.training.setup import diffusion_model  # noqa: E402
 WORLD = 4
 # Four layers, grouped queries, and a vocabulary of 262 that every layout pads differently.
 SHAPE = (
-    "--preset tiny --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 "
-    "--group-query-attention --num-query-groups 4 --make-vocab-size-divisible-by 8 "
-    "--seq-length 48 --micro-batch-size 2 --train-iters 10 --lr 1e-3 --init-method-std 0.2 "
-    "--mask-token-id 256"
+    "--preset tiny --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 "
+    "--num-attention-heads 4 --group-query-attention --num-query-groups 4 "
+    "--make-vocab-size-divisible-by 8 --seq-length 48 --micro-batch-size 2 --train-iters "
+    "10 --lr 1e-3 --init-method-std 0.2 --mask-token-id 256"
 ).split()
 
 
@@ -111,8 +111,14 @@ def build_layout(
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
     argv = [
-        *SHAPE, "--tensor-model-parallel-size", str(tp), "--pipeline-model-parallel-size", str(pp),
-        "--tokenizer-model", tokenizer, *extra,
+        *SHAPE,
+        "--tensor-model-parallel-size",
+        str(tp),
+        "--pipeline-model-parallel-size",
+        str(pp),
+        "--tokenizer-model",
+        tokenizer,
+        *extra,
     ]
     args = initialize_arguments(argv, _no_checks)
     mpu.initialize_model_parallel(tp, pp, args.virtual_pipeline_model_parallel_size)

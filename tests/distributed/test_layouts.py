@@ -97,8 +97,13 @@ def elbo_of(built: Built) -> Tensor:
         [
             # One sequence at a time on data-parallel ranks: strata cover the call's sequences.
             estimate_elbo(
-                built.model, [prompts[i]], completions[i : i + 1], num_mc=2, seed=5,
-                sample_ids=ids[k : k + 1], rows_per_batch=2,
+                built.model,
+                [prompts[i]],
+                completions[i : i + 1],
+                num_mc=2,
+                seed=5,
+                sample_ids=ids[k : k + 1],
+                rows_per_batch=2,
             ).draws
             for k, i in enumerate(ids.tolist())
         ]
@@ -171,9 +176,7 @@ def gradients_of(built: Built) -> dict[str, Tensor]:
 def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[str, Tensor], float]:
     prompts, completions = prompts_and_completions()
     rows = own_rows(built)
-    config = EspoConfig(
-        gradient=mode, num_mc=2, kl_coef=0.05, prompts_per_rollout=4, group_size=2
-    )
+    config = EspoConfig(gradient=mode, num_mc=2, kl_coef=0.05, prompts_per_rollout=4, group_size=2)
     ids = torch.arange(N)[rows]
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, config.num_mc)
     sequences = pack_sequences(
@@ -189,9 +192,15 @@ def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[st
     built.optimizer.zero_grad()
     base = elbo_of_views(built.model, batches, views)
     draws = accumulate_gradient(
-        built.model, batches, views,
-        base + noise[:, :2] - 0.5, base + 4 * noise[:, 2:4], (noise[:, 4] - 0.5) * 4,
-        LENGTH, config, N,
+        built.model,
+        batches,
+        views,
+        base + noise[:, :2] - 0.5,
+        base + 4 * noise[:, 2:4],
+        (noise[:, 4] - 0.5) * 4,
+        LENGTH,
+        config,
+        N,
     )
     torch.testing.assert_close(draws, base, rtol=1e-5, atol=1e-4)
     gradients = gradients_of(built)
@@ -245,7 +254,10 @@ def pretrain_loss(built: Built, micro: int, extra_sft: bool) -> float:
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches), seq_length=40, micro_batch_size=micro, forward_only=False,
+        num_microbatches=len(batches),
+        seq_length=40,
+        micro_batch_size=micro,
+        forward_only=False,
     )
     sums = torch.zeros(2, dtype=torch.float64)
     if built.model.layout.is_last_stage:
@@ -258,9 +270,7 @@ def pretrain_loss(built: Built, micro: int, extra_sft: bool) -> float:
 
 
 @pytest.mark.parametrize("sft", [False, True], ids=["pretrain", "sft"])
-def test_pretraining_does_not_depend_on_layout(
-    built: Built, expected: Expected, sft: bool
-) -> None:
+def test_pretraining_does_not_depend_on_layout(built: Built, expected: Expected, sft: bool) -> None:
     actual = pretrain_loss(built, 2, sft)
     assert abs(actual - expected.losses[sft]) < TOLERANCE * abs(expected.losses[sft])
     if not uses_distributed_optimizer(built):

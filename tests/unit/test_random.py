@@ -198,7 +198,7 @@ def test_randint_stays_in_range_at_the_ends_of_the_unit_interval(
 ) -> None:
     ends = torch.tensor([[2.0**-53, 1 - 2.0**-53]], dtype=torch.float64)
     monkeypatch.setattr(counter_random, "uniform", lambda key, sample_ids, count: ends)
-    # In float64 the largest number times a span above 2**53 rounds up to the span itself.
+    # Spans on both sides of what float64 holds exactly.
     for high in (0, 1, 9, 2**53 - 1, 2**60):
         low_end, high_end = randint(KEY, ids(0), 2, 0, high)[0].tolist()
         assert low_end <= high * 2.0**-52

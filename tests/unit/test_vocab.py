@@ -166,7 +166,7 @@ def test_a_single_possible_token_is_always_drawn(one_rank) -> None:
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_drawn_tokens_follow_the_tempered_distribution(one_rank, temperature: float) -> None:
-    n, vocab_size, forbidden = 20_000, 20, 7
+    n, vocab_size, forbidden = 8_000, 20, 7
     row = with_loud_padding(1, vocab_size, 24, seed=5) / 2
     tokens = draw_tokens(
         row.repeat(n, 1), uniforms(n), temperature, vocab_size, forbidden, one_rank
@@ -184,7 +184,7 @@ def test_drawn_tokens_follow_the_tempered_distribution(one_rank, temperature: fl
     for other in {0.7, 1.0, 1.3} - {temperature}:
         wrong = n * log_probabilities(row, vocab_size, forbidden, other)[1][0].exp()
         wrong, seen = (torch.cat((c[:forbidden], c[forbidden + 1 : 20])) for c in (wrong, counts))
-        assert ((seen - wrong) ** 2 / wrong).sum() > 250.0
+        assert ((seen - wrong) ** 2 / wrong).sum() > 100.0
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])

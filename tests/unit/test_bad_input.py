@@ -1,0 +1,125 @@
+"""What a user can do wrong ends with one sentence that names the flag or file."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_espo.arguments import initialize_arguments
+from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
+from megatron_espo.tasks import load_task
+from megatron_espo.training import espo, inference, pretrain
+from megatron_espo.training.espo import load_task_data
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer") / "bytes"
+    save_tokenizer(byte_tokenizer(), folder)
+    return str(folder)
+
+
+ESPO = (
+    "--preset tiny --seq-length 48 --lr 1e-3 --espo-train-data train.jsonl "
+    "--rollout-completion-length 16 --rollout-block-length 8 --rollout-denoising-steps 8 "
+    "--espo-prompts-per-rollout 4 --espo-group-size 2"
+)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "parts"),
+    [
+        ("--tensor-model-parallel-size 3", 3, ("--num-attention-heads 4", "parallel-size 3")),
+        ("--tensor-model-parallel-size 4", 6, ("6 ranks", "--tensor-model-parallel-size 4")),
+        ("--pipeline-model-parallel-size 2", 2, ("--num-layers 3", "parallel-size 2")),
+        (
+            "--group-query-attention --num-query-groups 2 --tensor-model-parallel-size 4",
+            4,
+            ("--num-query-groups 2", "use at most 2"),
+        ),
+        (
+            "--vocab-size 263 --no-pad-vocab-size --tensor-model-parallel-size 2",
+            2,
+            ("--vocab-size 263", "--no-pad-vocab-size"),
+        ),
+        ("--context-parallel-size 2", 2, ("--context-parallel-size 2", "use 1")),
+        ("--rollout-block-length 5", 1, ("--rollout-completion-length 16", "block-length 5")),
+        ("--rollout-denoising-steps 9", 1, ("--rollout-denoising-steps 9", "multiple of 2")),
+        ("--rollout-denoising-steps 32", 1, ("--rollout-denoising-steps 32", "at least one")),
+        ("--espo-group-size 1", 1, ("--espo-group-size 1", "at least 2")),
+        ("--espo-num-mc 1 --espo-kl-estimator k2_unbiased", 1, ("k2_unbiased", "--espo-num-mc 2")),
+        ("--micro-batch-size 3", 1, ("--micro-batch-size 3", "32 rows")),
+        ("--espo-gradient joint --micro-batch-size 2", 1, ("joint", "multiple of 4")),
+        ("--espo-prompts-per-rollout 3", 2, ("--espo-prompts-per-rollout 3", "multiple of 2")),
+        ("--global-batch-size 7", 1, ("--global-batch-size 7", "leave it out")),
+        ("--attention-dropout 0.1", 1, ("dropout", "--attention-dropout 0")),
+        ("--seq-length 16", 1, ("--seq-length 16", "--rollout-completion-length 16")),
+        ("--transformer-impl transformer_engine", 1, ("--transformer-impl", "GPU")),
+        ("--tokenizer-model /nowhere", 1, ("--tokenizer-model /nowhere",)),
+        ("--mask-epsilon 2", 1, ("--mask-epsilon 2",)),
+        ("--preset huge", 1, ("--preset huge", "tiny")),
+    ],
+)
+def test_bad_flag_is_named(
+    flags: str, world: int, parts: tuple[str, ...], tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    argv = f"{ESPO} --tokenizer-model {tokenizer} {flags}".split()
+    if "--preset huge" in flags:
+        argv = argv[2:]
+    with pytest.raises(ValueError) as caught:
+        initialize_arguments(argv, espo.prepare_arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("flags", "part"),
+    [
+        ("--preset tiny", "--seq-length and --micro-batch-size"),
+        ("--preset tiny --seq-length 8 --micro-batch-size 2", "--train-iters"),
+        (
+            "--preset tiny --seq-length 8 --micro-batch-size 2 --train-iters 1 "
+            "--global-batch-size 3",
+            "--global-batch-size 3",
+        ),
+    ],
+)
+def test_bad_pretraining_flag_is_named(flags: str, part: str, tokenizer: str) -> None:
+    with pytest.raises(ValueError, match=part):
+        initialize_arguments(
+            [*flags.split(), "--tokenizer-model", tokenizer], pretrain.prepare_arguments
+        )
+
+
+def test_missing_checkpoint_is_named(tokenizer: str, tmp_path: Path) -> None:
+    argv = ["--use-checkpoint-args", "--load", str(tmp_path), "--tokenizer-model", tokenizer]
+    with pytest.raises(ValueError, match="no checkpoint in --load"):
+        initialize_arguments(argv, inference.prepare_arguments)
+
+
+def test_unknown_task_is_named() -> None:
+    with pytest.raises(ValueError, match=r"--espo-task chess.*sudoku"):
+        load_task("chess", flag="--espo-task")
+
+
+def test_malformed_line_and_long_prompt_are_named(tmp_path: Path, tokenizer: str) -> None:
+    from argparse import Namespace
+
+    from megatron_espo.data.tokenizer import load_tokenizer
+
+    path = tmp_path / "train.jsonl"
+    good = json.dumps({"puzzle": "3102200002100320", "solution": "3142243142131324"})
+    path.write_text(good + "\n{broken\n")
+    args = Namespace(seq_length=32, rollout_completion_length=16)
+    task, loaded = load_task("sudoku"), load_tokenizer(tokenizer)
+    with pytest.raises(ValueError, match=r"train\.jsonl:2"):
+        load_task_data(task, str(path), loaded, args)
+    with pytest.raises(ValueError, match=r"missing\.jsonl"):
+        load_task_data(task, str(tmp_path / "missing.jsonl"), loaded, args)
+    path.write_text(good + "\n")
+    assert load_task_data(task, str(path), loaded, args) is not None
+    args.seq_length = 31
+    with pytest.raises(ValueError, match="16 tokens but 1 to 15 fit"):
+        load_task_data(task, str(path), loaded, args)
