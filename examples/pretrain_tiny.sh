@@ -32,12 +32,9 @@ rm -rf "$out" && mkdir -p "$out"
   --lr-warmup-iters 20 --adam-beta2 0.98 --weight-decay 0.01 --log-interval 20 \
   --eval-interval 100 --eval-iters 4 --save "$out/checkpoint" \
   --tensorboard-dir "$out/tensorboard" "$@" 2>&1 | tee "$out/pretrain.log" |
-  grep -E --line-buffered '^error|iteration +[0-9]+/|validation loss|^Traceback|Error' |
+  grep -E --line-buffered '^error|iteration +[0-9]+/|validation loss|^\[rank[0-9]+\]: [A-Za-z.]*Error' |
   sed -u -E 's/consumed samples.*learning rate/learning rate/; s/global batch size.*lm loss/lm loss/; s/ \| loss scale.*//'
 "$python" tools/generate.py --load "$out/checkpoint" --tokenizer-model "$out/tokenizer" \
   --prompt "The " "def " "Masked diffusion " --rollout-completion-length 96 \
   --rollout-block-length 32 --rollout-denoising-steps 96 --rollout-temperature 0.5 \
-  2>"$out/generate.err" | tail -n 40 | grep -v '^ \|^\[\|^-\|^INFO\|^WARN\|^>\|^$\|loading\|arguments' || {
-  cat "$out/generate.err" >&2
-  exit 1
-}
+  2>"$out/generate.log" || { grep '^error' "$out/generate.log" >&2; exit 1; }

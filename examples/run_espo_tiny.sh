@@ -28,7 +28,7 @@ say() { printf '\n\033[1m[%3ds] %s\033[0m\n' $((SECONDS - started)) "$*"; }
 ranks() {
   local log=$1; shift
   "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@" 2>&1 |
-    tee "$out/$log.log" | grep -E --line-buffered '^error|^rollout|^held-out|iteration +[0-9]+/|^Traceback|Error' |
+    tee "$out/$log.log" | grep -E --line-buffered '^error|^rollout|^held-out|iteration +[0-9]+/|^\[rank[0-9]+\]: [A-Za-z.]*Error' |
     sed -u -E 's/consumed samples.*learning rate/learning rate/; s/global batch size.*lm loss/lm loss/; s/ \| loss scale.*//' || true
   test "${PIPESTATUS[0]}" -eq 0
 }
@@ -45,7 +45,8 @@ say "Making $task problems and demonstrations of mixed quality"
 "$python" tools/make_tokenizer.py --out "$out/tokenizer"
 "$python" tools/prepare_data.py "$task" --out "$out/data" --seed "$seed" "${data[@]}"
 
-model=(--preset tiny --tokenizer-model "$out/tokenizer" --seq-length "$seq_length" --seed "$seed")
+model=(--preset tiny --tokenizer-model "$out/tokenizer" --seq-length "$seq_length" --seed "$seed"
+  "${shape[@]}")
 sampling=(--rollout-completion-length "$completion" --rollout-block-length "$completion"
   --rollout-denoising-steps "$steps" --rollout-micro-batch-size 128)
 sft=(-m megatron_espo.training.pretrain "${model[@]}" --sft-train-data "$out/data/demonstrations.jsonl"

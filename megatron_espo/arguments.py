@@ -128,6 +128,12 @@ def initialize_arguments(
             "tokenizer (tools/make_tokenizer.py makes one)."
         )
     check_layout(args)
+    steps = args.lr_decay_iters or args.train_iters
+    if steps and args.lr_warmup_iters >= steps:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be fewer than the {steps} steps of the "
+            "learning-rate schedule."
+        )
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or sys.maxsize
     if args.vocab_size is not None:

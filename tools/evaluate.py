@@ -5,7 +5,9 @@ Runs under torchrun like training does, or alone:
         --espo-eval-data test.jsonl --rollout-completion-length 16 ...
 """
 
+import contextlib
 import json
+import sys
 from collections.abc import Sequence
 
 from megatron_espo.arguments import config_from_args
@@ -20,7 +22,8 @@ from megatron_espo.training.setup import run_entry_point
 
 def main(argv: Sequence[str]) -> None:
     """Evaluate from the command line; prints one JSON object."""
-    model, args = load_model(argv)
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the result
+        model, args = load_model(argv)
     espo = config_from_args(EspoConfig, args)
     task = load_task(espo.task, flag="--espo-task")
     tokenizer = load_tokenizer(args.tokenizer_model)

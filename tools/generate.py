@@ -5,6 +5,8 @@ python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once
 """
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +24,8 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt", nargs="+", default=[""])
     own, rest = parser.parse_known_args(argv)
-    model, args = load_model(rest)
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the answer
+        model, args = load_model(rest)
     tokenizer = load_tokenizer(args.tokenizer_model)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in own.prompt]
     result = generate(

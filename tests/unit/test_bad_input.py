@@ -56,6 +56,7 @@ ESPO = (
         ("--seq-length 16", 1, ("--seq-length 16", "--rollout-completion-length 16")),
         ("--transformer-impl transformer_engine", 1, ("--transformer-impl", "GPU")),
         ("--tokenizer-model /nowhere", 1, ("--tokenizer-model /nowhere",)),
+        ("--lr-warmup-iters 900", 1, ("--lr-warmup-iters 900", "800 steps")),
         ("--mask-epsilon 2", 1, ("--mask-epsilon 2",)),
         ("--preset huge", 1, ("--preset huge", "tiny")),
     ],

@@ -219,10 +219,12 @@ def test_checkpoint_of_another_model_is_refused_on_all_ranks(folder: Path) -> No
 
 
 def test_text_pretraining_samples_at_the_end(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 60)
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"{number} cats sat on the mat. " * 20)
     done = subprocess.run(
         ["bash", "examples/pretrain_tiny.sh", "--text", str(tmp_path), "--out",
-         str(folder / "text"), "--", "--train-iters", "4", "--eval-iters", "1"],
+         str(folder / "text"), "--", "--train-iters", "4", "--eval-iters", "1",
+         "--lr-warmup-iters", "1"],
         cwd=ROOT, env={**ENVIRONMENT, "PYTHON": sys.executable}, text=True, timeout=240,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
