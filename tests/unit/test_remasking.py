@@ -54,7 +54,8 @@ def dream_reference(num_masked: int, steps: int, epsilon: float) -> list[int]:
 
 @pytest.mark.parametrize("epsilon", [1e-3, 0.1])
 def test_dream_schedule_follows_its_rule_in_float32(epsilon: float) -> None:
-    for num_masked in (0, 1, 2, 7, 32, 64, 255, 256, 512):
+    # 1000 tokens in 3 steps, or 10 in 3 with epsilon 0.1, come out differently in float64.
+    for num_masked in (0, 1, 2, 7, 10, 32, 64, 255, 256, 1000):
         for steps in (1, 2, 3, 5, 8, 16, 31, 32, 64, 100, 256):
             counts = dream_commit_counts(num_masked, steps, epsilon)
             assert counts == dream_reference(num_masked, steps, epsilon)
