@@ -13,7 +13,7 @@ Curve = tuple[list[int], list[float]]
 
 # Title, unit, and the scalars drawn in it.
 PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Reward of rollouts", "mean reward", ("reward/mean", "reward/correct")),
+    ("Reward of rollouts", "mean", ("reward/mean", "reward/correct")),
     ("Held-out problems, greedy", "share", ("eval/accuracy", "eval/reward")),
     (
         "Importance ratio",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_espo.parallel.vocab import TokenDraw, cross_entropy, draw_tokens
+from megatron_espo.parallel.vocab import TokenDraw, _inverse_cdf, cross_entropy, draw_tokens
 
 # (vocabulary, columns): within one block of the running sums, at its edge, across three blocks.
 SIZES = [(5, 8), (512, 512), (513, 640), (1300, 1408)]
@@ -149,6 +149,19 @@ def test_ends_of_the_unit_interval_give_the_first_and_last_possible_token(
                 if t != forbidden and not (row >= 10 and t in (0, vocab_size - 1))
             ]
             assert token == (possible[0] if row % 2 == 0 else possible[-1])
+
+
+@pytest.mark.parametrize("columns", [6, 512, 1300])
+def test_fractions_at_and_beyond_the_ends_give_the_outermost_tokens_with_weight(columns) -> None:
+    # What rounding between the shards may ask for; tokens without weight lie outside and between.
+    first, last = columns // 4, columns - 2
+    weights = torch.zeros(4, columns)
+    weights[:, first] = weights[:, last] = 0.3
+    fractions = torch.tensor([-1e-16, 0.0, 1.0, 1.0 + 1e-15], dtype=torch.float64)
+    assert _inverse_cdf(weights, fractions).tolist() == [first, first, last, last]
+    # The upper end of one interval is the lower end of the next.
+    middle = torch.tensor([0.5 - 1e-12, 0.5, 0.5, 0.5 + 1e-12], dtype=torch.float64)
+    assert _inverse_cdf(weights, middle).tolist() == [first, last, last, last]
 
 
 def test_a_single_possible_token_is_always_drawn(one_rank) -> None:
