@@ -109,7 +109,8 @@ class RolloutConfig:
         Raises:
             ValueError: naming the flag.
         """
-        if self.completion_length < 1 or self.completion_length % max(self.block_length, 1):
+        length, block = self.completion_length, self.block_length
+        if length < 1 or block < 1 or length % block:
             raise ValueError(
                 f"--rollout-completion-length {self.completion_length} is not a multiple of "
                 f"--rollout-block-length {self.block_length}; change one of them."

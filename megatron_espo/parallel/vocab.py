@@ -95,28 +95,34 @@ def draw_tokens(
 
     # What the other shards need to know of this one: [r, 5], gathered to [tp, r, 5].
     lse = _local_lse(scaled)
-    top, place = scaled.topk(2, dim=-1)
+    top = scaled.topk(2, dim=-1).values
+    place = scaled.argmax(dim=-1)
     # A shard without any allowed token has lse -inf; the clamp keeps its weights at 0, not NaN.
-    weights = (scaled - lse[:, None].float().clamp(min=torch.finfo(torch.float32).min)).exp_()
-    mean_logit = torch.einsum("rn,rn->r", weights, scaled.clamp(min=torch.finfo(torch.float32).min))
+    lowest = torch.finfo(torch.float32).min
+    log_weights = scaled - lse[:, None].clamp(min=lowest)
+    weights = log_weights.exp()
+    mean_log = torch.einsum("rn,rn->r", weights, log_weights.clamp_(min=lowest))
     shards = _all_gather(
-        torch.stack((plain_lse, lse, top[:, 0], top[:, 1], mean_logit), dim=-1).double(), group
+        torch.stack((plain_lse, lse, top[:, 0], top[:, 1], mean_log), dim=-1).double(), group
     )
     total = shards[..., 1].logsumexp(dim=0)
     share = (shards[..., 1] - total).exp()
     best = torch.cat((shards[..., 2], shards[..., 3])).topk(2, dim=0).values
     margin = (best[0] - total).exp() - (best[1] - total).exp()
-    negative_entropy = (share * shards[..., 4]).sum(0) - total
+    local_log = (shards[..., 1] - total).clamp(min=lowest)
+    negative_entropy = (share * (shards[..., 4] + local_log)).sum(0)
 
     if temperature == 0.0:
         owner = shards[..., 2].argmax(dim=0)
-        local = place[:, 0]
+        local = place
     else:
         # The last shard takes what rounding leaves above its upper end.
         owner = (uniforms[None] >= share.cumsum(0)[:-1]).sum(0)
+        ranks = torch.arange(share.size(0), device=share.device)[:, None]
+        owner = torch.minimum(owner, torch.where(share > 0, ranks, 0).amax(0))
         lower = (share.cumsum(0) - share).gather(0, owner[None])[0]
         inside = (uniforms - lower) / share.gather(0, owner[None])[0].clamp(min=1e-300)
-        local = _inverse_cdf(weights, inside)
+        local = _inverse_cdf(weights, inside).clamp(max=logits.size(1) - 1)
     chosen = torch.stack(
         (
             local + start,

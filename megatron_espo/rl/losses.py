@@ -53,8 +53,10 @@ def espo_terms(
     """
     log_ratio = (elbo.mean(dim=1) - elbo_old.mean(dim=1)) / length
     ratio = log_ratio.exp()
+    clipped_low = (ratio < 1 - config.clip_eps_low) & (advantages < 0)
+    clipped_high = (ratio > 1 + config.clip_eps_high) & (advantages > 0)
     clipped = ratio.clamp(1 - config.clip_eps_low, 1 + config.clip_eps_high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    loss = -torch.where(clipped_low | clipped_high, clipped.detach(), ratio) * advantages
     kl = torch.zeros_like(ratio)
     if elbo_ref is not None:
         kl = sequence_kl(elbo, elbo_ref, config.kl_estimator) / length
@@ -63,8 +65,8 @@ def espo_terms(
         loss=loss,
         ratio=ratio.detach(),
         kl=kl.detach(),
-        clipped_low=(ratio < 1 - config.clip_eps_low) & (advantages < 0),
-        clipped_high=(ratio > 1 + config.clip_eps_high) & (advantages > 0),
+        clipped_low=clipped_low,
+        clipped_high=clipped_high,
     )
 
 
