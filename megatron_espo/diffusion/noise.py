@@ -56,7 +56,12 @@ def random_subset(key: Stream, sample_ids: Tensor, maskable: Tensor, sizes: Tens
     Returns:
         bool ``[b, s]`` with exactly ``sizes`` True entries per row.
     """
-    order = uniform(key, sample_ids, maskable.size(1)).masked_fill_(~maskable, 2.0)
+    return _smallest(uniform(key, sample_ids, maskable.size(1)), maskable, sizes)
+
+
+def _smallest(order: Tensor, maskable: Tensor, sizes: Tensor) -> Tensor:
+    """Mark each row's ``sizes`` smallest numbers among its maskable positions."""
+    order = order.masked_fill(~maskable, 2.0)
     rank = order.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     return rank < sizes[:, None]
 
@@ -94,9 +99,7 @@ def exact_count(key: Stream, sample_ids: Tensor, maskable: Tensor) -> Noise:
     lengths = maskable.sum(dim=1)
     draws = uniform(key, sample_ids, maskable.size(1) + 1)
     counts = 1 + (draws[:, 0] * lengths).long().clamp_(max=lengths - 1)
-    order = draws[:, 1:].masked_fill(~maskable, 2.0)
-    rank = order.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    return Noise(rank < counts[:, None], (lengths / counts).float())
+    return Noise(_smallest(draws[:, 1:], maskable, counts), (lengths / counts).float())
 
 
 def stratified_counts(

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
@@ -92,25 +91,3 @@ def sum_over_data_parallel(values: Tensor, layout: Layout) -> Tensor:
     if layout.dp_size > 1:
         dist.all_reduce(values, group=layout.dp)
     return values
-
-
-def raise_on_any_rank(error: str | None, device: torch.device) -> None:
-    """Raise on every rank if one of them found an error, so that no rank waits for another.
-
-    Args:
-        error: this rank's message, or None.
-        device: a device of the default process group's backend.
-
-    Raises:
-        ValueError: with this rank's message, or a pointer to the rank that has one.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        if error:
-            raise ValueError(error)
-        return
-    failed = torch.full((1,), dist.get_rank() if error else -1, device=device)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
-    if error:
-        raise ValueError(error)
-    if failed.item() >= 0:
-        raise ValueError(f"rank {int(failed.item())} stopped the run; its message is above.")

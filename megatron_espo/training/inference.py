@@ -27,8 +27,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--load is missing: the folder of the checkpoint.")
     args.exit_on_missing_checkpoint = True
     args.skip_train = args.no_load_optim = args.no_load_rng = True
-    args.micro_batch_size = args.global_batch_size = None
-    args.micro_batch_size = 1
+    args.micro_batch_size, args.global_batch_size = 1, None
     args.train_iters, args.lr = 1, 0.0
     if args.seq_length is None:
         args.seq_length = args.max_position_embeddings or 4096
