@@ -21,7 +21,11 @@ done
 out=${out:-runs/$task-seed$seed}
 python=${PYTHON:-python3} ranks=${RANKS:-2}
 export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
-rm -rf "$out" && mkdir -p "$out"
+if [[ -n $(ls -A "$out" 2>/dev/null) && ! -e $out/.demo ]]; then
+  echo "error: --out $out is not empty and holds no earlier run of this script; choose another." >&2
+  exit 2
+fi
+rm -rf "$out" && mkdir -p "$out" && touch "$out/.demo"
 started=$SECONDS
 say() { printf '\n\033[1m[%3ds] %s\033[0m\n' $((SECONDS - started)) "$*"; }
 # Megatron prints all its arguments; the log keeps them, the console shows what happens.
@@ -33,8 +37,22 @@ ranks() {
   test "${PIPESTATUS[0]}" -eq 0
 }
 
-# Settings that were tuned on the validation split only.
+# Settings that were tuned on the validation split only: first those of the task.
 source examples/tiny_"$task".sh
+# A cell is read by its absolute place; rotary positions alone make so small a model learn slowly.
+shape=(--position-embedding-type learned_absolute --max-position-embeddings 64)
+sft_rate=(--lr 3e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 30)
+espo_rate=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 4)
+prompts=32 group=8 updates=2
+espo=(--espo-prompts-per-rollout "$prompts" --espo-group-size "$group"
+  --espo-updates-per-rollout "$updates" --espo-num-mc 1 --espo-kl-coef 5e-3 --espo-gradient joint
+  --espo-eval-interval 16 --micro-batch-size 128 --adam-beta2 0.99 --weight-decay 0.01)
+# The control gets the compute of ESPO, counted in rows times model passes. Per completion of a
+# rollout: one per denoising step, then for the coupled pair of every update one pass of the
+# reference, one of the old policy where it is not the current one, and forward and backward,
+# which cost three. A fine-tuning step passes 128 rows forward and backward.
+passes=$((prompts * group * (completion + 2 * (updates + (updates - 1) + 3 * updates))))
+control_iters=$((rollouts * passes / (3 * 128)))
 
 if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it runs
   sft_iters=6 rollouts=2 control_iters=6
@@ -48,7 +66,7 @@ say "Making $task problems and demonstrations of mixed quality"
 model=(--preset tiny --tokenizer-model "$out/tokenizer" --seq-length "$seq_length" --seed "$seed"
   "${shape[@]}")
 sampling=(--rollout-completion-length "$completion" --rollout-block-length "$completion"
-  --rollout-denoising-steps "$steps" --rollout-micro-batch-size 128)
+  --rollout-denoising-steps "$completion" --rollout-micro-batch-size 128)
 sft=(-m megatron_espo.training.pretrain "${model[@]}" --sft-train-data "$out/data/demonstrations.jsonl"
   --sft-completion-length "$completion" --micro-batch-size 64 --global-batch-size 128
   --adam-beta2 0.99 --weight-decay 0.01 --log-interval 50 --save-interval 1000000)
@@ -60,11 +78,11 @@ ranks sft "${sft[@]}" --train-iters "$sft_iters" "${sft_rate[@]}" --save "$out/b
 say "ESPO ($rollouts rollouts)"
 ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-task "$task" \
   --espo-train-data "$out/data/train.jsonl" --espo-eval-data "$out/data/validation.jsonl" \
-  --espo-num-rollouts "$rollouts" "${espo[@]}" --pretrained-checkpoint "$out/base" \
+  --espo-num-rollouts "$rollouts" "${espo[@]}" "${espo_rate[@]}" --pretrained-checkpoint "$out/base" \
   --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
 
 say "Control: the compute of ESPO spent on more fine-tuning ($control_iters steps)"
-ranks control "${sft[@]}" --train-iters "$control_iters" "${control_rate[@]}" \
+ranks control "${sft[@]}" --train-iters "$control_iters" "${espo_rate[@]}" \
   --pretrained-checkpoint "$out/base" --load "$out/control" --save "$out/control" \
   --tensorboard-dir "$out/tensorboard/control"
 

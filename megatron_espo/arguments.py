@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -75,6 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     if not device.has_cuda():
         parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
     parser.set_defaults(tokenizer_type="HuggingFaceTokenizer", use_distributed_optimizer=False)
+    for action in parser._actions:
+        # Some of Megatron's help texts hold a bare per cent sign, which stops --help.
+        if isinstance(action.help, str):
+            action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
     return parser
 
 

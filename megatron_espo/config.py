@@ -4,6 +4,7 @@ Each becomes a group of command-line flags (see arguments.py); what Megatron has
 repeated here. ``validate`` raises ValueError with one sentence that names the flag to change.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -127,13 +128,14 @@ class RolloutConfig:
                 f"--rollout-completion-length {self.completion_length}; a step commits at least "
                 "one token."
             )
-        if self.temperature < 0.0:
+        if not 0.0 <= self.temperature < math.inf:
             raise ValueError(
-                f"--rollout-temperature {self.temperature} is negative; use 0 for greedy sampling."
+                f"--rollout-temperature {self.temperature} is no temperature; use 0 for greedy "
+                "sampling or a positive number."
             )
-        if self.guidance_scale < 0.0:
+        if not 0.0 <= self.guidance_scale < math.inf:
             raise ValueError(
-                f"--rollout-guidance-scale {self.guidance_scale} is negative; use 0 for none."
+                f"--rollout-guidance-scale {self.guidance_scale} must be 0 (none) or positive."
             )
         if self.guidance_scale > 0.0 and logit_shift:
             raise ValueError(
@@ -229,8 +231,20 @@ class EspoConfig:
                 raise ValueError(
                     f"--espo-{name.replace('_', '-')} {getattr(self, name)} must lie in [0, 1)."
                 )
-        if self.kl_coef < 0.0:
-            raise ValueError(f"--espo-kl-coef {self.kl_coef} is negative; use 0 for no penalty.")
+        for name in (
+            "eval_interval",
+            "eval_samples",
+            "reference_mix_interval",
+            "samples_to_log",
+        ):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"--espo-{name.replace('_', '-')} {getattr(self, name)} must be 0 or more."
+                )
+        if not 0.0 <= self.kl_coef < math.inf:
+            raise ValueError(
+                f"--espo-kl-coef {self.kl_coef} must be 0 (no penalty) or a positive number."
+            )
         if self.kl_estimator == "k2_unbiased" and self.num_mc < 2:
             raise ValueError(
                 "--espo-kl-estimator k2_unbiased multiplies two independent draws; use "

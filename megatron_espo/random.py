@@ -39,12 +39,13 @@ def stream(seed: int, purpose: str, *indices: int) -> Stream:
     Returns:
         The key of the family, equal for equal arguments on every machine.
     """
-    return _key(f"{seed}/{purpose}/" + "/".join(str(int(index)) for index in indices))
+    # repr() quotes the name, so no name can look like a shorter one followed by an index.
+    return _key(f"{int(seed)}/{purpose!r}/" + "/".join(str(int(index)) for index in indices))
 
 
 def substream(key: Stream, purpose: str, index: int = 0) -> Stream:
     """Split a family of draws: parts with different names or indices share no bits."""
-    return _key(f"{key.low}:{key.high}/{purpose}/{index}")
+    return _key(f"{key.low}:{key.high}/{purpose!r}/{int(index)}")
 
 
 def _key(text: str) -> Stream:

@@ -36,8 +36,8 @@ class ElboViews(NamedTuple):
     Attributes:
         mask_indices: bool ``[b, m, v, s]`` over completion positions.
         weights: float32 ``[b, m, v]``; the estimate of a draw is minus the weighted sum over its
-            views of the cross entropy summed over the masked positions. A view without masked
-            positions has weight 0.
+            views of the cross entropy summed over the masked positions. An empty side of a
+            coupled pair has weight 0; an empty bernoulli view keeps 1 / p, times a sum of 0.
     """
 
     mask_indices: Tensor

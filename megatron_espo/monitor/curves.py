@@ -11,18 +11,30 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 Curve = tuple[list[int], list[float]]
 
-# Title, unit, and the scalars drawn in it.
-PANELS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("Reward of rollouts", "mean", ("reward/mean", "reward/correct")),
-    ("Held-out problems, greedy", "share", ("eval/accuracy", "eval/reward")),
+# Title, unit, and the scalars drawn in it with their labels.
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    (
+        "Sampled completions",
+        "share (0 to 1)",
+        {"reward/mean": "mean reward", "reward/correct": "correct"},
+    ),
+    (
+        "Held-out problems, greedy",
+        "share (0 to 1)",
+        {"eval/accuracy": "exact accuracy", "eval/reward": "mean reward"},
+    ),
     (
         "Importance ratio",
         "ratio",
-        ("policy/ratio/min", "policy/ratio/mean", "policy/ratio/max"),
+        {
+            "policy/ratio/max": "largest",
+            "policy/ratio/mean": "mean",
+            "policy/ratio/min": "smallest",
+        },
     ),
-    ("KL to the reference", "nats per token", ("policy/kl_per_token",)),
-    ("ELBO of sampled completions", "nats per token", ("elbo/per_token/mean",)),
-    ("Gradient norm", "norm before clipping", ("policy/grad_norm",)),
+    ("KL to the reference", "nats per token", {"policy/kl_per_token": "KL"}),
+    ("ELBO of sampled completions", "nats per token", {"elbo/per_token/mean": "mean ELBO"}),
+    ("Gradient norm", "norm before clipping", {"policy/grad_norm": "norm"}),
 )
 
 
@@ -59,12 +71,12 @@ def draw_run(curves: dict[str, Curve], title: str, path: Path) -> None:
         path: PNG to write.
     """
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, (heading, unit, names) in zip(axes.flat, PANELS, strict=True):
-        drawn = [name for name in names if name in curves]
+    for axis, (heading, unit, labels) in zip(axes.flat, PANELS, strict=True):
+        drawn = [name for name in labels if name in curves]
         for name in drawn:
             steps, values = curves[name]
             marker = "o" if len(steps) < 12 else None
-            axis.plot(steps, values, label=name.split("/", 1)[1], linewidth=1.6, marker=marker)
+            axis.plot(steps, values, label=labels[name], linewidth=1.6, marker=marker)
         axis.set_title(heading, fontsize=11)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(unit)

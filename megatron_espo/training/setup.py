@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import queue
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import get_args
 from torch._C._distributed_c10d import HashStore
 
@@ -49,6 +51,10 @@ def initialize_process_groups(args: argparse.Namespace) -> None:
     Args:
         args: Megatron's arguments.
     """
+    if not args.async_save:
+        # Megatron starts a server process, which imports everything anew, for what the writers of
+        # a checkpoint report. Without a background writer they are threads of this process.
+        filesystem_async._results_queue = queue.Queue()
     if device.has_cuda():
         return
     # Started alone, without torchrun: a store that needs no port.

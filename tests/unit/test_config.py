@@ -34,6 +34,12 @@ def test_settings_are_documented_and_do_not_change_after_parsing(config, parser)
         setattr(config(), dataclasses.fields(config)[0].name, None)
 
 
+def test_help_can_be_printed_and_keeps_its_per_cent_signs(parser) -> None:
+    text = parser.format_help()
+    assert "--espo-group-size" in text and "%%" not in text
+    assert re.search(r"\d+% ", text)
+
+
 def test_defaults_are_valid() -> None:
     DiffusionConfig().validate()
     RolloutConfig().validate()
@@ -56,7 +62,10 @@ def test_defaults_are_valid() -> None:
         (RolloutConfig(denoising_steps=100), "--rollout-denoising-steps"),
         (RolloutConfig(denoising_steps=512), "--rollout-denoising-steps"),
         (RolloutConfig(temperature=-0.5), "--rollout-temperature"),
+        (RolloutConfig(temperature=float("nan")), "--rollout-temperature"),
+        (RolloutConfig(temperature=float("inf")), "--rollout-temperature"),
         (RolloutConfig(guidance_scale=-1.0), "--rollout-guidance-scale"),
+        (RolloutConfig(guidance_scale=float("nan")), "--rollout-guidance-scale"),
         (RolloutConfig(micro_batch_size=0), "--rollout-micro-batch-size"),
         (EspoConfig(group_size=1), "--espo-group-size"),
         (EspoConfig(num_rollouts=0), "--espo-num-rollouts"),
@@ -67,6 +76,12 @@ def test_defaults_are_valid() -> None:
         (EspoConfig(clip_eps_low=1.0), "--espo-clip-eps-low"),
         (EspoConfig(clip_eps_high=-0.1), "--espo-clip-eps-high"),
         (EspoConfig(kl_coef=-1e-3), "--espo-kl-coef"),
+        (EspoConfig(kl_coef=float("nan")), "--espo-kl-coef"),
+        (EspoConfig(kl_coef=float("inf")), "--espo-kl-coef"),
+        (EspoConfig(eval_interval=-1), "--espo-eval-interval"),
+        (EspoConfig(eval_samples=-1), "--espo-eval-samples"),
+        (EspoConfig(reference_mix_interval=-1), "--espo-reference-mix-interval"),
+        (EspoConfig(samples_to_log=-1), "--espo-samples-to-log"),
         (EspoConfig(kl_estimator="k2_unbiased", num_mc=1), "--espo-num-mc"),
         (EspoConfig(reference_mix=-0.1), "--espo-reference-mix"),
         (EspoConfig(reference_mix=1.1), "--espo-reference-mix"),

@@ -1,0 +1,84 @@
+"""The picture of a run: scalars read back as written, every panel fed by a real run, clear errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_espo.monitor.curves import PANELS, draw_run, read_scalars
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_events(folder: Path, scalars: dict[str, list[float]]) -> None:
+    with SummaryWriter(str(folder)) as writer:
+        for name, values in scalars.items():
+            for step, value in enumerate(values):
+                writer.add_scalar(name, value, 2 * step)
+
+
+def test_scalars_are_read_back_with_their_steps(tmp_path: Path) -> None:
+    # More points than TensorBoard keeps by default, none of which may be dropped.
+    values = [index / 8 for index in range(15000)]
+    write_events(tmp_path, {"reward/mean": values, "eval/accuracy": [0.25, 0.5]})
+    curves = read_scalars(tmp_path)
+    assert curves["reward/mean"] == (list(range(0, 30000, 2)), values)
+    assert curves["eval/accuracy"] == ([0, 2], [0.25, 0.5])
+
+
+def test_a_folder_without_scalars_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"{tmp_path}.*no TensorBoard scalars"):
+        read_scalars(tmp_path)
+
+
+def test_picture_changes_with_every_curve(tmp_path: Path) -> None:
+    names = [name for _, _, labels in PANELS for name in labels]
+    curves = {name: ([0, 1], [0.5, 0.25]) for name in names}
+
+    def picture(curves: dict) -> bytes:
+        draw_run(curves, "a run", tmp_path / "curves.png")
+        return matplotlib.image.imread(tmp_path / "curves.png").tobytes()
+
+    whole = picture(curves)
+    assert whole == picture(curves)
+    for name in names:
+        assert picture({**curves, name: ([0, 1], [0.5, 0.75])}) != whole, name
+    picture({})  # A run that was killed early still has a picture.
+
+
+def test_tool_prints_the_table_of_a_demo(tmp_path: Path) -> None:
+    write_events(tmp_path / "tensorboard/espo", {"reward/mean": [0.25, 0.5]})
+    base = {"accuracy": 0.125, "reward": 0.5, "num_problems": 40}
+    espo = {"accuracy": 0.625, "reward": 0.75, "num_problems": 40}
+    (tmp_path / "test-base.log").write_text(f"noise\n{json.dumps(base)}\n")
+    (tmp_path / "test-espo.log").write_text(f"{json.dumps(base)}\n{json.dumps(espo)}\nnoise\n")
+    done = subprocess.run(
+        [sys.executable, "tools/plot_run.py", str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    rows = {line[:30].strip(): line[30:].split() for line in done.stdout.splitlines() if line}
+    assert rows["before (fine-tuned base)"] == ["12.5%", "0.500", "40"]
+    assert rows["after ESPO"] == ["62.5%", "0.750", "40"]
+    assert "control (more SFT)" not in rows
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert stored == {"base": base, "espo": espo, "control": None}
+
+
+def test_tool_names_a_folder_without_a_run(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/plot_run.py", str(tmp_path)],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {tmp_path}") and done.stderr.count("\n") == 1
