@@ -1,4 +1,4 @@
-"""The picture of a run: scalars read back as written, every panel fed by a real run, clear errors."""
+"""The picture of a run: scalars as written, panels fed by a real run, clear errors."""
 
 import json
 import subprocess
