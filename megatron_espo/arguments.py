@@ -75,7 +75,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
     if not device.has_cuda():
         parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
-    parser.set_defaults(tokenizer_type="HuggingFaceTokenizer", use_distributed_optimizer=False)
+    parser.set_defaults(
+        tokenizer_type="HuggingFaceTokenizer",
+        use_distributed_optimizer=False,
+        # SIGTERM saves and leaves; a checkpoint can be taken up in another layout.
+        exit_signal_handler=True,
+        dist_ckpt_optim_fully_reshardable=True,
+    )
     for action in parser._actions:
         # Some of Megatron's help texts hold a bare per cent sign, which stops --help.
         if isinstance(action.help, str):

@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--espo-eval-data is missing: the problems to evaluate on.")
     rollout = config_from_args(RolloutConfig, args)
     result = evaluate_task(model, task, data.examples, data.encoded, tokenizer, rollout, args.seed)
-    if model.layout.is_reporter:
+    if result is not None and model.layout.is_reporter:
         print(json.dumps(vars(result)), flush=True)
 
 

@@ -31,6 +31,11 @@ class Sequences:
     def __len__(self) -> int:
         return self.tokens.size(0)
 
+    def completions(self) -> Tensor:
+        """The completions alone: int64 ``[n, l]``."""
+        places = self.prompt_lengths[:, None] + torch.arange(self.completion_length)[None]
+        return self.tokens.gather(1, places)
+
 
 @dataclass(frozen=True)
 class MaskedTargets:

@@ -31,6 +31,10 @@ from megatron_espo.parallel.vocab import draw_tokens
 from megatron_espo.random import stream, uniform
 
 
+class Interrupted(Exception):
+    """Raised by an ``on_step`` hook to break sampling off, on all ranks of the model together."""
+
+
 class Generation(NamedTuple):
     """Completions and what they cost.
 
@@ -66,7 +70,7 @@ def generate(
         seed: the run's seed.
         purpose: name of these draws, such as ``"rollout/7"``.
         on_step: called with the completions so far, int64 ``[b, l]`` with the mask token where
-            nothing is committed yet, after every step.
+            nothing is committed yet, after every step. May raise Interrupted.
 
     Returns:
         The completions.

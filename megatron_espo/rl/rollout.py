@@ -1,6 +1,6 @@
 """Samples and scores the completions of a rollout on this data-parallel rank."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -24,13 +24,20 @@ def local_share(prompts: Sequence[Prompt], layout: Layout) -> list[Prompt]:
     return list(prompts[layout.dp_rank * share : (layout.dp_rank + 1) * share])
 
 
+def sample_ids(prompts: Sequence[Prompt], group_size: int) -> Tensor:
+    """Number the completions of prompts through the run: int64 ``[n]``, group by group."""
+    groups = torch.tensor([prompt.group_id for prompt in prompts], dtype=torch.int64)
+    return (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+
+
 def sample(
     model: DiffusionModel,
     prompts: Sequence[Prompt],
     config: RolloutConfig,
     group_size: int,
     seed: int,
-) -> tuple[Generation, Tensor]:
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Generation:
     """Sample a group of completions for each prompt.
 
     Args:
@@ -39,25 +46,19 @@ def sample(
         config: sampling settings.
         group_size: completions per prompt G.
         seed: the run's seed.
+        on_step: see generation.sampler.
 
     Returns:
-        The completions, group by group, and their global sample ids, int64 ``[n]``.
+        The completions, group by group.
     """
-    groups = torch.tensor([prompt.group_id for prompt in prompts], dtype=torch.int64)
-    sample_ids = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
     rows = [prompt.token_ids for prompt in prompts for _ in range(group_size)]
-    return generate(model, rows, sample_ids, config, seed, "rollout"), sample_ids
+    return generate(model, rows, sample_ids(prompts, group_size), config, seed, "rollout", on_step)
 
 
 def score_completions(
-    task: Task,
-    examples: Sequence[Example],
-    completions: Tensor,
-    tokenizer: PreTrainedTokenizerFast,
-    stop_token_ids: Sequence[int],
-    layout: Layout,
-) -> tuple[list[str], list[Score]]:
-    """Decode completions up to their first stop token and score them.
+    task: Task, examples: Sequence[Example], texts: Sequence[str], layout: Layout
+) -> list[Score]:
+    """Score completions.
 
     One rank of each model-parallel group scores, the others receive: a reward may be costly, and
     one that depends on time must not differ between the ranks of one model.
@@ -65,15 +66,12 @@ def score_completions(
     Args:
         task: the task.
         examples: the problem of each completion.
-        completions: int64 ``[n, l]``.
-        tokenizer: the tokenizer.
-        stop_token_ids: tokens that end a completion.
+        texts: the completions.
         layout: process groups.
 
     Returns:
-        Texts and scores, n each.
+        Their scores.
     """
-    texts = [decode_completion(tokenizer, ids, stop_token_ids) for ids in completions.tolist()]
     scores: list[Score] = []
     if layout.mp.rank() == 0:
         scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]
@@ -81,7 +79,7 @@ def score_completions(
         box = [scores]
         dist.broadcast_object_list(box, dist.get_global_rank(layout.mp, 0), group=layout.mp)
         scores = box[0]
-    return texts, scores
+    return scores
 
 
 def completion_lengths(completions: Tensor, stop_token_ids: Sequence[int]) -> Tensor:
@@ -90,33 +88,28 @@ def completion_lengths(completions: Tensor, stop_token_ids: Sequence[int]) -> Te
     return (stops.cumsum(dim=1) == 0).sum(dim=1)
 
 
-def score_rollout(
+def assemble_rollout(
     model: DiffusionModel,
-    task: Task,
-    tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[Prompt],
     generation: Generation,
-    sample_ids: Tensor,
+    texts: Sequence[str],
+    scores: Sequence[Score],
     espo: EspoConfig,
 ) -> Rollout:
-    """Score sampled completions and compare each with its group.
+    """Put scored completions together and compare each with its group.
 
     Args:
         model: the policy.
-        task: the task.
-        tokenizer: the tokenizer.
         prompts: this rank's prompts.
         generation: their completions, group by group.
-        sample_ids: int64 ``[n]``.
+        texts: the completions as text.
+        scores: their scores.
         espo: group size and kind of advantage.
 
     Returns:
         The rollout.
     """
-    examples = [prompt.example for prompt in prompts for _ in range(espo.group_size)]
-    texts, scores = score_completions(
-        task, examples, generation.completions, tokenizer, model.stop_token_ids, model.layout
-    )
+    ids = sample_ids(prompts, espo.group_size)
     rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
     groups = rewards.view(len(prompts), espo.group_size)
     return Rollout(
@@ -126,8 +119,8 @@ def score_rollout(
             model.pad_token_id,
             model.pad_multiple,
         ),
-        sample_ids=sample_ids,
-        indices=sample_ids % espo.completions_per_rollout,
+        sample_ids=ids,
+        indices=ids % espo.completions_per_rollout,
         scores=scores,
         rewards=rewards,
         advantages=leave_one_out(groups, espo.advantage_std_norm).flatten().float(),
@@ -135,3 +128,10 @@ def score_rollout(
         completion_lengths=completion_lengths(generation.completions, model.stop_token_ids),
         num_evaluations=generation.num_evaluations,
     )
+
+
+def decode_completions(
+    completions: Tensor, tokenizer: PreTrainedTokenizerFast, stop_token_ids: Sequence[int]
+) -> list[str]:
+    """Turn completions into text up to their first stop token."""
+    return [decode_completion(tokenizer, ids, stop_token_ids) for ids in completions.tolist()]

@@ -51,3 +51,22 @@ class Rollout:
     texts: Sequence[str]
     completion_lengths: Tensor
     num_evaluations: int
+
+
+@dataclass(frozen=True)
+class PreparedRollout:
+    """A rollout with what the frozen policies say of it, ready for its optimizer steps.
+
+    Made by rl.trainer; what a checkpoint inside a rollout holds (rl.resume).
+
+    Attributes:
+        rollout: scored completions of this rank.
+        elbo_old: per update float32 ``[n, m]``, ELBO draws of the sampling policy under the
+            update's masks; None for the first update until it is made, since its current policy
+            is the sampling policy.
+        elbo_ref: per update float32 ``[n, m]`` of the reference policy, or None without a penalty.
+    """
+
+    rollout: Rollout
+    elbo_old: tuple[Tensor | None, ...]
+    elbo_ref: tuple[Tensor | None, ...]

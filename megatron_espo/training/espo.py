@@ -1,8 +1,6 @@
 """ESPO training: ``torchrun -m megatron_espo.training.espo [Megatron flags] [--espo-* flags]``."""
 
 import argparse
-import os
-import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -11,15 +9,14 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.utils import get_model_config
-from megatron.training import get_args, get_signal_handler, get_tensorboard_writer
+from megatron.training import get_args, get_tensorboard_writer
 from megatron.training import training as megatron_training
-from megatron.training.checkpointing import save_checkpoint
 
 from megatron_espo.arguments import config_from_args, initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.tokenizer import load_tokenizer
-from megatron_espo.device import current_device
 from megatron_espo.model.provider import model_provider
+from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.rl.prompts import encode_examples
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import TaskData, Trainer, train
@@ -30,6 +27,7 @@ from megatron_espo.training.setup import (
     initialize_process_groups,
     run_entry_point,
 )
+from megatron_espo.training.state import Checkpoints, StopRequest, load_position
 
 
 def views_per_completion(espo: EspoConfig) -> int:
@@ -155,19 +153,16 @@ def main(argv: Sequence[str]) -> None:
     _connect_schedule(chunks, optimizer)
     for chunk in chunks:
         chunk.train()
-    first_step = args.iteration
-    if first_step % espo.updates_per_rollout:
-        raise ValueError(
-            f"--load {args.load}: step {first_step} is not the end of a rollout of "
-            f"--espo-updates-per-rollout {espo.updates_per_rollout}; keep the run's value."
-        )
     reference = ReferencePolicy(chunks) if espo.kl_coef > 0.0 else None
-    if reference is not None and first_step > 0:
-        reference.load(_reference_folder(args.load, first_step))
-    saver = _Saver(chunks, optimizer, scheduler, reference)
+    start = load_position(args.load, args.iteration, espo, reference)
+    writer = get_tensorboard_writer()
+    begin_events(writer, start.step)
+    checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, espo, writer)
+    model = diffusion_model(chunks)
+    stop = StopRequest(model.layout)
     train(
         Trainer(
-            model=diffusion_model(chunks),
+            model=model,
             reference=reference,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -179,15 +174,17 @@ def main(argv: Sequence[str]) -> None:
             rollout=rollout,
             seed=args.seed,
             rows_per_batch=args.espo_rows_per_batch,
-            writer=get_tensorboard_writer(),
+            writer=writer,
             inference=partial(inference_mode, chunks, optimizer),
-            save=saver.save_if_due,
-            should_stop=partial(_should_stop, started=time.monotonic()),
+            is_due=checkpoints.is_due,
+            save=checkpoints.save,
+            should_stop=stop.agreed,
+            interrupted=stop.interrupted,
         ),
-        first_step,
+        start,
     )
-    if get_tensorboard_writer() is not None:
-        get_tensorboard_writer().flush()
+    if writer is not None:
+        writer.flush()
 
 
 def _connect_schedule(chunks: Sequence[torch.nn.Module], optimizer: Any) -> None:
@@ -204,56 +201,6 @@ def _connect_schedule(chunks: Sequence[torch.nn.Module], optimizer: Any) -> None
     if args.overlap_param_gather and args.align_param_gather:
         functions = [chunk.start_param_sync for chunk in chunks]
         config.param_sync_func = functions if len(functions) > 1 else functions[0]
-
-
-def _reference_folder(save: str, step: int) -> str:
-    return os.path.join(save, "reference", f"iter_{step:07d}")
-
-
-def _should_stop(step: int, started: float) -> bool:
-    """Honour Megatron's flags for ending a run early; all ranks agree on the answer."""
-    args = get_args()
-    if args.exit_signal_handler and any(get_signal_handler().signals_received()):
-        return True
-    if args.exit_interval and step % args.exit_interval == 0:
-        return True
-    if args.exit_duration_in_mins:
-        over = time.monotonic() - started > 60 * args.exit_duration_in_mins
-        votes = torch.tensor([int(over)], device=current_device())
-        torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
-        return bool(votes.item())
-    return False
-
-
-class _Saver:
-    """Saves at the ends of rollouts, the reference policy first.
-
-    Megatron's tracker file is written last: a checkpoint that was interrupted is never the latest.
-    """
-
-    def __init__(
-        self,
-        chunks: Sequence[torch.nn.Module],
-        optimizer: Any,
-        scheduler: Any,
-        reference: ReferencePolicy | None,
-    ) -> None:
-        self._parts = (list(chunks), optimizer, scheduler)
-        self._reference = reference
-        self._saved = get_args().iteration
-
-    def save_if_due(self, step: int, stop: bool) -> None:
-        """Save when the interval has passed, at the end, and when the run was told to stop."""
-        args = get_args()
-        args.iteration = step
-        args.consumed_train_samples = step * args.global_batch_size
-        due = step // args.save_interval > self._saved // args.save_interval
-        if args.save is None or not (due or stop or step == args.train_iters):
-            return
-        if self._reference is not None:
-            self._reference.save(_reference_folder(args.save, step))
-        save_checkpoint(step, *self._parts, 0)
-        self._saved = step
 
 
 if __name__ == "__main__":

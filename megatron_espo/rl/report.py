@@ -1,0 +1,185 @@
+"""What the ESPO loop reports of a rollout and of its updates."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_espo.config import EspoConfig
+from megatron_espo.monitor.metrics import gather_columns, statistics
+from megatron_espo.parallel.layout import Layout
+from megatron_espo.rl.losses import EspoTerms
+from megatron_espo.rl.types import Rollout
+
+
+class Clock:
+    """Wall-clock seconds by phase; every phase ends with its results on the host."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time inside the context to a phase."""
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+def update_scalars(
+    terms: EspoTerms,
+    draws: Tensor,
+    length: int,
+    grad_norm: float | None,
+    succeeded: bool,
+    learning_rate: float,
+    layout: Layout,
+) -> dict[str, float]:
+    """Summarise an optimizer step over all completions of the global batch.
+
+    Args:
+        terms: loss terms of this rank's completions.
+        draws: float32 ``[n, m]``, their ELBO draws under the current policy.
+        length: completion length.
+        grad_norm: norm before clipping, or None where Megatron gives none.
+        succeeded: whether the optimizer made the step.
+        learning_rate: of the step.
+        layout: process groups.
+
+    Returns:
+        Named numbers, equal on all ranks.
+    """
+    columns = gather_columns(
+        {
+            "loss": terms.loss.tolist(),
+            "ratio": terms.ratio.tolist(),
+            "kl": terms.kl.tolist(),
+            "clip_low": terms.clipped_low.double().tolist(),
+            "clip_high": terms.clipped_high.double().tolist(),
+            "elbo": (draws.mean(dim=1) / length).tolist(),
+        },
+        layout,
+    )
+    return {
+        "policy/loss": float(columns["loss"].mean()),
+        **statistics(columns, "ratio", "policy/ratio"),
+        "policy/kl_per_token": float(columns["kl"].mean()),
+        "policy/clip_fraction_low": float(columns["clip_low"].mean()),
+        "policy/clip_fraction_high": float(columns["clip_high"].mean()),
+        "policy/grad_norm": float(grad_norm if grad_norm is not None else 0.0),
+        "policy/learning_rate": learning_rate,
+        "policy/skipped_step": float(not succeeded),
+        **statistics(columns, "elbo", "elbo/per_token"),
+    }
+
+
+def first_update_scalars(terms: EspoTerms, layout: Layout) -> dict[str, float]:
+    """Say how far the ratio of a rollout's first update is from the 1 that it must be."""
+    columns = gather_columns({"ratio": terms.ratio.tolist()}, layout)
+    return {"policy/ratio_first_update/max_deviation": float(abs(columns["ratio"] - 1.0).max())}
+
+
+def elbo_noise_scalars(
+    elbo_old: Sequence[Tensor | None], length: int, layout: Layout
+) -> dict[str, float]:
+    """Measure the ELBO estimator's own noise: one policy under mu independent sets of masks.
+
+    Args:
+        elbo_old: per update float32 ``[n, m]``, the sampling policy's ELBO draws.
+        length: completion length.
+        layout: process groups.
+
+    Returns:
+        The variance per completion in nats per token squared; nothing for a single update.
+    """
+    means = [draws.mean(dim=1) for draws in elbo_old if draws is not None]
+    if len(means) < 2:
+        return {}
+    spread = torch.stack(means).var(dim=0) / length**2
+    gathered = gather_columns({"variance": spread.tolist()}, layout)
+    return {"elbo/mc_variance_per_token": float(gathered["variance"].mean())}
+
+
+def rollout_scalars(
+    rollout: Rollout, espo: EspoConfig, length: int, clock: Clock, layout: Layout
+) -> dict[str, float]:
+    """Summarise a rollout over all its completions.
+
+    Args:
+        rollout: this rank's completions.
+        espo: ESPO settings.
+        length: completion length.
+        clock: seconds of the rollout's phases.
+        layout: process groups.
+
+    Returns:
+        Named numbers; those under ``time/`` and ``performance/`` are this rank's.
+    """
+    groups = rollout.rewards.view(-1, espo.group_size)
+    metrics = sorted({name for score in rollout.scores for name in score.metrics})
+    columns = gather_columns(
+        {
+            "reward": rollout.rewards.tolist(),
+            "correct": [float(score.correct) for score in rollout.scores],
+            "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
+            "length": rollout.completion_lengths.double().tolist(),
+            **{
+                f"metric/{name}": [s.metrics[name] for s in rollout.scores if name in s.metrics]
+                for name in metrics
+            },
+        },
+        layout,
+    )
+    seconds = clock.seconds
+    generated = espo.completions_per_rollout * length
+    return {
+        "reward/mean": float(columns["reward"].mean()),
+        "reward/std": float(columns["reward"].std()),
+        "reward/correct": float(columns["correct"].mean()),
+        "reward/zero_std_groups": float(columns["no_spread"].mean()),
+        **{
+            f"reward/{name.removeprefix('metric/')}": float(values.mean())
+            for name, values in columns.items()
+            if name.startswith("metric/")
+        },
+        **statistics(columns, "length", "rollout/completion_length"),
+        "rollout/num_evaluations": float(rollout.num_evaluations),
+        "performance/tokens_per_second": generated / sum(seconds.values()),
+        **(
+            {"performance/rollout_tokens_per_second": generated / max(seconds["rollout"], 1e-9)}
+            if "rollout" in seconds
+            else {}  # sampled before the run was resumed
+        ),
+        **{f"time/{name}": value for name, value in seconds.items()},
+    }
+
+
+def console_line(number: int, total: int, scalars: Mapping[str, float], time_left: str) -> str:
+    """Write a rollout's line for the console.
+
+    Args:
+        number: rollouts done.
+        total: rollouts of the run.
+        scalars: the rollout's numbers and those of its last update.
+        time_left: for people.
+
+    Returns:
+        The line.
+    """
+    times = {
+        name.removeprefix("time/"): value
+        for name, value in scalars.items()
+        if name.startswith("time/")
+    }
+    phases = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
+    return (
+        f"rollout {number}/{total} | "
+        f"reward {scalars['reward/mean']:.3f} ± {scalars['reward/std']:.3f} | "
+        f"correct {100 * scalars['reward/correct']:.1f}% | "
+        f"ratio {scalars['policy/ratio/min']:.3f}-{scalars['policy/ratio/max']:.3f} | "
+        f"kl {scalars['policy/kl_per_token']:.2e} | grad {scalars['policy/grad_norm']:.3f} | "
+        f"{sum(times.values()):.2f}s ({phases}) | left {time_left}"
+    )

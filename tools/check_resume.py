@@ -1,0 +1,267 @@
+"""Kills a tiny ESPO run again and again and checks that the resumed run is the same to the bit.
+
+    python tools/check_resume.py kill --out runs/kill --kills 20
+    python tools/check_resume.py relayout --out runs/relayout
+
+kill: a run of two ranks that is never disturbed, and one that is killed at random moments (SIGKILL
+of one rank, SIGTERM of all, SIGKILL of all while a checkpoint is being written) and started anew
+each time. The final weights, optimizer state, reference policy and TensorBoard scalars (times
+aside) of both must be equal. Flags after ``--`` go to both runs, for example a layout.
+
+relayout: a run of four ranks with pp=2, dp=2, and the same run that stops half-way and goes on with
+two ranks and tp=2; prints rewards and losses of both.
+"""
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_espo.checkpoint.compare import (
+    checkpoint_tensors,
+    latest_iteration,
+    unequal_tensors,
+)
+from megatron_espo.monitor.curves import Curve, read_scalars
+
+ROOT = Path(__file__).parents[1]
+# What legitimately differs between two runs.
+_TIMES = ("time/", "performance/")
+_UPDATES = 3
+_SHOWN = ("reward/mean", "policy/loss", "elbo/per_token/mean", "policy/grad_norm")
+
+
+class Run:
+    """One ESPO run in a folder, started as often as needed."""
+
+    def __init__(self, folder: Path, data: Path, rollouts: int, flags: list[str]) -> None:
+        self.folder, self.data, self.rollouts, self.flags = folder, data, rollouts, flags
+        self.folder.mkdir(parents=True)
+        (self.folder / "log").touch()
+
+    def start(self, ranks: int, *more: str) -> subprocess.Popen[bytes]:
+        """Start torchrun; its output is appended to the run's log."""
+        length = "16"
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            "--nproc-per-node", str(ranks), "-m", "megatron_espo.training.espo",
+            "--preset", "tiny", "--num-layers", "4", "--tokenizer-model",
+            str(self.data / "tokenizer"), "--seq-length", "32", "--espo-task", "sudoku",
+            "--rollout-completion-length", length, "--rollout-block-length", length,
+            "--rollout-denoising-steps", length, "--rollout-micro-batch-size", "8",
+            "--espo-train-data", str(self.data / "train.jsonl"),
+            "--espo-eval-data", str(self.data / "test.jsonl"), "--espo-eval-interval", "3",
+            "--espo-num-rollouts", str(self.rollouts), "--espo-prompts-per-rollout", "4",
+            "--espo-group-size", "4", "--espo-updates-per-rollout", str(_UPDATES),
+            "--espo-reference-mix-interval", "4", "--micro-batch-size", "8", "--lr", "1e-3",
+            "--lr-decay-style", "cosine", "--min-lr", "1e-4", "--save-interval", "2",
+            "--load", str(self.folder / "checkpoints"), "--save", str(self.folder / "checkpoints"),
+            "--tensorboard-dir", str(self.folder / "tensorboard"), *self.flags, *more,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        with (self.folder / "log").open("ab") as log:
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def finish(self, ranks: int, *more: str) -> None:
+        """Run to the end.
+
+        Raises:
+            ValueError: The run failed.
+        """
+        if self.start(ranks, *more).wait() != 0:
+            tail = (self.folder / "log").read_text(errors="replace").splitlines()[-15:]
+            raise ValueError(f"{self.folder}/log: the run failed:\n" + "\n".join(tail))
+
+    def saved(self) -> int:
+        """The latest iteration, 0 without a checkpoint."""
+        try:
+            return latest_iteration(str(self.folder / "checkpoints"))
+        except ValueError:
+            return 0
+
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is begun that is not the latest yet."""
+        folders = (self.folder / "checkpoints").glob("iter_*")
+        return any(int(folder.name.removeprefix("iter_")) > self.saved() for folder in folders)
+
+    def lines(self) -> int:
+        """Rollouts reported so far, by all starts together."""
+        return (self.folder / "log").read_text(errors="replace").count("\nrollout ")
+
+
+def make_data(folder: Path) -> None:
+    """Make the tokenizer and the problems."""
+    for arguments in (
+        ["tools/make_tokenizer.py", "--out", str(folder / "tokenizer")],
+        ["tools/prepare_data.py", "sudoku", "--out", str(folder), "--seed", "1",
+         "--train", "40", "--validation", "4", "--test", "8"],
+    ):  # fmt: skip
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
+
+
+def children(pid: int) -> list[int]:
+    """Process ids of a process's children."""
+    try:
+        return [int(part) for part in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
+    """Wait until something is true; False if the process ends first."""
+    while process.poll() is None:
+        if condition():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None:
+    """Start a run and kill it.
+
+    Args:
+        run: the run.
+        ranks: number of ranks.
+        mode: "rank", "term" or "write".
+        rng: decides the moment.
+
+    Returns:
+        What was done, or None if the run came to its end before.
+    """
+    before, lines = run.saved(), run.lines()
+    process = run.start(ranks)
+    begun = wait_for(
+        lambda: run.lines() > lines or run.saved() > before or run.is_writing(), process
+    )
+    if mode == "write":
+        begun = begun and wait_for(run.is_writing, process)
+        time.sleep(rng.uniform(0.0, 0.1))
+    else:
+        time.sleep(rng.uniform(0.0, 4.0))
+    workers = children(process.pid)
+    if not begun or not workers or process.poll() is not None:
+        process.wait()
+        return None
+    writing = run.is_writing()
+    struck = time.monotonic()
+    if mode == "term":
+        process.send_signal(signal.SIGTERM)
+    else:
+        for pid in workers if mode == "write" else [rng.choice(workers)]:
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+    took = time.monotonic() - struck
+    for pid in workers:  # torchrun ends them; make sure of it before the next start
+        while Path(f"/proc/{pid}").exists() and pid in children(process.pid):
+            time.sleep(0.05)
+    return (
+        f"{mode:5} at a checkpoint of step {before} -> {run.saved()}"
+        f"{', while writing' if writing else ''}; all ranks ended after {took:.1f} s"
+    )
+
+
+def scalars(run: Run) -> dict[str, Curve]:
+    """A run's TensorBoard scalars, times aside."""
+    curves = read_scalars(run.folder / "tensorboard")
+    return {name: curve for name, curve in curves.items() if not name.startswith(_TIMES)}
+
+
+def check_kills(options: argparse.Namespace, flags: list[str]) -> bool:
+    """Compare a run that is killed with one that is not."""
+    rng = random.Random(options.seed)
+    whole = Run(options.out / "whole", options.out, options.rollouts, flags)
+    killed = Run(options.out / "killed", options.out, options.rollouts, flags)
+    print(f"The undisturbed run: {options.rollouts} rollouts x {_UPDATES} updates", flush=True)
+    whole.finish(options.ranks)
+    kills = 0
+    while kills < options.kills:
+        done = kill_once(killed, options.ranks, ("rank", "term", "write")[kills % 3], rng)
+        if done is None:
+            break
+        kills += 1
+        print(f"kill {kills:2d}: {done}", flush=True)
+    killed.finish(options.ranks)
+    tensors = [checkpoint_tensors(str(run.folder / "checkpoints")) for run in (whole, killed)]
+    unequal = unequal_tensors(*tensors)
+    curves = [scalars(run) for run in (whole, killed)]
+    names = sorted(curves[0].keys() | curves[1].keys())
+    apart = [name for name in names if curves[0].get(name) != curves[1].get(name)]
+    points = sum(len(curve[0]) for curve in curves[0].values())
+    print(
+        f"{kills} kills: {len(tensors[0]) - len(unequal)} of {len(tensors[0])} tensors and "
+        f"{len(names) - len(apart)} of {len(names)} scalars ({points} points) equal to the bit"
+    )
+    for name in unequal + apart:
+        print(f"  differs: {name}")
+    if kills < options.kills:
+        print(f"error: the run ended after {kills} kills; raise --rollouts.")
+    return not unequal and not apart and kills == options.kills
+
+
+def check_relayout(options: argparse.Namespace, flags: list[str]) -> bool:
+    """Compare a run that changes its layout half-way with one that does not."""
+    first = ["--pipeline-model-parallel-size", "2"]
+    half = options.rollouts // 2 * _UPDATES
+    whole = Run(options.out / "whole", options.out, options.rollouts, flags)
+    moved = Run(options.out / "moved", options.out, options.rollouts, flags)
+    whole.finish(4, *first)
+    # One step into a rollout, so that the rollout in hand moves, too.
+    moved.finish(4, *first, "--exit-interval", str(half + 1))
+    moved.finish(2, "--tensor-model-parallel-size", "2")
+    ours, theirs = scalars(whole), scalars(moved)
+    print(f"pp=2 x dp=2 throughout | the same up to step {half + 1}, then tp=2")
+    print("| step | " + " | ".join(_SHOWN) + " |")
+    print("|---" * (len(_SHOWN) + 1) + "|")
+    worst = 0.0
+    for step in ours["policy/loss"][0]:
+        cells = []
+        for name in _SHOWN:
+            pair = [dict(zip(*curves[name], strict=True)).get(step) for curves in (ours, theirs)]
+            if pair[0] is None or pair[1] is None:
+                cells.append("")
+                continue
+            worst = max(worst, abs(pair[0] - pair[1]) / max(abs(pair[0]), 1e-3))
+            cells.append(f"{pair[0]:.6f} / {pair[1]:.6f}")
+        print(f"| {step} | " + " | ".join(cells) + " |")
+    print(f"largest relative difference: {worst:.1e}")
+    return bool(worst < options.tolerance)
+
+
+def main() -> int:
+    """Run a check; returns the exit status."""
+    argv, flags = sys.argv[1:], []
+    if "--" in argv:
+        place = argv.index("--")
+        argv, flags = argv[:place], argv[place + 1 :]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("check", choices=("kill", "relayout"))
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the runs")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=2, help="ranks of the killed run")
+    parser.add_argument("--rollouts", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=1, help="decides the moments of the kills")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help="for relayout")
+    options = parser.parse_args(argv)
+    if options.out.exists():
+        print(f"error: --out {options.out} exists; choose a new folder.", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True)
+    options.out = options.out.resolve()
+    make_data(options.out)
+    check = check_kills if options.check == "kill" else check_relayout
+    try:
+        return 0 if check(options, flags) else 1
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
