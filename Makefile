@@ -6,7 +6,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300
 
-.PHONY: setup demo demo-seeds test test-unit test-dist pretrain-tiny format lint type smoke check clean
+.PHONY: setup demo demo-seeds test test-unit test-dist layouts pretrain-tiny format lint type smoke check clean
 
 setup: $(VENV)/.installed
 
@@ -36,6 +36,10 @@ test-unit: setup
 test-dist: setup
 	@mkdir -p runs
 	$(DIST)
+
+layouts: setup  ## the table of docs/parallelism.md, measured anew
+	@mkdir -p runs
+	LAYOUT_TABLE=docs/parallelism.md $(DIST)
 
 format: setup
 	$(BIN)/ruff format megatron_espo tools tests setup.py

@@ -278,11 +278,14 @@ def _load_model_settings(args: argparse.Namespace) -> None:
         raise ValueError(
             "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
         )
+    tokenizer = args.tokenizer_model
     loaded = load_args_from_checkpoint(args, load_arg=source)
-    for name in (*MODEL_SETTINGS, "tokenizer_model"):
+    for name in MODEL_SETTINGS:
         value = getattr(loaded[1], name, None)
-        if value is not None and (getattr(args, name) is None or name in MODEL_SETTINGS):
+        if value is not None:
             setattr(args, name, value)
+    # A folder that was moved: the command line knows better than the checkpoint.
+    args.tokenizer_model = tokenizer or getattr(loaded[1], "tokenizer_model", None)
     # The padding of the vocabulary depends on the layout; it is worked out anew.
     args.padded_vocab_size = None
     args.iteration = 0

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from layouts import write_if_asked
 
 from megatron_espo import device
 
@@ -36,10 +37,10 @@ from megatron_espo.training.espo import _connect_schedule  # noqa: E402
 from megatron_espo.training.setup import diffusion_model  # noqa: E402
 
 WORLD = 4
-# Four layers, grouped queries, and a vocabulary of 262 that every layout pads differently.
+# Four layers, grouped queries, and a vocabulary of 262 that layouts pad to 264, 272 or 288.
 SHAPE = (
     "--preset tiny --num-layers 4 --hidden-size 64 --ffn-hidden-size 96 "
-    "--num-attention-heads 4 --group-query-attention --num-query-groups 4 "
+    "--num-attention-heads 8 --group-query-attention --num-query-groups 4 --add-qkv-bias "
     "--make-vocab-size-divisible-by 8 --seq-length 48 --micro-batch-size 2 --train-iters "
     "10 --lr 1e-3 --init-method-std 0.2 --mask-token-id 256"
 ).split()
@@ -68,6 +69,7 @@ def process_group() -> Iterator[None]:
         dist.init_process_group("gloo", timeout=timedelta(minutes=3))
     yield
     if dist.is_initialized():
+        write_if_asked()
         dist.destroy_process_group()
 
 
@@ -110,6 +112,10 @@ def build_layout(
     destroy_rerun_state_machine()
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
+        # Megatron only forgets its groups; their threads would go on and slow the next layout.
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
     argv = [
         *SHAPE,
         "--tensor-model-parallel-size",
@@ -136,10 +142,15 @@ def build_layout(
 
 
 @pytest.fixture(scope="session")
-def checkpoint(shared_folder: str, tokenizer_folder: str) -> str:
-    """Random weights, saved once; every layout loads them."""
-    folder = os.path.join(shared_folder, "weights")
-    built = build_layout(tokenizer_folder, 1, 1, ("--save", folder))
+def checkpoints(shared_folder: str, tokenizer_folder: str) -> dict[bool, str]:
+    """Random weights of a model without and with the logit shift; every layout loads them."""
+    return {shift: save_weights(shared_folder, tokenizer_folder, shift) for shift in (False, True)}
+
+
+def save_weights(shared_folder: str, tokenizer_folder: str, shift: bool) -> str:
+    folder = os.path.join(shared_folder, f"weights-{shift}")
+    flags = ("--save", folder, *(["--logit-shift"] if shift else []))
+    built = build_layout(tokenizer_folder, 1, 1, flags)
     # Norm weights of 1 and zero biases would hide a wrong layout of them.
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():

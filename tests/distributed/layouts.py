@@ -1,0 +1,100 @@
+"""The layouts that are compared with one rank, and the table of what was measured."""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+
+class Case(NamedTuple):
+    """A layout of the four ranks; what tp and pp leave is data parallel."""
+
+    tp: int
+    pp: int
+    flags: tuple[str, ...] = ()
+    # Rows of a micro-batch: in pre-training, and views in ESPO (one rank: 4 and 8).
+    micro: int = 2
+    views: int = 4
+    # Dream's logit shift instead of LLaDA's plain prediction.
+    shift: bool = False
+    # Model and sampling are those of another case: two samplers say enough.
+    few_samplers: bool = False
+
+
+_SP, _DO = "--sequence-parallel", "--use-distributed-optimizer"
+_FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+_VPP = ("--num-layers-per-virtual-pipeline-stage", "1")
+
+CASES = {
+    "dp 4": Case(1, 1),
+    "tp 2, dp 2": Case(2, 1),
+    "tp 4": Case(4, 1),
+    "pp 2, dp 2": Case(1, 2),
+    "pp 4": Case(1, 4),
+    "tp 2, pp 2": Case(2, 2),
+    "tp 4, sequence parallel": Case(4, 1, (_SP,)),
+    "tp 2, pp 2, sequence parallel, distributed optimizer": Case(2, 2, (_SP, _DO)),
+    "pp 2 with 2 virtual stages, dp 2": Case(1, 2, _VPP),
+    "dp 4, distributed optimizer": Case(1, 1, (_DO,), few_samplers=True),
+    "tp 2, dp 2, micro-batch 1": Case(2, 1, (), 1, 2, few_samplers=True),
+    "tp 2, pp 2, full recomputation": Case(2, 2, tuple(_FULL), few_samplers=True),
+    "tp 2, dp 2, selective recomputation": Case(
+        2, 1, ("--recompute-granularity", "selective"), few_samplers=True
+    ),
+    "logit shift: tp 2, sequence parallel, dp 2": Case(2, 1, (_SP,), shift=True),
+    "logit shift: tp 2, pp 2": Case(2, 2, shift=True),
+}
+
+COLUMNS = {
+    "loss": "loss",
+    "norm": "gradient norm",
+    "gradient": "gradient tensors",
+    "elbo": "ELBO",
+    "tokens": "equal tokens",
+}
+_BEGIN, _END = "<!-- layouts: begin -->", "<!-- layouts: end -->"
+
+# Largest relative difference (of equal tokens: the smallest share) by case and column.
+measured: dict[str, dict[str, float]] = defaultdict(dict)
+
+
+def record(case: str, column: str, value: float) -> None:
+    """Remember the worst value of a column."""
+    worst = min if column == "tokens" else max
+    measured[case][column] = worst(value, measured[case].get(column, value))
+
+
+def write_table(path: Path) -> None:
+    """Put the worst values over all ranks into a Markdown file, between its two marks."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {name: dict(row) for name, row in measured.items()})
+    for row in everyone:
+        for case, values in row.items():
+            for column, value in values.items():
+                record(case, column, value)
+    if dist.get_rank() != 0:
+        return
+    lines = ["| layout | " + " | ".join(COLUMNS.values()) + " |"]
+    lines.append("|---" * (len(COLUMNS) + 1) + "|")
+    for case in CASES:
+        row = measured[case]
+        cells = [
+            "" if c not in row else f"{row[c]:.3f}" if c == "tokens" else f"{row[c]:.1e}"
+            for c in COLUMNS
+        ]
+        lines.append(f"| {case} | " + " | ".join(cells) + " |")
+    text = path.read_text()
+    before, rest = text.split(_BEGIN)
+    after = rest.split(_END)[1]
+    path.write_text(before + "\n".join([_BEGIN, *lines, _END]) + after)
+
+
+def write_if_asked() -> None:
+    """Write the table to the file that LAYOUT_TABLE names."""
+    if path := os.environ.get("LAYOUT_TABLE"):
+        write_table(Path(path))
+        if dist.get_rank() == 0:
+            print(json.dumps(measured, indent=1))
