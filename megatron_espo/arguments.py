@@ -16,6 +16,7 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_espo import device
+from megatron_espo.checkpoint.tracker import TRACKER, has_checkpoint, repair_tracker
 from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
 from megatron_espo.model.presets import expand_preset
 
@@ -129,6 +130,9 @@ def initialize_arguments(
         args = parse_args(add_arguments)
     finally:
         sys.argv = program
+    for path in (args.load, args.pretrained_checkpoint):
+        if path is not None:
+            repair_tracker(path)
     _load_model_settings(args)
     config_from_args(DiffusionConfig, args).validate()
     _check_backend(args)
@@ -226,6 +230,20 @@ def check_layout(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--context-parallel-size {cp}: context parallelism is not supported; use 1."
         )
+    if args.num_experts is not None:
+        raise ValueError(
+            f"--num-experts {args.num_experts}: mixtures of experts are not supported; leave it "
+            "out."
+        )
+    if args.expert_model_parallel_size > 1:
+        raise ValueError(
+            f"--expert-model-parallel-size {args.expert_model_parallel_size}: expert parallelism "
+            "is not supported; use 1."
+        )
+    if args.ckpt_format != "torch_dist":
+        raise ValueError(
+            f"--ckpt-format {args.ckpt_format}: checkpoints must fit every layout; use torch_dist."
+        )
 
 
 def _check_backend(args: argparse.Namespace) -> None:
@@ -273,8 +291,8 @@ def _load_model_settings(args: argparse.Namespace) -> None:
     """Take the model's shape and settings from a checkpoint, with --use-checkpoint-args."""
     if not args.use_checkpoint_args:
         return
-    source = "load" if _has_checkpoint(args.load) else "pretrained_checkpoint"
-    if not _has_checkpoint(getattr(args, source)):
+    source = "load" if has_checkpoint(args.load) else "pretrained_checkpoint"
+    if not has_checkpoint(getattr(args, source)):
         raise ValueError(
             "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
         )
@@ -289,12 +307,6 @@ def _load_model_settings(args: argparse.Namespace) -> None:
     # The padding of the vocabulary depends on the layout; it is worked out anew.
     args.padded_vocab_size = None
     args.iteration = 0
-
-
-def _has_checkpoint(path: str | None) -> bool:
-    return path is not None and os.path.isfile(
-        os.path.join(path, "latest_checkpointed_iteration.txt")
-    )
 
 
 def _check_checkpoint(args: argparse.Namespace) -> None:
@@ -338,10 +350,9 @@ def checkpoint_arguments(path: str) -> argparse.Namespace | None:
     Raises:
         ValueError: if the checkpoint cannot be read.
     """
-    tracker = os.path.join(path, "latest_checkpointed_iteration.txt")
-    if not os.path.isfile(tracker):
+    if not has_checkpoint(path):
         return None
-    with open(tracker) as file:
+    with open(os.path.join(path, TRACKER)) as file:
         mark = file.read().strip()
     folder = os.path.join(path, "release" if mark == "release" else f"iter_{int(mark):07d}")
     from megatron.core.dist_checkpointing import load_common_state_dict

@@ -137,14 +137,16 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
     """
     before, lines = run.saved(), run.lines()
     process = run.start(ranks)
+    # Some checkpoints after the start, and then at any moment of a rollout or of a save.
+    target = before + rng.choice((0, 0, 2, 4))
     begun = wait_for(
-        lambda: run.lines() > lines or run.saved() > before or run.is_writing(), process
+        lambda: (run.lines() > lines or run.is_writing()) and run.saved() >= target, process
     )
     if mode == "write":
         begun = begun and wait_for(run.is_writing, process)
         time.sleep(rng.uniform(0.0, 0.1))
     else:
-        time.sleep(rng.uniform(0.0, 4.0))
+        time.sleep(rng.uniform(0.0, 1.0))
     workers = children(process.pid)
     if not begun or not workers or process.poll() is not None:
         process.wait()
@@ -245,7 +247,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="new folder for the runs")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the killed run")
-    parser.add_argument("--rollouts", type=int, default=24)
+    parser.add_argument("--rollouts", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1, help="decides the moments of the kills")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="for relayout")
     options = parser.parse_args(argv)

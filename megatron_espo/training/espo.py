@@ -105,6 +105,10 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     args.train_iters = espo.num_rollouts * espo.updates_per_rollout
     # Megatron's re-run machinery drives Megatron's own loop; without it a NaN gradient is an error.
     args.rerun_mode = "disabled"
+    if args.async_save:
+        raise ValueError(
+            "--async-save: a rollout's state and the policy are saved together; leave it out."
+        )
     if espo.train_data is None:
         raise ValueError("--espo-train-data is missing: the task's problems as JSONL.")
 

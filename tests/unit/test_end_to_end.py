@@ -2,14 +2,19 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_espo.monitor.curves import PANELS
+from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
+from megatron_espo.monitor.curves import PANELS, Curve, read_scalars
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -20,14 +25,19 @@ ENVIRONMENT = {
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run(*arguments: str, fails: bool = False) -> str:
+def run(
+    *arguments: str,
+    fails: bool = False,
+    environment: Mapping[str, str] | None = None,
+    timeout: int = 280,
+) -> str:
     """Run Python with arguments; returns what it printed."""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(environment or {})},
         text=True,
-        timeout=240,
+        timeout=timeout,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
@@ -55,33 +65,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--demonstrations",
         "64",
     )
-    run(
-        *TORCHRUN,
-        "-m",
-        "megatron_espo.training.pretrain",
-        *model(folder),
-        "--sft-train-data",
-        str(folder / "data/demonstrations.jsonl"),
-        "--sft-valid-data",
-        str(folder / "data/demonstrations.jsonl"),
-        "--sft-completion-length",
-        "16",
-        "--micro-batch-size",
-        "8",
-        "--global-batch-size",
-        "32",
-        "--train-iters",
-        "6",
-        "--eval-iters",
-        "1",
-        "--eval-interval",
-        "3",
-        "--lr",
-        "2e-3",
-        "--save",
-        str(folder / "base"),
-    )
+    fine_tune(folder, "base", program=["-m", "megatron_espo.training.pretrain"])
     return folder
+
+
+def fine_tune(folder: Path, name: str, program: Sequence[str]) -> None:
+    """Fine-tune from nothing for six steps."""
+    demonstrations = str(folder / "data/demonstrations.jsonl")
+    run(
+        *TORCHRUN, *program, *model(folder), "--sft-train-data", demonstrations,
+        "--sft-valid-data", demonstrations, "--sft-completion-length", "16",
+        "--micro-batch-size", "8", "--global-batch-size", "32", "--train-iters", "6",
+        "--eval-iters", "1", "--eval-interval", "3", "--lr", "2e-3", "--save", str(folder / name),
+    )  # fmt: skip
 
 
 def model(folder: Path) -> list[str]:
@@ -103,10 +99,18 @@ SAMPLING = (
 ).split()
 
 
-def espo(folder: Path, name: str, *flags: str, fails: bool = False) -> str:
+def espo(
+    folder: Path,
+    name: str,
+    *flags: str,
+    fails: bool = False,
+    program: Sequence[str] = ("-m", "megatron_espo.training.espo"),
+    launch: Sequence[str] = TORCHRUN,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run ESPO for four rollouts on two data-parallel ranks."""
     return run(
-        *TORCHRUN, "-m", "megatron_espo.training.espo", *model(folder), *SAMPLING,
+        *launch, *program, *model(folder), *SAMPLING,
         "--espo-train-data", str(folder / "data/train.jsonl"),
         "--espo-eval-data", str(folder / "data/test.jsonl"),
         "--espo-num-rollouts", "4", "--espo-prompts-per-rollout", "4", "--espo-group-size", "4",
@@ -115,58 +119,43 @@ def espo(folder: Path, name: str, *flags: str, fails: bool = False) -> str:
         "--pretrained-checkpoint", str(folder / "base"),
         "--load", str(folder / name), "--save", str(folder / name),
         "--tensorboard-dir", str(folder / f"{name}-events"), *flags,
-        fails=fails,
+        fails=fails, environment=environment,
     )  # fmt: skip
 
 
-def final_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Read model and optimizer tensors of the last checkpoint."""
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
-    target = folder / f"{name}.pt"
-    dcp_to_torch_save(str(folder / name / "iter_0000008"), str(target))
-    tensors: dict[str, torch.Tensor] = {}
-
-    def collect(prefix: str, value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors[prefix] = value
-        elif isinstance(value, dict):
-            for key, item in value.items():
-                collect(f"{prefix}/{key}", item)
-
-    collect("", torch.load(target, weights_only=False))
+def final_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """Weights, optimizer state and reference policy of the last checkpoint."""
+    assert latest_iteration(str(folder / name)) == 8
+    tensors = checkpoint_tensors(str(folder / name))
+    assert sum(name.startswith("reference/") for name in tensors) > 10
+    assert sum("exp_avg" in name for name in tensors) > 10
     return tensors
 
 
-def scalars(folder: Path, name: str) -> dict[str, list[tuple[int, float]]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / f"{name}-events"), size_guidance={"scalars": 0})
-    events.Reload()
+def scalars(folder: Path, name: str) -> dict[str, Curve]:
+    curves = read_scalars(folder / f"{name}-events")
     return {
-        tag: [(point.step, point.value) for point in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-        if not tag.startswith(("time/", "performance/"))
+        tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "performance/"))
     }
 
 
-def test_espo_resumes_bit_for_bit_and_reports(folder: Path) -> None:
-    printed = espo(folder, "whole")
-    assert printed.count("\nrollout ") == 4 and printed.count("held-out") == 2
-    espo(folder, "parts", "--exit-interval", "4")
-    assert not (folder / "parts/iter_0000008").exists()
-    espo(folder, "parts")
-    whole, parts = final_weights(folder, "whole"), final_weights(folder, "parts")
-    assert whole.keys() == parts.keys() and len(whole) > 10
-    moved = final_norm_of_difference(folder, whole)
-    assert moved > 0, "training changed nothing"
-    for name, tensor in whole.items():
-        assert torch.equal(tensor, parts[name]), name
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> str:
+    """A run that nothing disturbs: what it printed."""
+    return espo(folder, "whole")
+
+
+def test_espo_trains_and_reports(folder: Path, whole: str) -> None:
+    assert whole.count("\nrollout ") == 4 and whole.count("held-out") == 2
+    tensors = final_tensors(folder, "whole")
+    base = checkpoint_tensors(str(folder / "base"))
+    name = "decoder.final_layernorm.weight"
+    assert not torch.equal(tensors[f"/{name}"], base[f"/{name}"]), "training changed nothing"
+    assert not torch.equal(tensors[f"/{name}"], tensors[f"reference/model/{name}"])
     curves = scalars(folder, "whole")
-    assert curves == scalars(folder, "parts")
     # Old and current ELBO agree at the first update of every rollout: the ratio is exactly 1.
-    assert curves["policy/ratio_first_update/max_deviation"] == [(s, 0.0) for s in (1, 3, 5, 7)]
-    assert [step for step, _ in curves["reward/mean"]] == [2, 4, 6, 8]
+    assert curves["policy/ratio_first_update/max_deviation"] == ([1, 3, 5, 7], [0.0] * 4)
+    assert curves["reward/mean"][0] == [2, 4, 6, 8]
     wanted = {
         "reward/std", "reward/zero_std_groups", "policy/clip_fraction_low",
         "policy/clip_fraction_high", "policy/learning_rate", "elbo/mc_variance_per_token",
@@ -176,25 +165,125 @@ def test_espo_resumes_bit_for_bit_and_reports(folder: Path) -> None:
     assert wanted | drawn <= curves.keys()
 
 
-def final_norm_of_difference(folder: Path, weights: dict[str, torch.Tensor]) -> float:
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+def assert_same_run(folder: Path, name: str) -> None:
+    """The run ended as the undisturbed one did, to the bit."""
+    assert not unequal_tensors(final_tensors(folder, "whole"), final_tensors(folder, name))
+    assert scalars(folder, "whole") == scalars(folder, name)
 
-    target = folder / "base.pt"
-    dcp_to_torch_save(str(folder / "base" / "iter_0000006"), str(target))
-    base = torch.load(target, weights_only=False)
-    name = "decoder.final_layernorm.weight"
-    after = next(
-        tensor
-        for key, tensor in weights.items()
-        if key.endswith(f"/{name}") and "optimizer" not in key
+
+# Inside a rollout (3), and at its end (4).
+@pytest.mark.parametrize("stop", [3, 4])
+def test_espo_resumes_bit_for_bit(folder: Path, whole: str, stop: int) -> None:
+    name = f"parts-{stop}"
+    espo(folder, name, "--exit-interval", str(stop))
+    assert latest_iteration(str(folder / name)) == stop
+    # A job that is started with other settings for the rollout in hand says so.
+    if stop == 3:
+        printed = espo(folder, name, "--espo-num-mc", "1", fails=True)
+        assert "--espo-num-mc 2, here it is 1; keep the run's value." in printed
+    espo(folder, name)
+    assert_same_run(folder, name)
+
+
+POISON = """
+import random, sys, numpy, torch
+from megatron_espo.training import {entry}
+def poison():
+    word = random.SystemRandom().randrange(2**31)
+    torch.manual_seed(word); numpy.random.seed(word); random.seed(word)
+{patch}
+{entry}.main(sys.argv[1:])
+"""
+
+
+def test_espo_does_not_read_the_global_generators(folder: Path, whole: str) -> None:
+    patch = (
+        "from megatron_espo.rl import report, trainer\n"
+        "phase = report.Clock.__call__\n"
+        "def poisoned(self, name): poison(); return phase(self, name)\n"
+        "report.Clock.__call__ = poisoned\n"
+        "look = trainer._look_out\n"
+        "def look_out(t):\n"
+        "    inner = look(t)\n"
+        "    def on_step(tokens): poison(); inner(tokens)\n"
+        "    return on_step\n"
+        "trainer._look_out = look_out"
     )
-    before = next(
-        value for key, value in base.items() if key.endswith(name) and "optimizer" not in key
+    script = folder / "poisoned.py"
+    script.write_text(POISON.format(entry="espo", patch=patch))
+    espo(folder, "poisoned", program=[str(script)])
+    assert_same_run(folder, "poisoned")
+
+
+def test_training_does_not_read_the_global_generators(folder: Path) -> None:
+    patch = (
+        "step = pretrain.forward_step\n"
+        "def forward_step(*a, **k): poison(); return step(*a, **k)\n"
+        "pretrain.forward_step = forward_step"
     )
-    return float((after - before).abs().max())
+    script = folder / "poisoned_training.py"
+    script.write_text(POISON.format(entry="pretrain", patch=patch))
+    fine_tune(folder, "poisoned-base", program=[str(script)])
+    ours, theirs = (checkpoint_tensors(str(folder / n)) for n in ("base", "poisoned-base"))
+    assert not unequal_tensors(ours, theirs) and len(ours) > 10
 
 
-def test_evaluation_of_the_checkpoint_gives_the_runs_number(folder: Path) -> None:
+FAILING_TASK = """
+import os, signal
+from pathlib import Path
+from megatron_espo.tasks.sudoku import *
+from megatron_espo.tasks import sudoku
+flag, calls = Path(os.environ["FAILED"]), 0
+def score(example, completion):
+    global calls
+    calls += 1
+    # Five of sixteen held-out and half of the second rollout's completions later, on one rank.
+    if os.environ["RANK"] == "1" and calls == 18 and not flag.exists():
+        flag.touch()
+        {failure}
+    return sudoku.score(example, completion)
+"""
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        ("raise RuntimeError('the reward server is gone')", "the reward server is gone"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
+    ],
+    ids=["exception", "killed"],
+)
+def test_failure_of_a_rank_ends_the_job_and_a_restart_goes_on(
+    folder: Path, whole: str, failure: str, message: str, tmp_path: Path
+) -> None:
+    name = f"failing-{tmp_path.name}"
+    (tmp_path / "failing_task.py").write_text(FAILING_TASK.format(failure=failure))
+    flags = ["--espo-task", "failing_task", "--save-interval", "1"]
+    environment = {"FAILED": str(tmp_path / "failed"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    started = time.monotonic()
+    printed = espo(folder, name, *flags, environment=environment, fails=True)
+    assert time.monotonic() - started < 150
+    assert message in printed
+    assert re.search(r"Root Cause.*\n\[\d+\]:\n.*\n.*\n +rank +: 1 ", printed)
+    (tmp_path / "failed").unlink()
+    shutil.rmtree(folder / name)
+    shutil.rmtree(folder / f"{name}-events")
+    launch = [*TORCHRUN, "--max-restarts", "1"]
+    espo(folder, name, *flags, environment=environment, launch=launch)
+    assert (tmp_path / "failed").exists()
+    assert_same_run(folder, name)
+
+
+def test_killed_run_is_the_same_run(tmp_path: Path) -> None:
+    """One kill of each kind; ``tools/check_resume.py kill`` makes twenty."""
+    printed = run(
+        "tools/check_resume.py", "kill", "--out", str(tmp_path / "runs"), "--kills", "3",
+        "--rollouts", "12", timeout=900,
+    )  # fmt: skip
+    assert printed.count("\nkill ") == 3 and "tensors" in printed
+
+
+def test_evaluation_of_the_checkpoint_gives_the_runs_number(folder: Path, whole: str) -> None:
     printed = run(
         "tools/evaluate.py",
         "--load",
@@ -209,7 +298,7 @@ def test_evaluation_of_the_checkpoint_gives_the_runs_number(folder: Path) -> Non
     )
     result = json.loads(next(x for x in printed.splitlines() if x.startswith('{"accuracy"')))
     assert result["num_problems"] == 12
-    last = scalars(folder, "whole")["eval/reward"][-1][1]
+    last = scalars(folder, "whole")["eval/reward"][1][-1]
     assert result["reward"] == pytest.approx(last, abs=1e-6)
 
 

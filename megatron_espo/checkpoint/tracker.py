@@ -1,0 +1,49 @@
+"""Megatron's tracker file, which names the latest checkpoint of a folder."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def has_checkpoint(root: str | None) -> bool:
+    """Return whether a --save folder holds a checkpoint."""
+    return root is not None and os.path.isfile(os.path.join(root, TRACKER))
+
+
+def repair_tracker(root: str) -> None:
+    """Mend a tracker file that was cut short when the run was killed, or the disk was full.
+
+    Megatron empties the file before it writes the new number, and refuses an empty one. The newest
+    checkpoint that was finished takes its place. All ranks may call this at once: each writes the
+    same content and moves it into place as a whole.
+
+    Args:
+        root: a --save folder.
+
+    Raises:
+        ValueError: The tracker file is broken and no finished checkpoint was found.
+    """
+    tracker = Path(root, TRACKER)
+    if not tracker.is_file() or re.fullmatch(r"\s*(\d+|release)\s*", tracker.read_text()):
+        return
+    # Megatron writes metadata.json when everything else is on the disk.
+    finished = [
+        int(path.parent.name.removeprefix("iter_"))
+        for path in Path(root).glob("iter_*/metadata.json")
+    ]
+    if not finished:
+        raise ValueError(
+            f"{tracker}: names no iteration, and no finished checkpoint lies beside it; remove the "
+            "folder or pass another one."
+        )
+    own = tracker.with_suffix(f".{os.environ.get('RANK', '0')}.tmp")
+    own.write_text(str(max(finished)))
+    own.replace(tracker)
+    print(
+        f"warning: {tracker} was cut short; going on from iteration {max(finished)}.",
+        file=sys.stderr,
+        flush=True,
+    )

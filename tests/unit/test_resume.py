@@ -1,0 +1,142 @@
+"""What a checkpoint inside a rollout holds, and files that a kill left behind."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from megatron_espo.checkpoint.tracker import TRACKER, has_checkpoint, repair_tracker
+from megatron_espo.config import EspoConfig
+from megatron_espo.data.tokenizer import byte_tokenizer
+from megatron_espo.generation.sampler import Generation
+from megatron_espo.monitor.curves import read_scalars
+from megatron_espo.monitor.tensorboard import begin_events
+from megatron_espo.rl import resume
+from megatron_espo.rl.rollout import assemble_rollout, decode_completions
+from megatron_espo.rl.types import PreparedRollout, Prompt
+from megatron_espo.tasks.base import Example, Score
+
+ESPO = EspoConfig(prompts_per_rollout=4, group_size=3, updates_per_rollout=2, num_mc=2)
+TOKENIZER = byte_tokenizer()
+N, LENGTH = ESPO.completions_per_rollout, 5
+
+
+def model(dp_rank: int, dp_size: int) -> SimpleNamespace:
+    layout = SimpleNamespace(dp_rank=dp_rank, dp_size=dp_size, dp="group")
+    return SimpleNamespace(layout=layout, pad_token_id=0, pad_multiple=1, stop_token_ids=(257,))
+
+
+def prompts(dp_rank: int, dp_size: int) -> list[Prompt]:
+    every = [Prompt(7 + i, (65,) * (i + 1), Example("A" * (i + 1), {})) for i in range(4)]
+    share = 4 // dp_size
+    return every[dp_rank * share : (dp_rank + 1) * share]
+
+
+def prepared(dp_rank: int, dp_size: int, with_reference: bool) -> PreparedRollout:
+    """A data-parallel rank's share of one and the same rollout."""
+    generator = torch.Generator().manual_seed(3)
+    completions = torch.randint(66, 90, (N, LENGTH), generator=generator)
+    completions[::2, -1] = 257
+    elbos = torch.randn(2, 2, N, 2, generator=generator)
+    rows = slice(dp_rank * N // dp_size, (dp_rank + 1) * N // dp_size)
+    scores = [Score(i / 8, i % 3 == 0, {"kept": i / 4} if i % 2 else {}) for i in range(N)][rows]
+    texts = decode_completions(completions[rows], TOKENIZER, (257,))
+    generation = Generation(completions[rows], 9)
+    rollout = assemble_rollout(
+        model(dp_rank, dp_size), prompts(dp_rank, dp_size), generation, texts, scores, ESPO
+    )
+    old, ref = (tuple(part[:, rows]) for part in elbos)
+    return PreparedRollout(rollout, old, ref if with_reference else (None, None))
+
+
+def same(ours: PreparedRollout, theirs: PreparedRollout) -> bool:
+    tensors = ("sample_ids", "indices", "rewards", "advantages", "completion_lengths")
+    return (
+        all(torch.equal(getattr(ours.rollout, n), getattr(theirs.rollout, n)) for n in tensors)
+        and torch.equal(ours.rollout.sequences.tokens, theirs.rollout.sequences.tokens)
+        and list(ours.rollout.scores) == list(theirs.rollout.scores)
+        and ours.rollout.texts == theirs.rollout.texts
+        and ours.rollout.num_evaluations == theirs.rollout.num_evaluations
+        and str(ours.elbo_old) == str(theirs.elbo_old)
+        and str(ours.elbo_ref) == str(theirs.elbo_ref)
+    )
+
+
+@pytest.mark.parametrize("with_reference", [True, False])
+@pytest.mark.parametrize(("saved", "resumed"), [(1, 1), (1, 2), (2, 1), (2, 4), (4, 2)])
+def test_a_rollout_in_hand_moves_to_any_number_of_data_parallel_ranks(
+    saved: int, resumed: int, with_reference: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = [prepared(rank, saved, with_reference) for rank in range(saved)]
+    collected: list[dict] = []
+
+    def collect(parts: list, share: dict, group: str) -> None:
+        collected.append(share)
+
+    def gather(parts: list, share: dict, group: str) -> None:
+        parts[:] = collected
+
+    # First every rank's share, then what the gather gives to each.
+    monkeypatch.setattr(resume.dist, "all_gather_object", collect)
+    for rank, share in enumerate(shares):
+        if saved > 1:
+            with pytest.raises(TypeError):
+                resume.record_rollout(share, model(rank, saved).layout)
+    monkeypatch.setattr(resume.dist, "all_gather_object", gather)
+    records = [
+        resume.record_rollout(share, model(rank, saved).layout) for rank, share in enumerate(shares)
+    ]
+    torch.save(records[-1], tmp_path / "record.pt")
+    record = torch.load(tmp_path / "record.pt", weights_only=True)
+    for rank in range(resumed):
+        restored = resume.restore_rollout(
+            record, prompts(rank, resumed), model(rank, resumed), TOKENIZER, ESPO
+        )
+        assert same(restored, prepared(rank, resumed, with_reference))
+        assert not same(restored, prepared((rank + 1) % 4, 4, with_reference))
+
+
+def test_events_after_the_checkpoint_are_replaced(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    for resumed_at, values in ((0, [1.0, 2.0, 3.0, 4.0]), (2, [30.0, 40.0, 50.0])):
+        with SummaryWriter(str(tmp_path), filename_suffix=str(resumed_at)) as writer:
+            begin_events(writer, resumed_at)
+            for step, value in enumerate(values, start=resumed_at + 1):
+                writer.add_scalar("loss", value, step)
+    assert read_scalars(tmp_path)["loss"] == ([1, 2, 3, 4, 5], [1.0, 2.0, 30.0, 40.0, 50.0])
+
+
+@pytest.mark.parametrize("content", ["", "\n", "12x", "\0\0"])
+def test_broken_tracker_goes_back_to_the_newest_finished_checkpoint(
+    content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step, finished in ((4, True), (12, True), (20, False)):
+        folder = tmp_path / f"iter_{step:07d}"
+        folder.mkdir()
+        if finished:
+            (folder / "metadata.json").write_text("{}")
+    (tmp_path / TRACKER).write_text(content)
+    repair_tracker(str(tmp_path))
+    assert (tmp_path / TRACKER).read_text() == "12"
+    assert "iteration 12" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [TRACKER]
+
+
+@pytest.mark.parametrize("content", ["8", "8\n", "release"])
+def test_whole_tracker_is_left_alone(content: str, tmp_path: Path) -> None:
+    (tmp_path / "iter_0000012").mkdir()
+    (tmp_path / "iter_0000012" / "metadata.json").write_text("{}")
+    (tmp_path / TRACKER).write_text(content)
+    repair_tracker(str(tmp_path))
+    assert (tmp_path / TRACKER).read_text() == content
+
+
+def test_broken_tracker_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    assert not has_checkpoint(str(tmp_path)) and not has_checkpoint(None)
+    repair_tracker(str(tmp_path))
+    (tmp_path / TRACKER).write_text("")
+    assert has_checkpoint(str(tmp_path))
+    with pytest.raises(ValueError, match=f"{tmp_path}.*names no iteration"):
+        repair_tracker(str(tmp_path))
