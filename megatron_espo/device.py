@@ -9,7 +9,9 @@ wheel ships them compiled and without a Makefile.
 
 import contextlib
 import functools
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +44,26 @@ def has_cuda() -> bool:
 def current_device() -> torch.device:
     """Return the device that this rank computes on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else CPU
+
+
+def import_megatron() -> None:
+    """Import Megatron-Core; without CUDA, leave torch.compile's machinery out of it.
+
+    Megatron decorates its fused functions with torch.compile when it is imported, which loads the
+    whole compiler: a third of the start-up, for functions that a CPU runs as they are.
+    """
+    if has_cuda() or "megatron.core" in sys.modules:
+        return
+    compiler = torch.compile
+    torch.compile = _uncompiled  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core.jit")
+    finally:
+        torch.compile = compiler
+
+
+def _uncompiled(function: Any = None, **_: object) -> Any:
+    return (lambda later: later) if function is None else function
 
 
 def prepare() -> None:

@@ -13,6 +13,7 @@ two ranks and tp=2; prints rewards and losses of both.
 """
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -106,12 +107,18 @@ def make_data(folder: Path) -> None:
         subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
 
 
-def children(pid: int) -> list[int]:
-    """Process ids of a process's children."""
-    try:
-        return [int(part) for part in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+def workers_of(pid: int) -> list[int]:
+    """Process ids of torchrun's workers (it has other children, too)."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread or process that has just ended
+            found += [int(part) for part in path.read_text().split()]
+    workers = []
+    for child in found:
+        with contextlib.suppress(OSError):
+            if b"megatron_espo.training.espo" in Path(f"/proc/{child}/cmdline").read_bytes():
+                workers.append(child)
+    return sorted(workers)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> bool:
@@ -147,7 +154,7 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
         time.sleep(rng.uniform(0.0, 0.1))
     else:
         time.sleep(rng.uniform(0.0, 1.0))
-    workers = children(process.pid)
+    workers = workers_of(process.pid)
     if not begun or not workers or process.poll() is not None:
         process.wait()
         return None
@@ -160,9 +167,6 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
             os.kill(pid, signal.SIGKILL)
     process.wait()
     took = time.monotonic() - struck
-    for pid in workers:  # torchrun ends them; make sure of it before the next start
-        while Path(f"/proc/{pid}").exists() and pid in children(process.pid):
-            time.sleep(0.05)
     return (
         f"{mode:5} at a checkpoint of step {before} -> {run.saved()}"
         f"{', while writing' if writing else ''}; all ranks ended after {took:.1f} s"
