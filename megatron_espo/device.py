@@ -78,6 +78,8 @@ def prepare() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     # Megatron requires this with tensor parallelism; it has no meaning without CUDA.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # PyTorch's optimizers import this at their first step; its tables want the original torch.cuda.
+    importlib.import_module("torch._dynamo")
     _replace_cuda_calls()
     _CudaOnCpu.active = True
     _CudaOnCpu().__enter__()
