@@ -87,14 +87,26 @@ class Run:
         except ValueError:
             return 0
 
-    def is_writing(self) -> bool:
-        """Whether a checkpoint is begun that is not the latest yet."""
-        folders = (self.folder / "checkpoints").glob("iter_*")
-        return any(int(folder.name.removeprefix("iter_")) > self.saved() for folder in folders)
+    def is_writing(self, since: float) -> bool:
+        """Whether a checkpoint that is not the latest yet was written to since then."""
+        saved = self.saved()
+        return any(
+            _written(path) > since
+            for folder in (self.folder / "checkpoints").glob("iter_*")
+            if int(folder.name.removeprefix("iter_")) > saved
+            for path in (folder, *folder.rglob("*"))
+        )
 
-    def lines(self) -> int:
-        """Rollouts reported so far, by all starts together."""
-        return (self.folder / "log").read_text(errors="replace").count("\nrollout ")
+    def starts(self) -> int:
+        """How many starts have come as far as training."""
+        log = (self.folder / "log").read_text(errors="replace")
+        return log.count("successfully loaded checkpoint") + log.count("held-out (before)")
+
+
+def _written(path: Path) -> float:
+    with contextlib.suppress(OSError):  # a temporary file that has just been moved
+        return path.stat().st_mtime
+    return 0.0
 
 
 def make_data(folder: Path) -> None:
@@ -142,15 +154,13 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
     Returns:
         What was done, or None if the run came to its end before.
     """
-    before, lines = run.saved(), run.lines()
+    before, starts, started = run.saved(), run.starts(), time.time()
     process = run.start(ranks)
     # Some checkpoints after the start, and then at any moment of a rollout or of a save.
     target = before + rng.choice((0, 0, 2, 4))
-    begun = wait_for(
-        lambda: (run.lines() > lines or run.is_writing()) and run.saved() >= target, process
-    )
+    begun = wait_for(lambda: run.starts() > starts and run.saved() >= target, process)
     if mode == "write":
-        begun = begun and wait_for(run.is_writing, process)
+        begun = begun and wait_for(lambda: run.is_writing(started), process)
         time.sleep(rng.uniform(0.0, 0.1))
     else:
         time.sleep(rng.uniform(0.0, 1.0))
@@ -158,7 +168,7 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
     if not begun or not workers or process.poll() is not None:
         process.wait()
         return None
-    writing = run.is_writing()
+    writing = run.is_writing(started)
     struck = time.monotonic()
     if mode == "term":
         process.send_signal(signal.SIGTERM)

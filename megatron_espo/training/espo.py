@@ -149,8 +149,8 @@ def main(argv: Sequence[str]) -> None:
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
-    initialize_process_groups(args)
-    megatron_training.initialize_megatron()
+    store = initialize_process_groups(args)
+    megatron_training.initialize_megatron(store=store)
     chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
     )

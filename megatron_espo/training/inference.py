@@ -47,8 +47,8 @@ def load_model(argv: Sequence[str]) -> tuple[DiffusionModel, argparse.Namespace]
         The model in evaluation mode, and Megatron's arguments.
     """
     args = initialize_arguments(["--use-checkpoint-args", *argv], prepare_arguments)
-    initialize_process_groups(args)
-    megatron_training.initialize_megatron()
+    store = initialize_process_groups(args)
+    megatron_training.initialize_megatron(store=store)
     chunks, _, _ = megatron_training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
     )

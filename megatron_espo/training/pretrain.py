@@ -108,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args = initialize_arguments(argv, prepare_arguments)
     _check_data(args)
-    initialize_process_groups(args)
+    store = initialize_process_groups(args)
     config: Any = pretrain_cfg_container_from_args(args)
     pretrain(
         config,
@@ -116,6 +116,7 @@ def main(argv: Sequence[str]) -> None:
         ModelType.encoder_or_decoder,
         forward_step,
         model_provider,
+        store=store,
     )
 
 

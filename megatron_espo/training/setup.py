@@ -15,7 +15,8 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import get_args
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
@@ -45,20 +46,22 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         dist.destroy_process_group()
 
 
-def initialize_process_groups(args: argparse.Namespace) -> None:
+def initialize_process_groups(args: argparse.Namespace) -> Store | None:
     """Start torch.distributed and Megatron's groups where Megatron itself needs CUDA for it.
 
     Args:
         args: Megatron's arguments.
+
+    Returns:
+        The store for Megatron's own start-up with CUDA; None leaves the choice to PyTorch.
     """
     if not args.async_save:
         # Megatron starts a server process, which imports everything anew, for what the writers of
         # a checkpoint report. Without a background writer they are threads of this process.
         filesystem_async._results_queue = queue.Queue()
+    store = _rendezvous(args)
     if device.has_cuda():
-        return
-    # Started alone, without torchrun: a store that needs no port.
-    store = None if "MASTER_ADDR" in os.environ else HashStore()
+        return store
     dist.init_process_group(
         "gloo",
         store=store,
@@ -73,6 +76,21 @@ def initialize_process_groups(args: argparse.Namespace) -> None:
         context_parallel_size=args.context_parallel_size,
         order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
     )
+    return store
+
+
+def _rendezvous(args: argparse.Namespace) -> Store | None:
+    """Choose the store through which the ranks find each other."""
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()  # started alone, without torchrun: needs no port
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("LOCAL_WORLD_SIZE") != str(args.world_size):
+        # Agents of several nodes count restarts differently.
+        return None
+    # torchrun keeps its store when it restarts the ranks, and in it the addresses of those that
+    # are gone.
+    store, _, _ = next(rendezvous("env://", args.rank, args.world_size))
+    return PrefixStore(f"restart/{restarts}", store)
 
 
 def pad_multiple(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -127,8 +126,9 @@ def final_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Weights, optimizer state and reference policy of the last checkpoint."""
     assert latest_iteration(str(folder / name)) == 8
     tensors = checkpoint_tensors(str(folder / name))
-    assert sum(name.startswith("reference/") for name in tensors) > 10
-    assert sum("exp_avg" in name for name in tensors) > 10
+    # Layers are stacked: nine tensors of weights.
+    assert sum(name.startswith("reference/") for name in tensors) == 9
+    assert sum("exp_avg" in name for name in tensors) == 2 * 9
     return tensors
 
 
@@ -151,7 +151,7 @@ def test_espo_trains_and_reports(folder: Path, whole: str) -> None:
     base = checkpoint_tensors(str(folder / "base"))
     name = "decoder.final_layernorm.weight"
     assert not torch.equal(tensors[f"/{name}"], base[f"/{name}"]), "training changed nothing"
-    assert not torch.equal(tensors[f"/{name}"], tensors[f"reference/model/{name}"])
+    assert not torch.equal(tensors[f"/{name}"], tensors[f"reference/{name}"])
     curves = scalars(folder, "whole")
     # Old and current ELBO agree at the first update of every rollout: the ratio is exactly 1.
     assert curves["policy/ratio_first_update/max_deviation"] == ([1, 3, 5, 7], [0.0] * 4)
@@ -171,18 +171,14 @@ def assert_same_run(folder: Path, name: str) -> None:
     assert scalars(folder, "whole") == scalars(folder, name)
 
 
-# Inside a rollout (3), and at its end (4).
-@pytest.mark.parametrize("stop", [3, 4])
-def test_espo_resumes_bit_for_bit(folder: Path, whole: str, stop: int) -> None:
-    name = f"parts-{stop}"
-    espo(folder, name, "--exit-interval", str(stop))
-    assert latest_iteration(str(folder / name)) == stop
+def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> None:
+    espo(folder, "parts", "--exit-interval", "3")
+    assert latest_iteration(str(folder / "parts")) == 3
     # A job that is started with other settings for the rollout in hand says so.
-    if stop == 3:
-        printed = espo(folder, name, "--espo-num-mc", "1", fails=True)
-        assert "--espo-num-mc 2, here it is 1; keep the run's value." in printed
-    espo(folder, name)
-    assert_same_run(folder, name)
+    printed = espo(folder, "parts", "--espo-num-mc", "1", fails=True)
+    assert "--espo-num-mc 2, here it is 1; keep the run's value." in printed
+    espo(folder, "parts")
+    assert_same_run(folder, "parts")
 
 
 POISON = """
@@ -245,33 +241,32 @@ def score(example, completion):
 """
 
 
-@pytest.mark.parametrize(
-    ("failure", "message"),
-    [
-        ("raise RuntimeError('the reward server is gone')", "the reward server is gone"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", "Signal 9 (SIGKILL)"),
-    ],
-    ids=["exception", "killed"],
-)
-def test_failure_of_a_rank_ends_the_job_and_a_restart_goes_on(
-    folder: Path, whole: str, failure: str, message: str, tmp_path: Path
-) -> None:
-    name = f"failing-{tmp_path.name}"
+def failing(tmp_path: Path, failure: str) -> tuple[list[str], dict[str, str]]:
+    """Flags and environment of a run whose reward fails once, on rank 1."""
     (tmp_path / "failing_task.py").write_text(FAILING_TASK.format(failure=failure))
-    flags = ["--espo-task", "failing_task", "--save-interval", "1"]
     environment = {"FAILED": str(tmp_path / "failed"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    return ["--espo-task", "failing_task", "--save-interval", "1"], environment
+
+
+def test_exception_in_one_rank_ends_the_job_with_its_message(
+    folder: Path, whole: str, tmp_path: Path
+) -> None:
+    flags, environment = failing(tmp_path, "raise RuntimeError('the reward server is gone')")
     started = time.monotonic()
-    printed = espo(folder, name, *flags, environment=environment, fails=True)
+    printed = espo(folder, "raising", *flags, environment=environment, fails=True)
     assert time.monotonic() - started < 150
-    assert message in printed
+    assert "RuntimeError: the reward server is gone" in printed
     assert re.search(r"Root Cause.*\n\[\d+\]:\n.*\n.*\n +rank +: 1 ", printed)
-    (tmp_path / "failed").unlink()
-    shutil.rmtree(folder / name)
-    shutil.rmtree(folder / f"{name}-events")
+
+
+def test_restart_after_a_killed_rank_is_the_same_run(
+    folder: Path, whole: str, tmp_path: Path
+) -> None:
+    flags, environment = failing(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)")
     launch = [*TORCHRUN, "--max-restarts", "1"]
-    espo(folder, name, *flags, environment=environment, launch=launch)
+    espo(folder, "restarted", *flags, environment=environment, launch=launch)
     assert (tmp_path / "failed").exists()
-    assert_same_run(folder, name)
+    assert_same_run(folder, "restarted")
 
 
 def test_killed_run_is_the_same_run(tmp_path: Path) -> None:
