@@ -11,17 +11,18 @@ from megatron_espo.rl.types import Rollout
 def begin_events(writer: Any, step: int) -> None:
     """Mark the start of a run, or of its continuation after a checkpoint.
 
-    A run that was killed may have written events after its last checkpoint; the mark tells
-    TensorBoard to drop those, since they will be written again.
+    A run that was killed may have written events after its last checkpoint, or without ever
+    reaching one; the mark tells TensorBoard to drop those, since they will be written again.
 
     Args:
         writer: a SummaryWriter, or None.
         step: optimizer steps done.
     """
-    if writer is None or step == 0:
+    if writer is None:
         return
     start = SessionLog(status=SessionLog.START)
-    writer.file_writer.add_event(Event(session_log=start), step + 1)
+    # What belongs to step 0, the evaluation before training, is done again after a start.
+    writer.file_writer.add_event(Event(session_log=start), step + 1 if step else 0)
 
 
 def write_scalars(writer: Any, scalars: Mapping[str, float], step: int) -> None:

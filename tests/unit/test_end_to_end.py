@@ -269,6 +269,7 @@ def test_restart_after_a_killed_rank_is_the_same_run(
     assert_same_run(folder, "restarted")
 
 
+@pytest.mark.timeout(900)
 def test_killed_run_is_the_same_run(tmp_path: Path) -> None:
     """One kill of each kind; ``tools/check_resume.py kill`` makes twenty."""
     printed = run(

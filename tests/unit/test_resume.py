@@ -100,12 +100,18 @@ def test_a_rollout_in_hand_moves_to_any_number_of_data_parallel_ranks(
 def test_events_after_the_checkpoint_are_replaced(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
-    for resumed_at, values in ((0, [1.0, 2.0, 3.0, 4.0]), (2, [30.0, 40.0, 50.0])):
-        with SummaryWriter(str(tmp_path), filename_suffix=str(resumed_at)) as writer:
+    # Killed before its first checkpoint, started anew, killed after step 4, resumed from step 2.
+    starts = ((0, [7.0, 8.0]), (0, [1.0, 2.0, 3.0, 4.0]), (2, [30.0, 40.0, 50.0]))
+    for number, (resumed_at, values) in enumerate(starts):
+        with SummaryWriter(str(tmp_path), filename_suffix=str(number)) as writer:
             begin_events(writer, resumed_at)
+            if resumed_at == 0:
+                writer.add_scalar("accuracy", number, 0)
             for step, value in enumerate(values, start=resumed_at + 1):
                 writer.add_scalar("loss", value, step)
-    assert read_scalars(tmp_path)["loss"] == ([1, 2, 3, 4, 5], [1.0, 2.0, 30.0, 40.0, 50.0])
+    curves = read_scalars(tmp_path)
+    assert curves["loss"] == ([1, 2, 3, 4, 5], [1.0, 2.0, 30.0, 40.0, 50.0])
+    assert curves["accuracy"] == ([0], [1.0])
 
 
 @pytest.mark.parametrize("content", ["", "\n", "12x", "\0\0"])
