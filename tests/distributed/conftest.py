@@ -4,6 +4,7 @@ Every rank runs the same tests in the same order. A layout is built with the cod
 uses, from a checkpoint that one fixture wrote, so all layouts hold the same weights.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -116,6 +117,8 @@ def build_layout(
         for group in list(dist.distributed_c10d._world.pg_map):
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
+        # The objects that hold the last references refer to each other.
+        gc.collect()
     argv = [
         *SHAPE,
         "--tensor-model-parallel-size",
