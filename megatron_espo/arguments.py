@@ -16,7 +16,12 @@ from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_espo import device
-from megatron_espo.checkpoint.tracker import TRACKER, has_checkpoint, repair_tracker
+from megatron_espo.checkpoint.tracker import (
+    has_checkpoint,
+    iteration_folder,
+    latest_checkpoint,
+    repair_tracker,
+)
 from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
 from megatron_espo.model.presets import expand_preset
 
@@ -352,9 +357,8 @@ def checkpoint_arguments(path: str) -> argparse.Namespace | None:
     """
     if not has_checkpoint(path):
         return None
-    with open(os.path.join(path, TRACKER)) as file:
-        mark = file.read().strip()
-    folder = os.path.join(path, "release" if mark == "release" else f"iter_{int(mark):07d}")
+    mark = latest_checkpoint(path)
+    folder = os.path.join(path, mark) if mark == "release" else iteration_folder(path, int(mark))
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:

@@ -5,8 +5,6 @@ python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once
 """
 
 import argparse
-import contextlib
-import sys
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +22,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt", nargs="+", default=[""])
     own, rest = parser.parse_known_args(argv)
-    with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the answer
-        model, args = load_model(rest)
+    model, args = load_model(rest)
     tokenizer = load_tokenizer(args.tokenizer_model)
     prompts = [encode_prompt(tokenizer, prompt) for prompt in own.prompt]
     result = generate(

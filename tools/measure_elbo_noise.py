@@ -12,6 +12,7 @@ and prints, per estimator and at equal numbers of model rows, the standard devia
         --rollout-completion-length 16 ...
 """
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -21,14 +22,11 @@ from megatron.training.checkpointing import load_checkpoint
 from torch import Tensor
 
 from megatron_espo.arguments import config_from_args
-from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.config import RolloutConfig
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.rl.elbo import estimate_elbo
-from megatron_espo.tasks import load_task
-from megatron_espo.training.espo import load_task_data
-from megatron_espo.training.inference import load_model
+from megatron_espo.training.inference import load_eval_problems, load_model
 from megatron_espo.training.setup import run_entry_point
 
 # Estimator and draws: rows of equal cost stand together.
@@ -45,25 +43,20 @@ REPEATS = 64
 
 def main(argv: Sequence[str]) -> None:
     """Measure from the command line; prints a Markdown table."""
-    argv = list(argv)
-    if "--other" not in argv[:-1]:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--other")
+    options, rest = parser.parse_known_args(argv)
+    if options.other is None:
         raise ValueError("--other is missing: the checkpoint to compare --load with.")
-    place = argv.index("--other")
-    other = argv[place + 1]
-    del argv[place : place + 2]
-    with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the result
-        model, args = load_model(argv)
-    espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
-    task, tokenizer = load_task(espo.task, flag="--espo-task"), load_tokenizer(args.tokenizer_model)
-    data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
-    if data is None:
-        raise ValueError("--espo-eval-data is missing: the problems to measure on.")
+    model, args = load_model(rest)
+    _, _, data = load_eval_problems(args)
+    rollout = config_from_args(RolloutConfig, args)
     ids = torch.arange(len(data.encoded))
     completions = generate(
         model, data.encoded, ids, rollout, args.seed, "measure-elbo-noise"
     ).completions
     policy = _estimates(model, data.encoded, completions, rollout.micro_batch_size)
-    args.load = other
+    args.load = options.other
     with contextlib.redirect_stdout(sys.stderr):
         load_checkpoint(list(model.chunks), None, None)
     base = _estimates(model, data.encoded, completions, rollout.micro_batch_size)

@@ -10,6 +10,12 @@ from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
+from megatron_espo.checkpoint.tracker import (
+    iteration_folder,
+    latest_checkpoint,
+    reference_folder,
+)
+
 
 def latest_iteration(root: str) -> int:
     """Read which iteration of a --save folder is the latest.
@@ -24,8 +30,7 @@ def latest_iteration(root: str) -> int:
         ValueError: There is no checkpoint.
     """
     try:
-        with open(os.path.join(root, "latest_checkpointed_iteration.txt")) as file:
-            return int(file.read())
+        return int(latest_checkpoint(root))
     except (OSError, ValueError) as error:
         raise ValueError(f"{root}: no checkpoint there ({error}).") from error
 
@@ -44,9 +49,8 @@ def checkpoint_tensors(root: str, iteration: int | None = None) -> dict[str, Ten
         ValueError: There is no checkpoint.
     """
     iteration = latest_iteration(root) if iteration is None else iteration
-    folder = os.path.join(root, f"iter_{iteration:07d}")
-    tensors = dict(_flatten("", _read(folder)))
-    reference = os.path.join(folder, "espo", "reference")
+    tensors = dict(_flatten("", _read(iteration_folder(root, iteration))))
+    reference = reference_folder(root, iteration)
     if os.path.isdir(reference):
         tensors |= dict(_flatten("reference", _read(reference)))
     return tensors

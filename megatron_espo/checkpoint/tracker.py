@@ -1,4 +1,4 @@
-"""Megatron's tracker file, which names the latest checkpoint of a folder."""
+"""Where the parts of a checkpoint lie, and the tracker file that names the latest one."""
 
 import os
 import re
@@ -11,6 +11,30 @@ TRACKER = "latest_checkpointed_iteration.txt"
 def has_checkpoint(root: str | None) -> bool:
     """Return whether a --save folder holds a checkpoint."""
     return root is not None and os.path.isfile(os.path.join(root, TRACKER))
+
+
+def iteration_folder(root: str, iteration: int) -> str:
+    """Name the folder of one checkpoint."""
+    return os.path.join(root, f"iter_{iteration:07d}")
+
+
+def espo_folder(root: str, iteration: int) -> str:
+    """Name the folder of ESPO's part of a checkpoint."""
+    return os.path.join(iteration_folder(root, iteration), "espo")
+
+
+def reference_folder(root: str, iteration: int) -> str:
+    """Name the folder of the reference policy in a checkpoint."""
+    return os.path.join(espo_folder(root, iteration), "reference")
+
+
+def latest_checkpoint(root: str) -> str:
+    """Read what the tracker file names: an iteration, or "release".
+
+    Raises:
+        OSError: There is no tracker file.
+    """
+    return Path(root, TRACKER).read_text().strip()
 
 
 def repair_tracker(root: str) -> None:
@@ -27,7 +51,7 @@ def repair_tracker(root: str) -> None:
         ValueError: The tracker file is broken and no finished checkpoint was found.
     """
     tracker = Path(root, TRACKER)
-    if not tracker.is_file() or re.fullmatch(r"\s*(\d+|release)\s*", tracker.read_text()):
+    if not has_checkpoint(root) or re.fullmatch(r"\d+|release", latest_checkpoint(root)):
         return
     # Megatron writes metadata.json when everything else is on the disk.
     finished = [

@@ -76,12 +76,6 @@ def update_scalars(
     }
 
 
-def first_update_scalars(terms: EspoTerms, layout: Layout) -> dict[str, float]:
-    """Say how far the ratio of a rollout's first update is from the 1 that it must be."""
-    columns = gather_columns({"ratio": terms.ratio.tolist()}, layout)
-    return {"policy/ratio_first_update/max_deviation": float(abs(columns["ratio"] - 1.0).max())}
-
-
 def elbo_noise_scalars(
     elbo_old: Sequence[Tensor | None], length: int, layout: Layout
 ) -> dict[str, float]:

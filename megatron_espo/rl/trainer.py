@@ -7,7 +7,7 @@ model passes, the optimizer, the scheduler and checkpoints.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -29,7 +29,6 @@ from megatron_espo.rl.report import (
     Clock,
     console_line,
     elbo_noise_scalars,
-    first_update_scalars,
     rollout_scalars,
     update_scalars,
 )
@@ -136,24 +135,25 @@ def train(trainer: Trainer, start: Position) -> None:
     espo, mu = trainer.espo, trainer.espo.updates_per_rollout
     progress = Progress(start.step, espo.num_rollouts * mu)
     if (start.step == 0 or start.evaluation_due) and _evaluate(trainer, start.step):
-        _stop(trainer, replace(start, evaluation_due=True))
         return
     record = start.rollout
     for number in range(start.step // mu, espo.num_rollouts):
         clock = Clock()
         first = max(start.step - number * mu, 0)
+        prompts = _prompts(trainer, number)
         if record is None:
-            prepared = _prepare_rollout(trainer, number, clock)
-            if prepared is None:
-                _stop(trainer, Position(number * mu))
+            rollout = _make_rollout(trainer, prompts, clock)
+            if rollout is None:
+                trainer.save(Position(number * mu))
                 return
+            noise = _draw_noise(trainer, number, rollout)
+            prepared = _evaluate_frozen_policies(trainer, rollout, noise, clock)
         else:
-            prepared = restore_rollout(
-                record, _prompts(trainer, number), trainer.model, trainer.tokenizer, espo
-            )
+            prepared = restore_rollout(record, prompts, trainer.model, trainer.tokenizer, espo)
+            noise = _draw_noise(trainer, number, prepared.rollout)
             record = None
         for place in range(first, mu):
-            prepared, scalars = _update(trainer, number, place, prepared, clock)
+            prepared, scalars = _update(trainer, number, place, prepared, noise[place], clock)
             done = number * mu + place + 1
             if place + 1 < mu:
                 position = Position(done)
@@ -168,12 +168,6 @@ def train(trainer: Trainer, start: Position) -> None:
                 trainer.save(replace(position, rollout=inside))
             if stop:
                 return
-
-
-def _stop(trainer: Trainer, position: Position) -> None:
-    """Save a run that stops before it has made a step, unless nothing has been learnt yet."""
-    if position.step > 0:
-        trainer.save(position)
 
 
 def _prompts(trainer: Trainer, number: int) -> list[Prompt]:
@@ -198,17 +192,9 @@ def _look_out(trainer: Trainer) -> Callable[[Tensor], None]:
     return look
 
 
-def _prepare_rollout(trainer: Trainer, number: int, clock: Clock) -> PreparedRollout | None:
-    """Sample and score a rollout and evaluate the frozen policies on it.
-
-    All old and reference ELBOs come before the first step. The first update needs no old ELBO:
-    there the current policy is the sampling policy.
-
-    Returns:
-        The rollout, or None where the run is told to stop.
-    """
-    espo, prompts = trainer.espo, _prompts(trainer, number)
-    generation = None
+def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Rollout | None:
+    """Sample and score a rollout; None where the run is told to stop."""
+    espo, generation = trainer.espo, None
     with clock("rollout"), trainer.inference(), suppress(Interrupted):
         generation = sample(
             trainer.model,
@@ -227,48 +213,65 @@ def _prepare_rollout(trainer: Trainer, number: int, clock: Clock) -> PreparedRol
             generation.completions, trainer.tokenizer, trainer.model.stop_token_ids
         )
         scores = score_completions(trainer.task, examples, texts, trainer.model.layout)
-        rollout = assemble_rollout(trainer.model, prompts, generation, texts, scores, espo)
-    old: list[Tensor | None] = [None] * espo.updates_per_rollout
-    reference = list(old)
+        return assemble_rollout(trainer.model, prompts, generation, texts, scores, espo)
+
+
+class _Noise(NamedTuple):
+    """The masks of one inner update, cut into micro-batches."""
+
+    views: ElboViews
+    batches: list[ViewBatch]
+
+
+def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]:
+    """Draw the masks of all inner updates, the same ones whenever a rollout is taken up."""
+    espo, noise = trainer.espo, []
+    for place in range(espo.updates_per_rollout):
+        views = elbo_views(
+            espo.elbo_estimator,
+            stream(trainer.seed, "elbo", number, place),
+            rollout.sample_ids,
+            rollout.indices,
+            espo.completions_per_rollout,
+            rollout.sequences.completion_length,
+            espo.num_mc,
+            independent_draws=espo.kl_estimator == "k2_unbiased",
+        )
+        batches = view_batches(
+            rollout.sequences,
+            views,
+            trainer.model.mask_token_id,
+            trainer.model.vocab_size,
+            trainer.rows_per_batch,
+        )
+        noise.append(_Noise(views, batches))
+    return noise
+
+
+def _evaluate_frozen_policies(
+    trainer: Trainer, rollout: Rollout, noise: Sequence[_Noise], clock: Clock
+) -> PreparedRollout:
+    """Evaluate all old and reference ELBOs, before the first step.
+
+    The first update needs no old ELBO: there the current policy is the sampling policy.
+    """
+    old: list[Tensor | None] = [None]
+    reference: list[Tensor | None] = [None] * len(noise)
     with clock("old_elbo"), trainer.inference():
-        for place in range(1, espo.updates_per_rollout):
-            views, batches = _noise(trainer, number, place, rollout)
-            old[place] = elbo_of_views(trainer.model, batches, views)
+        old += [elbo_of_views(trainer.model, n.batches, n.views) for n in noise[1:]]
     if trainer.reference is not None:
         with clock("ref_elbo"), trainer.inference(), trainer.reference.in_model():
-            for place in range(espo.updates_per_rollout):
-                views, batches = _noise(trainer, number, place, rollout)
-                reference[place] = elbo_of_views(trainer.model, batches, views)
+            reference = [elbo_of_views(trainer.model, n.batches, n.views) for n in noise]
     return PreparedRollout(rollout, tuple(old), tuple(reference))
 
 
-def _noise(
-    trainer: Trainer, number: int, place: int, rollout: Rollout
-) -> tuple[ElboViews, list[ViewBatch]]:
-    """Draw the masks of an inner update, the same whenever they are asked for."""
-    espo = trainer.espo
-    views = elbo_views(
-        espo.elbo_estimator,
-        stream(trainer.seed, "elbo", number, place),
-        rollout.sample_ids,
-        rollout.indices,
-        espo.completions_per_rollout,
-        rollout.sequences.completion_length,
-        espo.num_mc,
-        independent_draws=espo.kl_estimator == "k2_unbiased",
-    )
-    batches = view_batches(
-        rollout.sequences,
-        views,
-        trainer.model.mask_token_id,
-        trainer.model.vocab_size,
-        trainer.rows_per_batch,
-    )
-    return views, batches
-
-
 def _update(
-    trainer: Trainer, number: int, place: int, prepared: PreparedRollout, clock: Clock
+    trainer: Trainer,
+    number: int,
+    place: int,
+    prepared: PreparedRollout,
+    noise: _Noise,
+    clock: Clock,
 ) -> tuple[PreparedRollout, dict[str, float]]:
     """Make one optimizer step.
 
@@ -279,15 +282,14 @@ def _update(
     length = rollout.sequences.completion_length
     step = number * espo.updates_per_rollout + place + 1
     with clock("update"):
-        views, batches = _noise(trainer, number, place, rollout)
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         elbo_ref = prepared.elbo_ref[place]
         draws = accumulate_gradient(
             model,
-            batches,
-            views,
+            noise.batches,
+            noise.views,
             prepared.elbo_old[place],
             elbo_ref,
             rollout.advantages,
@@ -307,7 +309,9 @@ def _update(
     rate = float(trainer.optimizer.param_groups[0]["lr"])
     scalars = update_scalars(terms, draws, length, grad_norm, bool(succeeded), rate, model.layout)
     if place == 0:
-        scalars |= first_update_scalars(terms, model.layout)
+        # The ratio of a rollout's first update must be 1.
+        ends = (scalars["policy/ratio/min"], scalars["policy/ratio/max"])
+        scalars["policy/ratio_first_update/max_deviation"] = max(abs(end - 1.0) for end in ends)
     write_scalars(trainer.writer, scalars, step)
     interval = espo.reference_mix_interval
     if trainer.reference is not None and interval and step % interval == 0:

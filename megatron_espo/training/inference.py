@@ -1,15 +1,22 @@
 """Loads a checkpoint for sampling and evaluation, without an optimizer."""
 
 import argparse
+import contextlib
+import sys
 from collections.abc import Sequence
 
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
+from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.arguments import config_from_args, initialize_arguments
-from megatron_espo.config import RolloutConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.data.tokenizer import load_tokenizer
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
+from megatron_espo.rl.trainer import TaskData
+from megatron_espo.tasks import Task, load_task
+from megatron_espo.training.espo import load_task_data
 from megatron_espo.training.setup import diffusion_model, initialize_process_groups
 
 
@@ -38,7 +45,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
 def load_model(argv: Sequence[str]) -> tuple[DiffusionModel, argparse.Namespace]:
     """Build the model that the command line describes and load its checkpoint.
 
-    The shape comes from the checkpoint.
+    The shape comes from the checkpoint. What Megatron prints meanwhile goes to stderr.
 
     Args:
         argv: flags.
@@ -46,12 +53,35 @@ def load_model(argv: Sequence[str]) -> tuple[DiffusionModel, argparse.Namespace]
     Returns:
         The model in evaluation mode, and Megatron's arguments.
     """
-    args = initialize_arguments(["--use-checkpoint-args", *argv], prepare_arguments)
-    store = initialize_process_groups(args)
-    megatron_training.initialize_megatron(store=store)
-    chunks, _, _ = megatron_training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the result
+        args = initialize_arguments(["--use-checkpoint-args", *argv], prepare_arguments)
+        store = initialize_process_groups(args)
+        megatron_training.initialize_megatron(store=store)
+        chunks, _, _ = megatron_training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+        )
     for chunk in chunks:
         chunk.eval()
     return diffusion_model(chunks), args
+
+
+def load_eval_problems(
+    args: argparse.Namespace,
+) -> tuple[Task, PreTrainedTokenizerFast, TaskData]:
+    """Load what --espo-task, --tokenizer-model and --espo-eval-data name.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        The task, the tokenizer, and the held-out problems.
+
+    Raises:
+        ValueError: naming the flag or the line of the file.
+    """
+    espo = config_from_args(EspoConfig, args)
+    task, tokenizer = load_task(espo.task, flag="--espo-task"), load_tokenizer(args.tokenizer_model)
+    data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
+    if data is None:
+        raise ValueError("--espo-eval-data is missing: the problems to evaluate on.")
+    return task, tokenizer, data

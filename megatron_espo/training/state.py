@@ -17,16 +17,12 @@ from megatron.training import get_args, get_signal_handler
 from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
 
+from megatron_espo.checkpoint.tracker import espo_folder, reference_folder
 from megatron_espo.config import EspoConfig
 from megatron_espo.device import current_device
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import Position
-
-
-def espo_folder(root: str, step: int) -> str:
-    """Name the folder of an iteration's ESPO state."""
-    return os.path.join(root, f"iter_{step:07d}", "espo")
 
 
 class Checkpoints:
@@ -66,11 +62,14 @@ class Checkpoints:
     def save(self, position: Position) -> None:
         """Write a checkpoint, on all ranks together; nothing without --save.
 
+        One that is there already (saved or loaded at this step) is not written again: a kill
+        meanwhile would break the last good checkpoint.
+
         Args:
             position: where the run is.
         """
         args = get_args()
-        if args.save is None:
+        if args.save is None or position.step == self._saved:
             return
         if self._writer is not None:
             # What the checkpoint has seen must not be lost with a process that is killed.
@@ -82,14 +81,13 @@ class Checkpoints:
         if dist.get_rank() == 0:
             os.makedirs(folder, exist_ok=True)
             state = {
-                "step": step,
                 "evaluation_due": position.evaluation_due,
                 "rollout": position.rollout,
                 **_shape(self._espo),
             }
             torch.save(state, os.path.join(folder, "state.pt"))
         if self._reference is not None:
-            self._reference.save(os.path.join(folder, "reference"))
+            self._reference.save(reference_folder(args.save, step))
         save_checkpoint(step, *self._parts, 0)
         self._saved = step
 
@@ -121,14 +119,14 @@ def load_position(
         )
     state = torch.load(path, weights_only=True)
     for name, ours in _shape(espo).items():
-        inside = state["rollout"] is not None or step % espo.updates_per_rollout
-        if state[name] != ours and (inside or name == "updates_per_rollout"):
+        matters = name == "updates_per_rollout" or state["rollout"] is not None
+        if matters and state[name] != ours:
             raise ValueError(
                 f"--load {root}: the run was saved with --espo-{name.replace('_', '-')} "
                 f"{state[name]}, here it is {ours}; keep the run's value."
             )
     if reference is not None:
-        reference.load(os.path.join(espo_folder(root, step), "reference"))
+        reference.load(reference_folder(root, step))
     return Position(step, state["rollout"], state["evaluation_due"])
 
 

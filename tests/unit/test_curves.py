@@ -50,19 +50,19 @@ def test_picture_changes_with_every_curve(tmp_path: Path) -> None:
     picture({})  # A run that was killed early still has a picture.
 
 
+def plot_run(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/plot_run.py", str(folder)]
+    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+
+
 def test_tool_prints_the_table_of_a_demo(tmp_path: Path) -> None:
     write_events(tmp_path / "tensorboard/espo", {"reward/mean": [0.25, 0.5]})
     base = {"accuracy": 0.125, "reward": 0.5, "num_problems": 40}
     espo = {"accuracy": 0.625, "reward": 0.75, "num_problems": 40}
     (tmp_path / "test-base.log").write_text(f"noise\n{json.dumps(base)}\n")
     (tmp_path / "test-espo.log").write_text(f"{json.dumps(base)}\n{json.dumps(espo)}\nnoise\n")
-    done = subprocess.run(
-        [sys.executable, "tools/plot_run.py", str(tmp_path)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=True,
-    )
+    done = plot_run(tmp_path)
+    assert done.returncode == 0
     rows = {line[:30].strip(): line[30:].split() for line in done.stdout.splitlines() if line}
     assert rows["before (fine-tuned base)"] == ["12.5%", "0.500", "40"]
     assert rows["after ESPO"] == ["62.5%", "0.750", "40"]
@@ -73,12 +73,6 @@ def test_tool_prints_the_table_of_a_demo(tmp_path: Path) -> None:
 
 
 def test_tool_names_a_folder_without_a_run(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "tools/plot_run.py", str(tmp_path)],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-        check=False,
-    )
+    done = plot_run(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}") and done.stderr.count("\n") == 1

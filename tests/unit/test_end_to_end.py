@@ -192,6 +192,13 @@ def poison():
 """
 
 
+def poisoned(folder: Path, entry: str, patch: str) -> list[str]:
+    """Write an entry point that upsets the global generators where the patch says."""
+    script = folder / f"poisoned_{entry}.py"
+    script.write_text(POISON.format(entry=entry, patch=patch))
+    return [str(script)]
+
+
 def test_espo_does_not_read_the_global_generators(folder: Path, whole: str) -> None:
     patch = (
         "from megatron_espo.rl import report, trainer\n"
@@ -205,9 +212,7 @@ def test_espo_does_not_read_the_global_generators(folder: Path, whole: str) -> N
         "    return on_step\n"
         "trainer._look_out = look_out"
     )
-    script = folder / "poisoned.py"
-    script.write_text(POISON.format(entry="espo", patch=patch))
-    espo(folder, "poisoned", program=[str(script)])
+    espo(folder, "poisoned", program=poisoned(folder, "espo", patch))
     assert_same_run(folder, "poisoned")
 
 
@@ -217,9 +222,7 @@ def test_training_does_not_read_the_global_generators(folder: Path) -> None:
         "def forward_step(*a, **k): poison(); return step(*a, **k)\n"
         "pretrain.forward_step = forward_step"
     )
-    script = folder / "poisoned_training.py"
-    script.write_text(POISON.format(entry="pretrain", patch=patch))
-    fine_tune(folder, "poisoned-base", program=[str(script)])
+    fine_tune(folder, "poisoned-base", program=poisoned(folder, "pretrain", patch))
     ours, theirs = (checkpoint_tensors(str(folder / n)) for n in ("base", "poisoned-base"))
     assert not unequal_tensors(ours, theirs) and len(ours) > 10
 

@@ -6,7 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_espo.checkpoint.tracker import TRACKER, has_checkpoint, repair_tracker
+from megatron_espo.checkpoint.tracker import (
+    TRACKER,
+    espo_folder,
+    has_checkpoint,
+    iteration_folder,
+    repair_tracker,
+)
 from megatron_espo.config import EspoConfig
 from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.generation.sampler import Generation
@@ -16,6 +22,7 @@ from megatron_espo.rl import resume
 from megatron_espo.rl.rollout import assemble_rollout, decode_completions
 from megatron_espo.rl.types import PreparedRollout, Prompt
 from megatron_espo.tasks.base import Example, Score
+from megatron_espo.training import state
 
 ESPO = EspoConfig(prompts_per_rollout=4, group_size=3, updates_per_rollout=2, num_mc=2)
 TOKENIZER = byte_tokenizer()
@@ -97,6 +104,30 @@ def test_a_rollout_in_hand_moves_to_any_number_of_data_parallel_ranks(
         assert not same(restored, prepared((rank + 1) % 4, 4, with_reference))
 
 
+def test_a_checkpoint_that_is_there_is_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = SimpleNamespace(
+        save=str(tmp_path), save_interval=4, iteration=6, train_iters=20, global_batch_size=2
+    )
+    written: list[int] = []
+    monkeypatch.setattr(state, "get_args", lambda: args)
+    monkeypatch.setattr(state.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(state, "save_checkpoint", lambda step, *_: written.append(step))
+    checkpoints = state.Checkpoints([], None, None, None, ESPO, None)
+    assert [checkpoints.is_due(step) for step in (7, 8, 20)] == [False, True, True]
+    checkpoints.save(state.Position(6))  # loaded at this step
+    assert written == [] and not list(tmp_path.iterdir())
+    checkpoints.save(state.Position(8))
+    folder = Path(espo_folder(str(tmp_path), 8))
+    assert written == [8] and torch.load(folder / "state.pt")["evaluation_due"] is False
+    # SIGTERM in the next rollout's sampling.
+    checkpoints.save(state.Position(8, evaluation_due=True))
+    assert written == [8] and torch.load(folder / "state.pt")["evaluation_due"] is False
+    checkpoints.save(state.Position(9))
+    assert written == [8, 9] and args.consumed_train_samples == 18
+
+
 def test_events_after_the_checkpoint_are_replaced(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -119,7 +150,7 @@ def test_broken_tracker_goes_back_to_the_newest_finished_checkpoint(
     content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step, finished in ((4, True), (12, True), (20, False)):
-        folder = tmp_path / f"iter_{step:07d}"
+        folder = Path(iteration_folder(str(tmp_path), step))
         folder.mkdir()
         if finished:
             (folder / "metadata.json").write_text("{}")
