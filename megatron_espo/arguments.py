@@ -17,10 +17,10 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from megatron_espo import device
 from megatron_espo.checkpoint.tracker import (
+    checkpoint_folder,
     has_checkpoint,
-    iteration_folder,
-    latest_checkpoint,
     repair_tracker,
+    tokenizer_folder,
 )
 from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
 from megatron_espo.model.presets import expand_preset
@@ -302,13 +302,16 @@ def _load_model_settings(args: argparse.Namespace) -> None:
             "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
         )
     tokenizer = args.tokenizer_model
+    root = getattr(args, source)
     loaded = load_args_from_checkpoint(args, load_arg=source)
     for name in MODEL_SETTINGS:
         value = getattr(loaded[1], name, None)
         if value is not None:
             setattr(args, name, value)
-    # A folder that was moved: the command line knows better than the checkpoint.
-    args.tokenizer_model = tokenizer or getattr(loaded[1], "tokenizer_model", None)
+    # A folder that was moved: the command line and what lies beside the checkpoint know better.
+    beside = tokenizer_folder(root)
+    stored = str(beside) if beside.is_dir() else getattr(loaded[1], "tokenizer_model", None)
+    args.tokenizer_model = tokenizer or stored
     # The padding of the vocabulary depends on the layout; it is worked out anew.
     args.padded_vocab_size = None
     args.iteration = 0
@@ -355,10 +358,21 @@ def checkpoint_arguments(path: str) -> argparse.Namespace | None:
     Raises:
         ValueError: if the checkpoint cannot be read.
     """
-    if not has_checkpoint(path):
-        return None
-    mark = latest_checkpoint(path)
-    folder = os.path.join(path, mark) if mark == "release" else iteration_folder(path, int(mark))
+    return stored_arguments(checkpoint_folder(path)) if has_checkpoint(path) else None
+
+
+def stored_arguments(folder: str) -> argparse.Namespace:
+    """Read the arguments stored in a torch_dist checkpoint.
+
+    Args:
+        folder: the folder of one iteration.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read.
+    """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     try:

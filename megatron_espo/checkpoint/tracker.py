@@ -18,6 +18,35 @@ def iteration_folder(root: str, iteration: int) -> str:
     return os.path.join(root, f"iter_{iteration:07d}")
 
 
+def checkpoint_folder(root: str, iteration: int | None = None) -> str:
+    """Name the folder of a checkpoint that is there.
+
+    Args:
+        root: a --save folder.
+        iteration: which one; None takes the latest.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if iteration is not None:
+        folder = iteration_folder(root, iteration)
+    elif not has_checkpoint(root):
+        raise ValueError(f"{root}: no checkpoint there; it holds no {TRACKER}.")
+    else:
+        mark = latest_checkpoint(root)
+        folder = (
+            os.path.join(root, mark) if mark == "release" else iteration_folder(root, int(mark))
+        )
+    if not os.path.isdir(folder):
+        raise ValueError(f"{folder}: no such checkpoint.")
+    return folder
+
+
+def tokenizer_folder(root: str | Path) -> Path:
+    """Name the folder of the tokenizer that a converted checkpoint brings."""
+    return Path(root, "tokenizer")
+
+
 def espo_folder(root: str, iteration: int) -> str:
     """Name the folder of ESPO's part of a checkpoint."""
     return os.path.join(iteration_folder(root, iteration), "espo")

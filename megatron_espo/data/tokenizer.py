@@ -8,7 +8,7 @@ trained one.
 
 import itertools
 import json
-import os
+import shutil
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_espo.data.jsonl import read_text
+from megatron_espo.data.whole import whole_folder
 
 MASK, END_OF_TEXT, START_OF_TEXT = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
 START_HEADER, END_HEADER, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -37,6 +38,15 @@ CHAT_TEMPLATE = (
 )
 """LLaDA's chat format."""
 
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 _TURN_ENDS = (END_OF_TURN, "<|im_end|>")  # LLaDA; ChatML (Dream)
 _NUM_BYTES = 256
 
@@ -139,14 +149,38 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     Raises:
         ValueError: the folder holds something already.
     """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--out {folder}: exists and is not an empty folder; choose another name")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-        made = Path(scratch) / "tokenizer"
-        tokenizer.save_pretrained(str(made))
-        os.rename(made, target)
+    with whole_folder(folder) as partial:
+        tokenizer.save_pretrained(str(partial))
+
+
+def copy_tokenizer(source: Path, target: Path, tokenizer_class: str | None = None) -> None:
+    """Write the tokenizer of a model folder in a form that needs no code of its own.
+
+    Args:
+        source: the model folder.
+        target: the tokenizer folder to make.
+        tokenizer_class: transformers' class that does the work of the folder's own code.
+
+    Raises:
+        ValueError: the folder has no tokenizer, or it cannot be loaded.
+    """
+    found = [source / name for name in _FILES if (source / name).is_file()]
+    if not {"tokenizer.json", "vocab.json"} & {path.name for path in found}:
+        raise ValueError(f"{source}: holds no tokenizer.json; pass --tokenizer-model FOLDER.")
+    with tempfile.TemporaryDirectory() as scratch:
+        # Without the model's config.json, which asks for code of its own, too.
+        for path in found:
+            shutil.copy(path, scratch)
+        config = Path(scratch, "tokenizer_config.json")
+        if tokenizer_class is not None and config.is_file():
+            settings = json.loads(read_text(config))
+            if settings.pop("auto_map", None) is not None:
+                config.write_text(json.dumps({**settings, "tokenizer_class": tokenizer_class}))
+        try:
+            tokenizer = load_tokenizer(scratch)
+        except ValueError as error:
+            raise ValueError(f"{source}: {_why_not_loaded(Path(scratch))}") from error
+        save_tokenizer(tokenizer, target)
 
 
 def _byte_symbols() -> list[str]:

@@ -1,0 +1,188 @@
+"""What a published config.json says of a model, in one form for every family."""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The facts that decide which tensors a model has and what they compute."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    """Key/value heads; equal to the attention heads without grouped queries."""
+    vocab_size: int
+    max_position_embeddings: int
+    rotary_base: float
+    norm_epsilon: float
+    qkv_bias: bool
+    """Biases on q, k and v, and nowhere else."""
+    logit_shift: bool
+    """Position i is predicted from the hidden state at i - 1."""
+    mask_token_id: int
+    eos_token_id: int
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    def flags(self) -> list[str]:
+        """Write the shape as Megatron's flags and the project's."""
+        flags = (
+            f"--num-layers {self.num_layers} --hidden-size {self.hidden_size} "
+            f"--ffn-hidden-size {self.ffn_hidden_size} "
+            f"--num-attention-heads {self.num_attention_heads} "
+            f"--vocab-size {self.vocab_size} --mask-token-id {self.mask_token_id} "
+            f"--max-position-embeddings {self.max_position_embeddings} "
+            f"--rotary-base {self.rotary_base:.0f} --norm-epsilon {self.norm_epsilon} "
+            "--position-embedding-type rope --normalization RMSNorm --swiglu "
+            "--disable-bias-linear --untie-embeddings-and-output-weights "
+            "--attention-dropout 0.0 --hidden-dropout 0.0"
+        ).split()
+        if self.num_query_groups != self.num_attention_heads:
+            flags += ["--group-query-attention", "--num-query-groups", str(self.num_query_groups)]
+        if self.qkv_bias:
+            flags.append("--add-qkv-bias")
+        if self.logit_shift:
+            flags.append("--logit-shift")
+        return flags
+
+    def differences(self, args: argparse.Namespace) -> list[str]:
+        """Compare with the arguments of a checkpoint.
+
+        Args:
+            args: Megatron's arguments, as stored in a checkpoint.
+
+        Returns:
+            One phrase per difference; empty if the weights fit this shape.
+        """
+        grouped = getattr(args, "group_query_attention", False)
+        theirs = {
+            "num_layers": args.num_layers,
+            "hidden_size": args.hidden_size,
+            "ffn_hidden_size": args.ffn_hidden_size,
+            "num_attention_heads": args.num_attention_heads,
+            "num_query_groups": args.num_query_groups if grouped else args.num_attention_heads,
+            "head_dim": args.kv_channels,
+            "vocab_size": args.vocab_size,
+            "rotary_base": args.rotary_base,
+            "norm_epsilon": args.layernorm_epsilon,
+            "qkv_bias": args.add_qkv_bias,
+            "logit_shift": args.logit_shift,
+            "mask_token_id": args.mask_token_id,
+        }
+        found = [
+            f"{name} is {value} there and {getattr(self, name)} here"
+            for name, value in theirs.items()
+            if value != getattr(self, name)
+        ]
+        for name, wanted in _FIXED.items():
+            if (value := getattr(args, name)) != wanted:
+                found.append(f"{name} is {value} there and must be {wanted}")
+        return found
+
+
+_FIXED = {
+    "position_embedding_type": "rope",
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+    "rotary_percent": 1.0,
+    "rotary_interleaved": False,
+}
+
+
+class Config:
+    """A config.json that is read field by field; what was not understood can be told."""
+
+    def __init__(self, fields: Mapping[str, Any], source: str) -> None:
+        """Wrap the fields.
+
+        Args:
+            fields: the parsed file.
+            source: its path, for messages.
+        """
+        self.fields, self.source = fields, source
+
+    def number[Number: (int, float)](self, name: str, kind: type[Number]) -> Number:
+        """Read a positive number.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        value = self.fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f'{self.source}: "{name}" is {value!r}; a positive number is needed.')
+        if kind is int and value != int(value):
+            raise ValueError(f'{self.source}: "{name}" is {value!r}; a whole number is needed.')
+        return kind(value)
+
+    def token(self, name: str, vocab_size: int) -> int:
+        """Read a token id.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        value = self.fields.get(name)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
+            raise ValueError(
+                f'{self.source}: "{name}" is {value!r}; a token id below {vocab_size} is needed.'
+            )
+        return value
+
+    def require(self, name: str, *allowed: Any) -> None:
+        """Refuse a value that changes what the model computes.
+
+        Args:
+            name: the field; one that is absent takes the first allowed value.
+            allowed: the values that are supported.
+
+        Raises:
+            ValueError: naming the field.
+        """
+        value = self.fields.get(name, allowed[0])
+        if not any(value == one and type(value) is type(one) for one in allowed):
+            wanted = " or ".join(repr(one) for one in allowed)
+            raise ValueError(
+                f'{self.source}: "{name}" is {value!r}, which is not supported; it must be '
+                f"{wanted}."
+            )
+
+
+def check_heads(shape: ModelShape, source: str, heads: str, groups: str, hidden: str) -> ModelShape:
+    """Check that heads divide the hidden size, and groups the heads.
+
+    Args:
+        shape: the shape.
+        source: the file, for messages.
+        heads: the family's name of the number of heads.
+        groups: of the key/value heads.
+        hidden: of the hidden size.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    if shape.hidden_size % shape.num_attention_heads:
+        raise ValueError(
+            f'{source}: "{hidden}" {shape.hidden_size} is not divisible by "{heads}" '
+            f"{shape.num_attention_heads}."
+        )
+    if shape.num_attention_heads % shape.num_query_groups:
+        raise ValueError(
+            f'{source}: "{heads}" {shape.num_attention_heads} is not divisible by "{groups}" '
+            f"{shape.num_query_groups}."
+        )
+    if shape.rotary_base != int(shape.rotary_base):
+        raise ValueError(f'{source}: "rope_theta" {shape.rotary_base} must be a whole number.')
+    return dataclasses.replace(shape, rotary_base=int(shape.rotary_base))

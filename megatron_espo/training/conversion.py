@@ -1,0 +1,272 @@
+"""Converts checkpoints: Hugging Face folders to Megatron's torch_dist format and back."""
+
+import argparse
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training.global_vars import destroy_global_vars
+from torch._C._distributed_c10d import HashStore
+
+from megatron_espo.arguments import initialize_arguments, stored_arguments
+from megatron_espo.checkpoint.convert import check_weights, write_hugging_face, write_megatron
+from megatron_espo.checkpoint.families import Family, family_of
+from megatron_espo.checkpoint.hugging_face import (
+    HuggingFaceWeights,
+    copy_other_files,
+    read_json,
+    resolve_folder,
+    weight_map,
+)
+from megatron_espo.checkpoint.lora import MergedWeights
+from megatron_espo.checkpoint.mapping import Block, Names, extra_states, model_blocks
+from megatron_espo.checkpoint.shape import Config, ModelShape
+from megatron_espo.checkpoint.torch_dist import CheckpointReader
+from megatron_espo.checkpoint.tracker import TRACKER, checkpoint_folder, tokenizer_folder
+from megatron_espo.data.tokenizer import copy_tokenizer, load_tokenizer, special_ids
+from megatron_espo.data.whole import whole_folder
+from megatron_espo.model.provider import model_provider
+from megatron_espo.training.verification import quiet, verify
+
+# Longer sequences are a matter of flags, not of the checkpoint: Dream names 131072 positions.
+_LONGEST = 4096
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model as its config.json describes it."""
+
+    folder: Path
+    family: Family
+    shape: ModelShape
+
+    @property
+    def blocks(self) -> list[Block]:
+        return model_blocks(self.shape, self.family.names)
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """Hugging Face names and shapes."""
+        return {name: size for block in self.blocks for name, size in block.sources.items()}
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(torch.Size(size).numel() for size in self.sources.values())
+
+    def describe(self, dtype: torch.dtype) -> str:
+        """Say how much it is."""
+        return f"{len(self.sources)} tensors, {self.num_parameters:,} parameters, {_name(dtype)}"
+
+
+def _read_model(folder: Path) -> _Model:
+    source = str(folder / "config.json")
+    fields = read_json(folder / "config.json")
+    family = family_of(fields, source)
+    return _Model(folder, family, family.read_config(Config(fields, source)))
+
+
+def convert_to_megatron(
+    hf: str,
+    out: str,
+    lora: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    verify_dtype: str | None = None,
+) -> None:
+    """Write a Hugging Face model as a checkpoint for --load or --pretrained-checkpoint.
+
+    Args:
+        hf: folder or hub name of the model.
+        out: the --save folder to make; a tokenizer folder lies in it.
+        lora: folder or hub name of a PEFT adapter to merge.
+        tokenizer: tokenizer folder, where the model folder has none.
+        dtype: convert the weights to this type; None keeps them.
+        verify_dtype: compare the logits of both sides, computed in this type; None does not.
+
+    Raises:
+        ValueError: one sentence on what is wrong; ``out`` does not exist then.
+    """
+    model = _read_model(resolve_folder(hf, "--hf"))
+    weights = HuggingFaceWeights(model.folder) if lora is None else _merged_weights(model, lora)
+    weights.check(model.sources)
+    kept = weights.dtype(convert=dtype is not None)
+    kept = DTYPES[dtype] if dtype else kept
+    with whole_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
+        source = Path(tokenizer) if tokenizer else model.folder
+        copy_tokenizer(source, tokenizer_folder(partial), model.family.tokenizer_class)
+        args = _checkpoint_arguments(model, kept, tokenizer_folder(partial))
+        _check_targets(model)
+        args.tokenizer_model = str(tokenizer_folder(Path(out).absolute()))
+        release = partial / "release"
+        release.mkdir()
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
+        write_megatron(weights, release, model.blocks, kept, extra_states(model.shape), common)
+        (partial / TRACKER).write_text("release")
+        if verify_dtype is not None:
+            _forget_megatron()
+            verify(str(partial), None, weights, DTYPES[verify_dtype])
+    print(
+        f"{out}: {model.describe(kept)}. Pass it with --load or --pretrained-checkpoint, and "
+        "--use-checkpoint-args."
+    )
+
+
+def convert_to_hugging_face(
+    megatron: str,
+    template: str,
+    out: str,
+    iteration: int | None = None,
+    dtype: str | None = None,
+    verify_dtype: str | None = None,
+) -> None:
+    """Write a checkpoint's model as a folder that the original Hugging Face code loads.
+
+    Args:
+        megatron: a --save folder.
+        template: folder or hub name of the model whose config, tokenizer and code are copied; if
+            it has weights or an index, the tensors are split into files as there.
+        out: the folder to make.
+        iteration: which checkpoint; None takes the latest.
+        dtype: convert the weights to this type; None keeps them.
+        verify_dtype: compare the logits of both sides, computed in this type; None does not.
+
+    Raises:
+        ValueError: one sentence on what is wrong; ``out`` does not exist then.
+    """
+    model = _read_model(resolve_folder(template, "--hf-template", weights=False))
+    folder = checkpoint_folder(megatron, iteration)
+    if differences := model.shape.differences(stored_arguments(folder)):
+        raise ValueError(
+            f"--megatron {megatron} does not fit --hf-template {template}: "
+            f"{'; '.join(differences)}."
+        )
+    reader = CheckpointReader(Path(folder))
+    check_weights(reader, model.blocks)
+    kept = DTYPES[dtype] if dtype else reader.dtype()
+    files = _files(model)
+    with whole_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
+        copy_other_files(model.folder, partial)
+        write_hugging_face(reader, partial, model.blocks, kept, files)
+        written = HuggingFaceWeights(partial)
+        written.check(model.sources)
+        if verify_dtype is not None:
+            verify(megatron, iteration, written, DTYPES[verify_dtype])
+    print(f"{out}: {model.describe(kept)}.")
+    named = read_json(model.folder / "config.json").get("torch_dtype")
+    if named is not None and named != _name(kept):
+        print(
+            f"note: config.json says torch_dtype {named}, the weights are {_name(kept)}; "
+            f"--dtype {named} converts them."
+        )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _merged_weights(model: _Model, lora: str) -> MergedWeights:
+    """Read the weights with an adapter; say what of it fits nothing."""
+    weights = MergedWeights(model.folder, resolve_folder(lora, "--lora", "adapter_config.json"))
+    print(f"{lora}: merging {weights.num_merged} adapted weights.")
+    if unused := weights.unused_targets():
+        names = model.family.names
+        print(
+            f"note: the adapter was to adapt {', '.join(unused)} too, but no layer of this model "
+            f"is called so (its linear layers: {', '.join(_linear_names(names))}); they were "
+            "left as they are when it was trained."
+        )
+    return weights
+
+
+def _linear_names(names: Names) -> list[str]:
+    attention = [names.query, names.key, names.value, names.attention_output]
+    return [name.split(".")[-1] for name in [*attention, names.gate, names.up, names.down]]
+
+
+def _files(model: _Model) -> dict[str, str] | None:
+    """Take over how the template's tensors are split into files."""
+    files = weight_map(model.folder)
+    if files is not None and set(files) != set(model.sources):
+        name = min(set(files) ^ set(model.sources))
+        missing = "has no entry for" if name in model.sources else "has an entry too many for"
+        raise ValueError(
+            f"--hf-template {model.folder}: its index {missing} {name}; correct or remove it."
+        )
+    return files
+
+
+def _checkpoint_arguments(model: _Model, dtype: torch.dtype, tokenizer: Path) -> argparse.Namespace:
+    """Make the arguments that a run of this model would store."""
+    shape = model.shape
+    named = load_tokenizer(tokenizer)
+    if named.mask_token_id not in (None, shape.mask_token_id):
+        raise ValueError(
+            f"{model.folder}: the tokenizer's mask token is {named.mask_token_id}, config.json "
+            f"says {shape.mask_token_id}; correct one."
+        )
+    ids = special_ids(named, shape.mask_token_id)
+    stops = dict.fromkeys([shape.eos_token_id, *ids.stop_token_ids])
+    flags = [
+        *shape.flags(),
+        *("--stop-token-ids", *map(str, stops)),
+        *("--tokenizer-model", str(tokenizer)),
+        # Only describes the model: nothing of it is kept when a run loads the checkpoint.
+        *("--transformer-impl", "local", "--use-cpu-initialization"),
+        *("--no-gradient-accumulation-fusion", "--make-vocab-size-divisible-by", "1"),
+        *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0"),
+        *("--seq-length", str(min(shape.max_position_embeddings, _LONGEST))),
+        *{torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, []),
+    ]
+    with quiet():
+        return initialize_arguments(flags, lambda args: None)
+
+
+def _check_targets(model: _Model) -> None:
+    """Compare the blocks with what Megatron's own model, built without memory, would load.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel()
+    with quiet(), torch.device("meta"):
+        sharded = model_provider().sharded_state_dict()
+    apply_factories(sharded)
+    targets = list(nested_values(sharded))
+    wanted = {
+        (target.key, target.global_offset): (target.global_shape, target.local_shape)
+        for target in targets
+        if isinstance(target, ShardedTensor)
+    }
+    ours = {
+        (block.key, block.offset): (block.global_shape, block.shape[block.stacked :])
+        for block in model.blocks
+    }
+    for place in wanted.keys() | ours.keys():
+        if wanted.get(place) != ours.get(place):
+            raise ValueError(
+                f"{place[0]} at {place[1]}: Megatron asks for {wanted.get(place)}, the mapping "
+                f"gives {ours.get(place)}."
+            )
+    states = extra_states(model.shape)
+    for target in targets:
+        if isinstance(target, ShardedObject) and (states.get(target.key),) != target.global_shape:
+            raise ValueError(f"{target.key}: Megatron asks for this state, the mapping has none.")
+
+
+def _forget_megatron() -> None:
+    """Take back what initialize_arguments and the groups left, so that a model can be loaded."""
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+    mpu.destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()

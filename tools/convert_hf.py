@@ -1,0 +1,65 @@
+"""Converts LLaDA and Dream checkpoints between Hugging Face and Megatron.
+
+    python tools/convert_hf.py to-megatron --hf GSAI-ML/LLaDA-8B-Instruct --out llada-8b
+    python tools/convert_hf.py to-hf --megatron runs/espo --hf-template GSAI-ML/LLaDA-8B-Instruct \
+        --out llada-8b-espo
+
+One process, no GPU, a few gigabytes of memory; --verify needs one copy of the model.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+
+from megatron_espo.training.conversion import (
+    DTYPES,
+    convert_to_hugging_face,
+    convert_to_megatron,
+)
+from megatron_espo.training.setup import run_entry_point
+
+
+def main(argv: Sequence[str]) -> None:
+    """Convert from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, dest="command")
+    forward = commands.add_parser("to-megatron", help="Hugging Face folder -> torch_dist")
+    forward.add_argument("--hf", required=True, help="model folder, or its name on the hub")
+    forward.add_argument("--lora", help="PEFT adapter to merge: folder, or its name on the hub")
+    forward.add_argument(
+        "--tokenizer-model", help="tokenizer folder, where the model folder has none"
+    )
+    back = commands.add_parser("to-hf", help="torch_dist -> Hugging Face folder")
+    back.add_argument("--megatron", required=True, help="--save folder of a run")
+    back.add_argument("--iteration", type=int, help="which checkpoint of it (default: the latest)")
+    back.add_argument(
+        "--hf-template", required=True, help="model whose config, tokenizer and code are copied"
+    )
+    for command in (forward, back):
+        command.add_argument("--out", required=True, help="folder to make; must not exist")
+        command.add_argument("--dtype", choices=DTYPES, help="convert the weights (default: keep)")
+        command.add_argument(
+            "--verify", action="store_true", help="compare the logits of both sides at the end"
+        )
+        command.add_argument(
+            "--verify-dtype", choices=DTYPES, default="float32", help="type to compare in"
+        )
+    args = parser.parse_args(argv)
+    verify_dtype = args.verify_dtype if args.verify else None
+    # A scheduler's stop signal cleans up like Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if args.command == "to-megatron":
+        convert_to_megatron(
+            args.hf, args.out, args.lora, args.tokenizer_model, args.dtype, verify_dtype
+        )
+    else:
+        convert_to_hugging_face(
+            args.megatron, args.hf_template, args.out, args.iteration, args.dtype, verify_dtype
+        )
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,72 @@
+"""Writes a Hugging Face model folder with random weights, tiny or of the published size.
+
+    python tools/make_random_model.py llada --out random-llada
+    python tools/make_random_model.py llada --full-size --dtype bfloat16 --out random-llada-8b
+
+For trying out conversions and jobs; the text such a model writes is noise.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+
+from megatron_espo.checkpoint import dream, llada
+from megatron_espo.checkpoint.families import FAMILIES
+from megatron_espo.checkpoint.random_model import write_random_model
+from megatron_espo.checkpoint.shape import ModelShape
+from megatron_espo.data.tokenizer import byte_tokenizer
+from megatron_espo.training.conversion import DTYPES
+from megatron_espo.training.setup import run_entry_point
+
+PUBLISHED = {"llada": llada.PUBLISHED, "dream": dream.PUBLISHED}
+
+
+def tiny(shape: ModelShape) -> ModelShape:
+    """Shrink a shape to what fits the byte tokenizer: 256 is its mask, 257 its end of text."""
+    return dataclasses.replace(
+        shape,
+        num_layers=3,
+        hidden_size=64,
+        ffn_hidden_size=192,
+        num_attention_heads=4,
+        num_query_groups=2,
+        vocab_size=300,
+        max_position_embeddings=512,
+        mask_token_id=256,
+        eos_token_id=257,
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Write a folder from the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--out", required=True, help="folder to make; must not exist")
+    parser.add_argument("--full-size", action="store_true", help="the published shape, 16 GB")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--std", type=float, default=0.02, help="standard deviation of weights")
+    parser.add_argument("--max-shard-size", default="5GB", help="most bytes of a file")
+    args = parser.parse_args(argv)
+    shape = PUBLISHED[args.family]
+    if not args.full_size:
+        shape = tiny(shape)
+    tokenizer = byte_tokenizer()
+    if tokenizer.mask_token_id != shape.mask_token_id:
+        tokenizer.mask_token = None  # LLaDA's published tokenizer names none, either
+    write_random_model(
+        args.out,
+        FAMILIES[args.family],
+        shape,
+        DTYPES[args.dtype],
+        tokenizer,
+        seed=args.seed,
+        std=args.std,
+        max_shard_size=args.max_shard_size,
+    )
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
