@@ -2,6 +2,8 @@
 
 python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once" \
         --rollout-completion-length 64 --rollout-denoising-steps 64 --rollout-temperature 0.7
+
+With --chat each prompt is a user's message, written in the tokenizer's chat format.
 """
 
 import argparse
@@ -21,15 +23,27 @@ def main(argv: Sequence[str]) -> None:
     """Complete the prompts given with --prompt; every other flag is passed on."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--prompt", nargs="+", default=[""])
+    parser.add_argument("--chat", action="store_true")
     own, rest = parser.parse_known_args(argv)
     model, args = load_model(rest)
     tokenizer = load_tokenizer(args.tokenizer_model)
-    prompts = [encode_prompt(tokenizer, prompt) for prompt in own.prompt]
+    config = config_from_args(RolloutConfig, args)
+    prompts = [
+        encode_prompt(tokenizer, [{"role": "user", "content": text}] if own.chat else text)
+        for text in own.prompt
+    ]
+    room = args.seq_length - config.completion_length
+    for number, ids in enumerate(prompts, start=1):
+        if len(ids) > room:
+            raise ValueError(
+                f"--prompt {number} has {len(ids)} tokens and {room} fit; raise --seq-length or "
+                "lower --rollout-completion-length."
+            )
     result = generate(
         model,
         prompts,
         torch.arange(len(prompts)),
-        config_from_args(RolloutConfig, args),
+        config,
         args.seed,
         "generate",
     )

@@ -1,6 +1,7 @@
 """Hugging Face model folders: what they hold, read tensor by tensor and written shard by shard."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -264,12 +265,20 @@ def write_weights(
         by_file.setdefault(files[name], []).append(name)
     for file, names in by_file.items():
         save_file({name: read(name) for name in names}, folder / file, metadata={"format": "pt"})
+        # safetensors makes files that nobody else may read.
+        (folder / file).chmod(0o666 & ~_umask())
     if set(by_file) != {SINGLE}:
         index = {
             "metadata": {"total_size": total},
             "weight_map": {name: files[name] for name in sorted(tensors)},
         }
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def copy_other_files(source: Path, target: Path) -> None:

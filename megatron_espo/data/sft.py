@@ -20,7 +20,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.data.jsonl import read_jsonl
-from megatron_espo.data.tokenizer import SpecialIds, encode, encode_prompt, render_chat
+from megatron_espo.data.tokenizer import (
+    TURN_ENDS,
+    SpecialIds,
+    encode,
+    encode_prompt,
+    render_chat,
+)
 
 if TYPE_CHECKING:
     from megatron.core.datasets.utils import Split
@@ -223,9 +229,17 @@ def _tokenize_chat(
             "the chat template writes the prompt differently once it is answered; use a template "
             "that does not"
         )
-    # Apart, as when the model answers; some formats end a turn with a line end, which is not
-    # part of the answer.
-    return encode(tokenizer, prompt), encode(tokenizer, whole[len(prompt) :].rstrip())
+    # Apart, as when the model answers.
+    return encode(tokenizer, prompt), encode(tokenizer, _answer(whole[len(prompt) :]))
+
+
+def _answer(rest: str) -> str:
+    """Cut off what a chat format writes after the answer's end of turn.
+
+    Some write a line end there, and LLaDA's own the header of another turn, asked for or not.
+    """
+    ends = [rest.rfind(end) + len(end) for end in TURN_ENDS if end in rest]
+    return rest[: max(ends)] if ends else rest.rstrip()
 
 
 def _misfit(example: SftExample, seq_length: int, completion_length: int | None) -> str | None:

@@ -47,7 +47,9 @@ _FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-_TURN_ENDS = (END_OF_TURN, "<|im_end|>")  # LLaDA; ChatML (Dream)
+TURN_ENDS = (END_OF_TURN, "<|im_end|>")
+"""What ends a turn: LLaDA; ChatML (Dream)."""
+
 _NUM_BYTES = 256
 
 
@@ -239,7 +241,7 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, mask_token_id: int | None = 
         )
     added = tokenizer.get_added_vocab()
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    stops = tuple(dict.fromkeys([eos, *(added[end] for end in _TURN_ENDS if end in added)]))
+    stops = tuple(dict.fromkeys([eos, *(added[end] for end in TURN_ENDS if end in added)]))
     if mask in (pad, *stops):
         raise ValueError(
             f"--mask-token-id {mask} pads or ends a text of {name}; give an id of its own"

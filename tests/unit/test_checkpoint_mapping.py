@@ -1,0 +1,208 @@
+"""The maps between Hugging Face's tensors and Megatron's, and what config.json must say."""
+
+import dataclasses
+import json
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.training.arguments import add_megatron_arguments
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+
+from megatron_espo.arguments import add_arguments
+from megatron_espo.checkpoint import dream, llada
+from megatron_espo.checkpoint.families import FAMILIES, family_of
+from megatron_espo.checkpoint.mapping import Block, model_blocks
+from megatron_espo.checkpoint.shape import Config, ModelShape
+from megatron_espo.checkpoint.twin import _dream_config, _llada_config, _llada_name
+from megatron_espo.model.presets import expand_preset
+
+# What GSAI-ML/LLaDA-8B-Instruct and Dream-org/Dream-v0-Instruct-7B publish, as far as it matters.
+LLADA_CONFIG = {
+    "activation_type": "silu", "alibi": False, "alibi_bias_max": 8.0,
+    "architectures": ["LLaDAModelLM"], "attention_dropout": 0.0, "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True, "bias_for_layer_norm": False,
+    "block_group_size": 1, "block_type": "llama", "d_model": 4096, "embedding_dropout": 0.0,
+    "embedding_size": 126464, "eos_token_id": 126081, "flash_attention": True,
+    "include_bias": False, "include_qkv_bias": False, "input_emb_norm": False,
+    "layer_norm_type": "rms", "layer_norm_with_affine": True, "mask_token_id": 126336,
+    "max_sequence_length": 4096, "mlp_hidden_size": 12288, "mlp_ratio": 4, "model_type": "llada",
+    "multi_query_attention": None, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32,
+    "pad_token_id": 126081, "residual_dropout": 0.0, "rms_norm_eps": 1e-05, "rope": True,
+    "rope_full_precision": True, "rope_theta": 500000.0, "scale_logits": False,
+    "vocab_size": 126464, "weight_tying": False,
+}  # fmt: skip
+DREAM_CONFIG = {
+    "architectures": ["DreamModel"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151643, "hidden_act": "silu", "hidden_size": 3584,
+    "intermediate_size": 18944, "mask_token_id": 151666, "max_position_embeddings": 131072,
+    "max_window_layers": 28, "model_type": "Dream", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "pad_token_id": 151643,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0,
+    "sliding_window": None, "tie_word_embeddings": False, "use_mrope": False,
+    "use_sliding_window": False, "vocab_size": 152064,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {"llada": LLADA_CONFIG, "dream": DREAM_CONFIG}
+PUBLISHED = {
+    "llada": (llada.PUBLISHED, 291, 8_015_581_184),
+    "dream": (dream.PUBLISHED, 339, 7_615_616_512),
+}
+
+
+def read(family: str, **changed: Any) -> ModelShape:
+    fields = {**CONFIGS[family], **changed}
+    return family_of(fields, "config.json").read_config(Config(fields, "config.json"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_published_config_gives_the_published_tensors_and_parameters(family: str) -> None:
+    shape, tensors, parameters = PUBLISHED[family]
+    assert read(family) == shape
+    sources = [
+        (name, size)
+        for block in model_blocks(shape, FAMILIES[family].names)
+        for name, size in block.sources.items()
+    ]
+    assert len(sources) == len(dict(sources)) == tensors
+    assert sum(torch.Size(size).numel() for _, size in sources) == parameters
+
+    # transformers' own model, built without memory, has the same tensors under its names.
+    with torch.device("meta"):
+        if family == "llada":
+            theirs = LlamaForCausalLM(_llada_config(LLADA_CONFIG))
+            sources = [(_llada_name(name), size) for name, size in sources]
+        else:
+            theirs = Qwen2ForCausalLM(_dream_config(DREAM_CONFIG))
+    assert {name: tuple(p.shape) for name, p in theirs.named_parameters()} == dict(sources)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_blocks_tile_megatrons_tensors_without_gap_or_overlap(family: str) -> None:
+    blocks = model_blocks(PUBLISHED[family][0], FAMILIES[family].names)
+    for key in {block.key for block in blocks}:
+        parts = [block for block in blocks if block.key == key]
+        (whole,) = {block.global_shape for block in parts}
+        assert sum(torch.Size(block.shape).numel() for block in parts) == torch.Size(whole).numel()
+        assert len({block.offset for block in parts}) == len(parts)
+        for block in parts:
+            ends = [o + n for o, n in zip(block.offset, block.shape, strict=True)]
+            assert all(end <= size for end, size in zip(ends, whole, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_config_reads_as_the_same_shape(family: str) -> None:
+    shape = dataclasses.replace(PUBLISHED[family][0], num_layers=3, num_query_groups=2)
+    fields = json.loads(json.dumps(FAMILIES[family].write_config(shape)))
+    assert family_of(fields, "").read_config(Config(fields, "")) == shape
+
+
+@pytest.mark.parametrize(("family", "preset"), [("llada", "llada_8b"), ("dream", "dream_7b")])
+def test_flags_of_a_published_shape_are_those_of_the_preset(family: str, preset: str) -> None:
+    parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
+    ours = parser.parse_args(PUBLISHED[family][0].flags())
+    theirs = parser.parse_args(expand_preset(["--preset", preset]))
+    ours.preset, theirs.stop_token_ids = preset, None
+    assert ours == theirs
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    groups=st.integers(1, 4), per_group=st.integers(1, 4), dim=st.integers(1, 3), bias=st.booleans()
+)
+def test_qkv_is_packed_by_group_and_unpacked(
+    groups: int, per_group: int, dim: int, bias: bool
+) -> None:
+    rows = {"q": groups * per_group * dim, "k": groups * dim, "v": groups * dim}
+    inner = () if bias else (5,)
+    tensors = {name: torch.randn(n, *inner) for name, n in rows.items()}
+    total = sum(rows.values())
+    block = Block(
+        "qkv", (7, total, *inner), (2, 0, *(0 for _ in inner)), True,
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}, groups,
+    )  # fmt: skip
+    packed = block.pack(list(tensors.values()))
+    assert packed.shape == block.shape == (1, total, *inner)
+    # Group after group: its queries, its key, its value.
+    expected = []
+    for group in range(groups):
+        heads = [("q", group * per_group + head) for head in range(per_group)]
+        for name, head in [*heads, ("k", group), ("v", group)]:
+            expected += [tensors[name][head * dim + i] for i in range(dim)]
+    assert torch.equal(packed[0], torch.stack(expected))
+    unpacked = block.unpack(packed)
+    assert all(torch.equal(unpacked[name], tensor) for name, tensor in tensors.items())
+    assert all(tensor.is_contiguous() for tensor in unpacked.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("llada", "block_type", "sequential"),
+        ("llada", "block_group_size", 2),
+        ("llada", "activation_type", "swiglu"),
+        ("llada", "layer_norm_type", "default"),
+        ("llada", "scale_logits", True),
+        ("llada", "input_emb_norm", True),
+        ("llada", "attention_layer_norm", True),
+        ("llada", "multi_query_attention", True),
+        ("llada", "residual_dropout", 0.1),
+        ("llada", "attention_dropout", 0.1),
+        ("llada", "embedding_dropout", 0.1),
+        ("llada", "weight_tying", True),
+        ("llada", "include_bias", True),
+        ("llada", "alibi", True),
+        ("llada", "rope", False),
+        ("llada", "embedding_size", 126500),
+        ("llada", "quantization_config", {"bits": 4}),
+        ("llada", "d_model", None),
+        ("llada", "n_layers", 2.5),
+        ("llada", "n_heads", 30),
+        ("llada", "n_kv_heads", 5),
+        ("llada", "mask_token_id", 126464),
+        ("llada", "eos_token_id", None),
+        ("llada", "rope_theta", 0.5),
+        ("dream", "hidden_act", "gelu"),
+        ("dream", "tie_word_embeddings", True),
+        ("dream", "use_sliding_window", True),
+        ("dream", "rope_scaling", {"type": "yarn"}),
+        ("dream", "attention_dropout", 0.1),
+        ("dream", "head_dim", 64),
+        ("dream", "num_key_value_heads", 5),
+        ("dream", "rms_norm_eps", 0),
+    ],
+)
+def test_a_config_that_is_not_supported_is_refused_by_field(
+    family: str, field: str, value: Any
+) -> None:
+    with pytest.raises(ValueError, match=rf'config\.json: .*"{field}"'):
+        read(family, **{field: value})
+
+
+@pytest.mark.parametrize(
+    "architectures", [["LLaDAMoEModelLM"], ["LLaDA2MoeModelLM"], ["LlamaForCausalLM"], None, []]
+)
+def test_the_architecture_decides_not_the_model_type(architectures: Any) -> None:
+    with pytest.raises(ValueError, match=r'"architectures" is .* LLaDAModelLM, DreamModel'):
+        read("llada", architectures=architectures)
+
+
+def test_defaults_of_older_configs_are_understood() -> None:
+    fields = {
+        name: value
+        for name, value in LLADA_CONFIG.items()
+        if name not in ("n_kv_heads", "mlp_hidden_size", "embedding_size", "include_qkv_bias")
+    }
+    shape = llada.read_config(Config(fields, ""))
+    assert shape == dataclasses.replace(llada.PUBLISHED, ffn_hidden_size=16384)
+
+
+def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:
+    from megatron_espo.checkpoint.hugging_face import read_json
+
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: cannot be read as JSON"):
+        read_json(tmp_path / "config.json")
