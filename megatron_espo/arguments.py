@@ -14,6 +14,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_espo import device
 from megatron_espo.checkpoint.tracker import (
@@ -377,6 +378,14 @@ def stored_arguments(folder: str) -> argparse.Namespace:
 
     try:
         stored: argparse.Namespace = load_common_state_dict(folder)["args"]
-    except Exception as error:
-        raise ValueError(f"{folder}: cannot read this checkpoint ({error}).") from error
+    # torch.distributed.checkpoint's own error is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{folder}: cannot read this checkpoint ({_reason(error)}).") from error
     return stored
+
+
+def _reason(error: BaseException) -> str:
+    """Say in one line why a checkpoint could not be read."""
+    if isinstance(error, CheckpointException):
+        error = next((failure for failure, _ in error.failures.values()), error)
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -4,7 +4,8 @@
     python tools/convert_hf.py to-hf --megatron runs/espo --hf-template GSAI-ML/LLaDA-8B-Instruct \
         --out llada-8b-espo
 
-One process, no GPU, a few gigabytes of memory; --verify needs one copy of the model.
+One process, no GPU, a few gigabytes of memory; --verify needs one and a half times the model's size
+in the type that it computes in.
 """
 
 import argparse

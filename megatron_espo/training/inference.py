@@ -45,6 +45,7 @@ def prepare_arguments(args: argparse.Namespace, dtype: torch.dtype | None = None
         args.bf16, args.fp16 = stored.bf16, stored.fp16
     args.exit_on_missing_checkpoint = True
     args.skip_train = args.no_load_optim = args.no_load_rng = True
+    args.perform_initialization = False  # every weight comes from the checkpoint
     args.micro_batch_size, args.global_batch_size = 1, None
     args.train_iters, args.lr = 1, 0.0
     if args.seq_length is None:

@@ -20,7 +20,9 @@ TOLERANCE = 1e-4
 # Smallest cosine of a position's logits in 16 bits.
 COSINE = 0.999
 
-_ROWS, _WIDTH = 4, 48
+_ROWS, _WIDTH = 3, 32
+# Megatron's loader holds a second copy of the gate and up projections for a while.
+_COPIES = 1.45
 
 
 def verify(
@@ -57,7 +59,7 @@ def _random_tokens(vocab_size: int, mask_token_id: int) -> tuple[Tensor, Tensor]
     tokens = torch.randint(vocab_size, (_ROWS, _WIDTH), generator=generator)
     masked = torch.rand(_ROWS, _WIDTH, generator=generator) < torch.arange(_ROWS)[:, None] / _ROWS
     tokens[masked] = mask_token_id
-    return tokens, torch.tensor([_WIDTH, _WIDTH, _WIDTH // 2, _WIDTH // 3])
+    return tokens, torch.tensor([_WIDTH, _WIDTH, _WIDTH // 2])
 
 
 def _checkpoint_logits(
@@ -101,11 +103,11 @@ def _judge(ours: Tensor, theirs: Tensor, dtype: torch.dtype) -> None:
 
 
 def _check_memory(weights: HuggingFaceWeights, dtype: torch.dtype) -> None:
-    """Refuse before the system ends the process: one copy of the weights must fit."""
+    """Refuse before the system ends the process."""
     sizes = (torch.Size(stored.shape).numel() for stored in weights.tensors.values())
-    needed = sum(sizes) * dtype.itemsize
+    needed = _COPIES * sum(sizes) * dtype.itemsize
     free = _available_memory()
-    if free is not None and needed * 1.1 > free:
+    if free is not None and needed > free:
         raise ValueError(
             f"--verify needs {needed / 1e9:.3g} GB of memory and {free / 1e9:.3g} GB are free; "
             "use --verify-dtype bfloat16 or leave it out."

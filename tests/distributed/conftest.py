@@ -6,7 +6,7 @@ uses, from a checkpoint that one fixture wrote, so all layouts hold the same wei
 
 import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
@@ -96,7 +96,12 @@ def _no_checks(args: Any) -> None:
 
 
 def build_layout(
-    tokenizer: str, tp: int, pp: int, extra: tuple[str, ...] = (), solo: bool = False
+    tokenizer: str,
+    tp: int,
+    pp: int,
+    extra: tuple[str, ...] = (),
+    solo: bool = False,
+    shape: Sequence[str] = SHAPE,
 ) -> Built:
     """Build a model in a layout of the four ranks.
 
@@ -107,6 +112,7 @@ def build_layout(
         extra: more flags.
         solo: each rank treats itself as the only one; the data-parallel copies that Megatron
             knows of compute the same thing, and the mean of equal gradients is the gradient.
+        shape: the model's flags.
     """
     destroy_global_vars()
     unset_num_microbatches_calculator()
@@ -120,7 +126,7 @@ def build_layout(
         # The objects that hold the last references refer to each other.
         gc.collect()
     argv = [
-        *SHAPE,
+        *shape,
         "--tensor-model-parallel-size",
         str(tp),
         "--pipeline-model-parallel-size",

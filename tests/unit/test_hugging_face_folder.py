@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -254,12 +254,16 @@ LORA_CONFIG = {
 
 
 def write_adapter(
-    folder: Path, infix: str = "", change: Callable[[dict[str, Any]], object] = id, **config: Any
+    folder: Path,
+    infix: str = "",
+    change: Callable[[dict[str, Any]], object] = id,
+    layers: Mapping[str, tuple[int, ...]] = ADAPTED,
+    **config: Any,
 ) -> Path:
     folder.mkdir()
     generator = torch.Generator().manual_seed(5)
     tensors = {}
-    for path, (rows, columns) in ADAPTED.items():
+    for path, (rows, columns) in layers.items():
         prefix = f"base_model.model.{path}"
         tensors[f"{prefix}.lora_A{infix}.weight"] = torch.randn(4, columns, generator=generator)
         tensors[f"{prefix}.lora_B{infix}.weight"] = torch.randn(rows, 4, generator=generator)

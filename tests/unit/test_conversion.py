@@ -1,0 +1,389 @@
+"""The converter as users run it: what it refuses, what a killed run leaves, what follows it."""
+
+import ctypes
+import ctypes.util
+import dataclasses
+import filecmp
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_end_to_end import ENVIRONMENT, ROOT, TORCHRUN, run
+from test_hugging_face_folder import truncate, write_adapter
+
+from megatron_espo.checkpoint import dream, llada
+from megatron_espo.checkpoint.families import FAMILIES
+from megatron_espo.checkpoint.hugging_face import INDEX, HuggingFaceWeights, read_json
+from megatron_espo.checkpoint.random_model import write_random_model
+from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer
+from megatron_espo.training.conversion import convert_to_hugging_face, convert_to_megatron
+
+TINY = {
+    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
+    "num_query_groups": 4, "vocab_size": 300, "max_position_embeddings": 128,
+    "mask_token_id": 256, "eos_token_id": 257,
+}  # fmt: skip
+SHAPES = {
+    "llada": dataclasses.replace(llada.PUBLISHED, **TINY),
+    "dream": dataclasses.replace(dream.PUBLISHED, **TINY),
+}
+TOOL = "tools/convert_hf.py"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random models in Hugging Face's form."""
+    root = tmp_path_factory.mktemp("models")
+    for name, shape in SHAPES.items():
+        write_random_model(
+            root / name, FAMILIES[name], shape, torch.float32, byte_tokenizer(), std=0.2,
+            max_shard_size="100KB",
+        )  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(models: Path) -> Path:
+    """The LLaDA-shaped model, converted."""
+    out = models / "llada-megatron"
+    printed = run(TOOL, "to-megatron", "--hf", str(models / "llada"), "--out", str(out))
+    assert "21 tensors, " in printed and "float32. Pass it with --load" in printed
+    return out
+
+
+WRONG = {
+    "llada": """
+from megatron_espo.checkpoint import families as f
+names = dataclasses.replace(f.FAMILIES["llada"].names, gate="up_proj", up="ff_proj")
+f.FAMILIES["llada"] = dataclasses.replace(f.FAMILIES["llada"], names=names)
+""",
+    "dream": """
+from megatron_espo.checkpoint import families as f
+read = f.FAMILIES["dream"].read_config
+unshifted = lambda config: dataclasses.replace(read(config), logit_shift=False)
+f.FAMILIES["dream"] = dataclasses.replace(f.FAMILIES["dream"], read_config=unshifted)
+""",
+}
+
+
+@pytest.mark.parametrize("family", WRONG, ids=["gate and up exchanged", "shift missing"])
+def test_verification_refuses_a_wrong_mapping(models: Path, tmp_path: Path, family: str) -> None:
+    program = f"""
+import dataclasses, sys
+sys.path.insert(0, "tools")
+{WRONG[family]}
+import convert_hf
+from megatron_espo.training.setup import run_entry_point
+run_entry_point(convert_hf.main)
+"""
+    printed = run(
+        "-c", program, "to-megatron", "--hf", str(models / family), "--out",
+        str(tmp_path / "out"), "--verify", fails=True,
+    )  # fmt: skip
+    assert "verify (float32): largest difference" in printed
+    assert "the logits of both sides differ by more than rounding" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def spoiled(models: Path, folder: Path, case: str) -> Path:
+    shutil.copytree(models / "llada", folder)
+    config = folder / "config.json"
+    if case == "truncated shard":
+        truncate(folder)
+    elif case == "missing index entry":
+        text = (folder / INDEX).read_text()
+        lines = [line for line in text.splitlines() if "blocks.1.ff_norm" not in line]
+        (folder / INDEX).write_text("\n".join(lines))
+    elif case == "wrong type":
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+        files = read_json(folder / INDEX)["weight_map"]
+        shapes = {n: s.shape for n, s in HuggingFaceWeights(models / "llada").tensors.items()}
+        for file in set(files.values()):
+            tensors = {
+                n: torch.zeros(shapes[n], dtype=torch.int8) for n in files if files[n] == file
+            }
+            save_file(tensors, folder / file)
+    elif case == "wrong architecture":
+        config.write_text(config.read_text().replace("LLaDAModelLM", "LLaDAMoEModelLM"))
+    elif case == "wrong config":
+        config.write_text(config.read_text().replace('"n_layers": 2', '"n_layers": 3'))
+    elif case == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif case == "another mask":
+        config.write_text(config.read_text().replace('"mask_token_id": 256', '"mask_token_id": 9'))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("truncated shard", r"model-\S+ is no complete safetensors file"),
+        ("missing index entry", r"has no entry for model\.transformer\.blocks\.1\.ff_norm\.weight"),
+        ("wrong type", r"is I8; only F32, BF16, F16 can be converted"),
+        ("wrong architecture", r'"architectures" is \[\'LLaDAMoEModelLM\'\]'),
+        ("wrong config", r"the tensor model\.transformer\.blocks\.2\.\S+ is missing"),
+        ("no tokenizer", r"holds no tokenizer\.json; pass --tokenizer-model FOLDER"),
+        ("another mask", r"the tokenizer's mask token is 256, config\.json says 9"),
+    ],
+)
+def test_a_broken_source_leaves_nothing(
+    models: Path, tmp_path: Path, case: str, message: str
+) -> None:
+    folder = spoiled(models, tmp_path / "model", case)
+    (tmp_path / "outs").mkdir()
+    with pytest.raises(ValueError, match=message):
+        convert_to_megatron(str(folder), str(tmp_path / "outs" / "out"))
+    assert not list((tmp_path / "outs").iterdir())
+
+
+def test_the_command_ends_with_one_sentence_and_status_2(models: Path, tmp_path: Path) -> None:
+    folder = spoiled(models, tmp_path / "model", "truncated shard")
+    done = subprocess.run(
+        [sys.executable, TOOL, "to-megatron", "--hf", str(folder), "--out", str(tmp_path / "out")],
+        cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {folder}")
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def spoil_checkpoint(checkpoint: Path, folder: Path, template: Path, case: str) -> None:
+    """Copy a checkpoint and its template, and spoil one of them."""
+    shutil.copytree(checkpoint, folder)
+    config = template / "config.json"
+    if case == "no checkpoint":
+        (folder / "latest_checkpointed_iteration.txt").unlink()
+    elif case == "truncated":
+        for path in (folder / "release").glob("*.distcp"):
+            os.truncate(path, path.stat().st_size // 2)
+    elif case == "no metadata":
+        (folder / "release" / ".metadata").unlink()
+    elif case == "other base":
+        config.write_text(config.read_text().replace("500000.0", "10000.0"))
+    elif case == "other vocabulary":
+        config.write_text(config.read_text().replace("300", "299"))
+    elif case == "index of another model":
+        text = (template / INDEX).read_text()
+        (template / INDEX).write_text(text.replace("blocks.1.ff_norm", "blocks.1.ff_norn"))
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("no checkpoint", r"no checkpoint there; it holds no latest_checkpointed_iteration\.txt"),
+        ("truncated", r"release: cannot read"),
+        ("no metadata", r"release: cannot read this checkpoint"),
+        ("other base", r"does not fit .*: rotary_base is 500000 there and 10000 here"),
+        ("other vocabulary", r"vocab_size is 300 there and 299 here"),
+        ("index of another model", r"its index has .* blocks\.1\.ff_nor"),
+    ],
+)
+def test_a_broken_checkpoint_leaves_nothing(
+    models: Path, checkpoint: Path, tmp_path: Path, case: str, message: str
+) -> None:
+    template = tmp_path / "template"
+    shutil.copytree(models / "llada", template)
+    spoil_checkpoint(checkpoint, tmp_path / "checkpoint", template, case)
+    (tmp_path / "outs").mkdir()
+    with pytest.raises(ValueError, match=message.replace(" blocks", r" \S*blocks")):
+        convert_to_hugging_face(
+            str(tmp_path / "checkpoint"), str(template), str(tmp_path / "outs" / "out")
+        )
+    assert not list((tmp_path / "outs").iterdir())
+
+
+def test_the_iteration_and_the_type_can_be_chosen(
+    models: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(checkpoint / "release", tmp_path / "run" / "iter_0000007")
+    template = str(models / "llada")
+    with pytest.raises(ValueError, match=r"iter_0000008: no such checkpoint"):
+        convert_to_hugging_face(str(tmp_path / "run"), template, str(tmp_path / "a"), iteration=8)
+    convert_to_hugging_face(
+        str(tmp_path / "run"), template, str(tmp_path / "b"), iteration=7, dtype="bfloat16"
+    )
+    before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "b")
+    assert after.dtype() == torch.bfloat16
+    assert all(torch.equal(before.read(n).bfloat16(), after.read(n)) for n in before.tensors)
+
+
+def test_a_template_without_weights_is_enough(
+    models: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    template = tmp_path / "template"
+    shutil.copytree(models / "llada", template, ignore=shutil.ignore_patterns("*.safetensors*"))
+    convert_to_hugging_face(str(checkpoint), str(template), str(tmp_path / "out"))
+    before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "out")
+    assert {stored.file for stored in after.tensors.values()} == {"model.safetensors"}
+    assert all(torch.equal(before.read(n), after.read(n)) for n in before.tensors)
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+
+@pytest.mark.parametrize("direction", ["to-megatron", "to-hf"])
+def test_a_write_that_fails_midway_leaves_nothing(
+    models: Path, checkpoint: Path, tmp_path: Path, direction: str
+) -> None:
+    source = ["--hf", str(models / "llada")]
+    if direction == "to-hf":
+        source = ["--megatron", str(checkpoint), "--hf-template", str(models / "llada")]
+    done = subprocess.run(
+        [sys.executable, TOOL, direction, *source, "--out", str(tmp_path / "out")],
+        cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
+        preexec_fn=limit_file_size,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "out: the disk is full; make room or choose another disk." in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 424 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    libc = ctypes.CDLL(ctypes.util.find_library("c"), use_errno=True)
+    if libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, b"size=424k"):
+        pytest.skip(f"mounting needs root: {os.strerror(ctypes.get_errno())}")
+    yield disk
+    libc.umount2(str(disk).encode(), 2)
+
+
+@pytest.mark.parametrize("filled", [100_000, 0], ids=["before it starts", "while it writes"])
+def test_a_disk_that_is_full(models: Path, small_disk: Path, filled: int) -> None:
+    # The weights alone are 400,640 bytes.
+    (small_disk / "filler").write_bytes(bytes(filled))
+    printed = run(
+        TOOL, "to-megatron", "--hf", str(models / "llada"), "--out", str(small_disk / "out"),
+        fails=True,
+    )  # fmt: skip
+    expected = "MB are needed there and" if filled else "the disk is full; make room"
+    assert expected in printed, printed
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_conversion_leaves_no_folder_that_looks_finished(
+    models: Path, tmp_path: Path, stop: signal.Signals
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
+    command = [TOOL, "to-megatron", "--hf", str(models / "dream"), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not partial.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(stop)
+    assert process.wait(60) == (143 if stop == signal.SIGTERM else -9)
+    assert not out.exists()
+    assert partial.exists() == (stop == signal.SIGKILL)
+    run(*command)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_adapter_is_merged_on_the_way(models: Path, tmp_path: Path) -> None:
+    shapes = {
+        name.removesuffix(".weight"): stored.shape
+        for name, stored in HuggingFaceWeights(models / "llada").tensors.items()
+        if name.endswith(("q_proj.weight", "up_proj.weight"))
+    }
+    adapter = write_adapter(tmp_path / "lora", layers=shapes)
+    printed = run(
+        TOOL, "to-megatron", "--hf", str(models / "llada"), "--lora", str(adapter),
+        "--out", str(tmp_path / "merged"), "--verify",
+    )  # fmt: skip
+    assert "merging 4 adapted weights" in printed
+    assert "was to adapt gate_proj, o_proj too, but no layer of this model is called so" in printed
+    assert "equal argmax 100.00%" in printed
+    convert_to_hugging_face(str(tmp_path / "merged"), str(models / "llada"), str(tmp_path / "back"))
+    before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "back")
+    changed = {n for n in before.tensors if not torch.equal(before.read(n), after.read(n))}
+    assert changed == {f"{path}.weight" for path in shapes}
+
+
+def test_a_converted_model_is_sampled_trained_and_exported(
+    models: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    # Everything a run needs is in the checkpoint, even where it was moved.
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    assert load_tokenizer(moved / "tokenizer").chat_template
+    sampling = "--rollout-completion-length 8 --rollout-block-length 8 --rollout-denoising-steps 4"
+    printed = run(
+        "tools/generate.py", "--load", str(moved), "--chat", "--prompt", "a", *sampling.split()
+    )
+    assert printed.splitlines()[-1].startswith("a\033[1m")
+    printed = run(
+        "tools/generate.py", "--load", str(moved), "--prompt", "x" * 121, *sampling.split(),
+        fails=True,
+    )  # fmt: skip
+    assert "--prompt 1 has 121 tokens and 120 fit" in printed
+
+    run("tools/prepare_data.py", "sudoku", "--out", str(tmp_path / "data"), "--seed", "1",
+        "--train", "8", "--test", "4", "--demonstrations", "4")  # fmt: skip
+    run(
+        *TORCHRUN, "-m", "megatron_espo.training.espo", "--use-checkpoint-args",
+        "--pretrained-checkpoint", str(moved), "--load", str(tmp_path / "espo"),
+        "--save", str(tmp_path / "espo"), "--espo-task", "sudoku",
+        "--espo-train-data", str(tmp_path / "data/train.jsonl"), "--seq-length", "32",
+        "--rollout-completion-length", "16", "--rollout-block-length", "16",
+        "--rollout-denoising-steps", "4", "--espo-num-rollouts", "1",
+        "--espo-prompts-per-rollout", "2", "--espo-group-size", "4",
+        "--espo-updates-per-rollout", "1", "--micro-batch-size", "8", "--lr", "1e-3",
+        "--tensor-model-parallel-size", "2",
+    )  # fmt: skip
+    printed = run(
+        TOOL, "to-hf", "--megatron", str(tmp_path / "espo"), "--hf-template",
+        str(models / "llada"), "--out", str(tmp_path / "trained"), "--verify",
+    )  # fmt: skip
+    assert "equal argmax 100.00%" in printed
+    before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "trained")
+    assert not all(torch.equal(before.read(n), after.read(n)) for n in before.tensors)
+    same = [path.name for path in (models / "llada").iterdir() if path.suffix != ".safetensors"]
+    _, different, unread = filecmp.cmpfiles(
+        models / "llada", tmp_path / "trained", same, shallow=False
+    )
+    assert not different + unread and len(same) > 5
+
+
+EIGHT_RANKS = """
+import sys
+from megatron.training import get_args
+from megatron.training.checkpointing import save_checkpoint
+from megatron_espo.training.inference import load_model
+
+model, args = load_model(sys.argv[1:])
+assert (model.layout.tp_size, model.layout.pp_size) == (4, 2)
+args.no_save_optim = args.no_save_rng = True
+save_checkpoint(1, list(model.chunks), None, None, 0)
+"""
+
+
+def test_the_same_bits_come_back_from_tp_4_and_pp_2(
+    models: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "resave.py").write_text(EIGHT_RANKS)
+    run(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "8",
+        str(tmp_path / "resave.py"), "--load", str(checkpoint), "--save", str(tmp_path / "saved"),
+        "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "2",
+    )  # fmt: skip
+    out = tmp_path / "out"
+    convert_to_hugging_face(str(tmp_path / "saved"), str(models / "llada"), str(out))
+    names = [path.name for path in (models / "llada").iterdir()]
+    assert filecmp.cmpfiles(models / "llada", out, names, shallow=False)[0] == names
