@@ -4,8 +4,7 @@
     python tools/convert_hf.py to-hf --megatron runs/espo --hf-template GSAI-ML/LLaDA-8B-Instruct \
         --out llada-8b-espo
 
-One process, no GPU, a few gigabytes of memory; --verify needs one and a half times the model's size
-in the type that it computes in.
+One process, no GPU, a few gigabytes of memory.
 """
 
 import argparse
@@ -45,20 +44,16 @@ def main(argv: Sequence[str]) -> None:
         command.add_argument(
             "--verify", action="store_true", help="compare the logits of both sides at the end"
         )
-        command.add_argument(
-            "--verify-dtype", choices=DTYPES, default="float32", help="type to compare in"
-        )
     args = parser.parse_args(argv)
-    verify_dtype = args.verify_dtype if args.verify else None
     # A scheduler's stop signal cleans up like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.command == "to-megatron":
         convert_to_megatron(
-            args.hf, args.out, args.lora, args.tokenizer_model, args.dtype, verify_dtype
+            args.hf, args.out, args.lora, args.tokenizer_model, args.dtype, args.verify
         )
     else:
         convert_to_hugging_face(
-            args.megatron, args.hf_template, args.out, args.iteration, args.dtype, verify_dtype
+            args.megatron, args.hf_template, args.out, args.iteration, args.dtype, args.verify
         )
 
 

@@ -106,7 +106,8 @@ def write_hugging_face(
                 # What is left of the block before goes: its tensors lie in other files, and
                 # reading twice is cheaper than keeping all of them.
                 parts.clear()
-                parts.update(home[name].unpack(reader.read(home[name])))
+                block = home[name]
+                parts.update(block.unpack(reader.read(block.key, block.offset, block.shape)))
             tensor = parts.pop(name).to(dtype)
             bar.update(tensor.nbytes)
             return tensor

@@ -40,8 +40,6 @@ from megatron_espo.checkpoint.mapping import Block
 # What Megatron's torch_dist writer stores beside the tensors: everything that is not sharded.
 _COMMON = "common_state"
 _BACKEND = CheckpointingConfig("torch_dist", 1)
-# Writers side by side: each holds a block in memory, and works out its checksum.
-_THREADS = 2
 
 
 def write_checkpoint(
@@ -58,7 +56,7 @@ def write_checkpoint(
         folder: an empty folder.
         blocks: all blocks of the model.
         dtype: their type.
-        read: makes a block; called from several threads.
+        read: makes a block.
         extra_states: key -> number of parts of the extra states, which are written empty.
         common: what is not sharded ("args", "iteration", "checkpoint_version").
 
@@ -69,14 +67,16 @@ def write_checkpoint(
     for key, parts in extra_states.items():
         objects.update({_object_key(key, part, parts): None for part in range(parts)})
     planner = _Writer(blocks, dtype, read, objects)
-    writer = FileSystemWriter(folder, thread_count=_THREADS)
+    # One thread: what goes wrong in a second one would be lost.
+    writer = FileSystemWriter(folder, thread_count=1)
+    failures: list[BaseException] = []
     try:
         with warnings.catch_warnings(action="ignore"):  # that this is one process
             save({}, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:
-        for failure, _ in error.failures.values():
-            raise failure from None
-        raise
+        failures = [failure for failure, _ in error.failures.values()] or [error]
+    if failures:  # outside of the handler, so that the error keeps its own cause
+        raise failures[0]
     save_config(_BACKEND, str(folder))
 
 
@@ -169,29 +169,32 @@ class CheckpointReader:
             raise ValueError(f"{self.folder}: {found}; pass --dtype to convert all to one type.")
         return next(iter(types))
 
-    def read(self, block: Block) -> Tensor:
-        """Read a block.
+    def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Read a block of a tensor.
 
         Args:
-            block: what to read; the stored tensor may have more rows (a padded vocabulary).
+            key: the tensor.
+            offset: where the block starts in it.
+            shape: of the block.
 
         Returns:
-            The block, of its shape and the stored type.
+            The block, of the stored type.
 
         Raises:
-            ValueError: the files are broken.
+            ValueError: the files are broken, or the checkpoint has no such block.
         """
-        entry = self._metadata.state_dict_metadata[block.key]
-        assert isinstance(entry, TensorStorageMetadata)
-        target = torch.empty(block.shape, dtype=entry.properties.dtype)
-        chunk = ChunkStorageMetadata(torch.Size(block.offset), torch.Size(block.shape))
-        items = create_read_items_for_chunk_list(block.key, entry, [chunk])
+        entry = self._metadata.state_dict_metadata.get(key)
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"{self.folder}: the tensor {key} is missing.")
+        target = torch.empty(tuple(shape), dtype=entry.properties.dtype)
+        chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
+        items = create_read_items_for_chunk_list(key, entry, [chunk])
         if sum(item.lengths.numel() for item in items) != target.numel():
-            raise ValueError(f"{self.folder}: parts of {block.key} are missing.")
+            raise ValueError(f"{self.folder}: parts of {key} are missing.")
         try:
             self._storage.read_data(LoadPlan(items), _Reader(target)).wait()
         except Exception as error:
-            raise ValueError(f"{self.folder}: cannot read {block.key} ({error}).") from error
+            raise ValueError(f"{self.folder}: cannot read {key} ({error}).") from error
         return target
 
 

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from megatron_espo.checkpoint.hugging_face import HuggingFaceWeights
+from megatron_espo.checkpoint.streaming import stream_weights
 
 _LLADA = {
     "model.transformer.wte": "model.embed_tokens",
@@ -38,30 +39,39 @@ _LLADA = {
 
 
 class Twin:
-    """A model folder as a transformers model."""
+    """A model folder as a transformers model; weights are read when their layer computes."""
 
     def __init__(
         self, fields: Mapping[str, Any], weights: HuggingFaceWeights, dtype: torch.dtype
     ) -> None:
-        """Build the model and load the weights.
+        """Build the model without memory.
 
         Args:
             fields: the folder's config.json.
             weights: its weights.
             dtype: type to compute in.
+
+        Raises:
+            ValueError: names of weights and model differ.
         """
         llada = "d_model" in fields
         config = _llada_config(fields) if llada else _dream_config(fields)
         biased = not llada or fields.get("include_qkv_bias", False)
         with torch.device("meta"):
             model: PreTrainedModel = (Qwen2ForCausalLM if biased else LlamaForCausalLM)(config)
-        rename = _llada_name if llada else str
-        state = {rename(name): weights.read(name).to(dtype) for name in weights.tensors}
-        model.load_state_dict(state, strict=True, assign=True)
-        # The rotary frequencies are no weights: they were left on the meta device.
+        model = model.to(dtype).eval()
+        # The rotary frequencies are no weights, and float32 in every type.
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
-        self._model = model.eval()
-        self._shift = not llada
+        rename = _llada_name if llada else str
+        home = {rename(name): name for name in weights.tensors}
+        if unequal := home.keys() ^ dict(model.named_parameters()).keys():
+            raise ValueError(f"{weights.folder}: transformers' model differs in {min(unequal)}.")
+        stream_weights(
+            model,
+            ["model.embed_tokens", "model.layers.*", "model.norm", "lm_head"],
+            lambda names: {name: weights.read(home[name]).to(dtype) for name in names},
+        )
+        self._model, self._shift = model, not llada
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:

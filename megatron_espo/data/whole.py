@@ -54,10 +54,15 @@ def whole_folder(out: str | Path, needed: int = 0) -> Iterator[Path]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Say whether an error means that no more can be written."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        return True
-    # Libraries in other languages keep the system's words only.
-    return any(os.strerror(number).lower() in str(error).lower() for number in _FULL)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            return True
+        # Libraries in other languages keep the system's words only.
+        if any(os.strerror(number).lower() in str(cause).lower() for number in _FULL):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def _sync(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Converts checkpoints: Hugging Face folders to Megatron's torch_dist format and back."""
 
 import argparse
-import gc
+import copy
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-from megatron.training.global_vars import destroy_global_vars
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
 from megatron_espo.arguments import initialize_arguments, stored_arguments
@@ -79,7 +79,7 @@ def convert_to_megatron(
     lora: str | None = None,
     tokenizer: str | None = None,
     dtype: str | None = None,
-    verify_dtype: str | None = None,
+    check_logits: bool = False,
 ) -> None:
     """Write a Hugging Face model as a checkpoint for --load or --pretrained-checkpoint.
 
@@ -89,7 +89,7 @@ def convert_to_megatron(
         lora: folder or hub name of a PEFT adapter to merge.
         tokenizer: tokenizer folder, where the model folder has none.
         dtype: convert the weights to this type; None keeps them.
-        verify_dtype: compare the logits of both sides, computed in this type; None does not.
+        check_logits: compare the logits of both sides at the end.
 
     Raises:
         ValueError: one sentence on what is wrong; ``out`` does not exist then.
@@ -102,17 +102,18 @@ def convert_to_megatron(
     with whole_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
         source = Path(tokenizer) if tokenizer else model.folder
         copy_tokenizer(source, tokenizer_folder(partial), model.family.tokenizer_class)
-        args = _checkpoint_arguments(model, kept, tokenizer_folder(partial))
+        args = copy.copy(_initialize_megatron(model, tokenizer_folder(partial)))
         _check_targets(model)
         args.tokenizer_model = str(tokenizer_folder(Path(out).absolute()))
+        args.bf16, args.fp16 = kept == torch.bfloat16, kept == torch.float16
+        args.params_dtype = kept
         release = partial / "release"
         release.mkdir()
         common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
         write_megatron(weights, release, model.blocks, kept, extra_states(model.shape), common)
         (partial / TRACKER).write_text("release")
-        if verify_dtype is not None:
-            _forget_megatron()
-            verify(str(partial), None, weights, DTYPES[verify_dtype])
+        if check_logits:
+            verify(release, weights, args.logit_shift)
     print(
         f"{out}: {model.describe(kept)}. Pass it with --load or --pretrained-checkpoint, and "
         "--use-checkpoint-args."
@@ -125,7 +126,7 @@ def convert_to_hugging_face(
     out: str,
     iteration: int | None = None,
     dtype: str | None = None,
-    verify_dtype: str | None = None,
+    check_logits: bool = False,
 ) -> None:
     """Write a checkpoint's model as a folder that the original Hugging Face code loads.
 
@@ -136,7 +137,7 @@ def convert_to_hugging_face(
         out: the folder to make.
         iteration: which checkpoint; None takes the latest.
         dtype: convert the weights to this type; None keeps them.
-        verify_dtype: compare the logits of both sides, computed in this type; None does not.
+        check_logits: compare the logits of both sides at the end.
 
     Raises:
         ValueError: one sentence on what is wrong; ``out`` does not exist then.
@@ -157,8 +158,12 @@ def convert_to_hugging_face(
         write_hugging_face(reader, partial, model.blocks, kept, files)
         written = HuggingFaceWeights(partial)
         written.check(model.sources)
-        if verify_dtype is not None:
-            verify(megatron, iteration, written, DTYPES[verify_dtype])
+        if check_logits:
+            with tempfile.TemporaryDirectory() as scratch:
+                tokenizer = Path(scratch, "tokenizer")
+                copy_tokenizer(model.folder, tokenizer, model.family.tokenizer_class)
+                args = _initialize_megatron(model, tokenizer)
+            verify(Path(folder), written, args.logit_shift)
     print(f"{out}: {model.describe(kept)}.")
     named = read_json(model.folder / "config.json").get("torch_dtype")
     if named is not None and named != _name(kept):
@@ -203,8 +208,8 @@ def _files(model: _Model) -> dict[str, str] | None:
     return files
 
 
-def _checkpoint_arguments(model: _Model, dtype: torch.dtype, tokenizer: Path) -> argparse.Namespace:
-    """Make the arguments that a run of this model would store."""
+def _initialize_megatron(model: _Model, tokenizer: Path) -> argparse.Namespace:
+    """Set Megatron's arguments to this model, in float32, and the groups to this process."""
     shape = model.shape
     named = load_tokenizer(tokenizer)
     if named.mask_token_id not in (None, shape.mask_token_id):
@@ -223,10 +228,14 @@ def _checkpoint_arguments(model: _Model, dtype: torch.dtype, tokenizer: Path) ->
         *("--no-gradient-accumulation-fusion", "--make-vocab-size-divisible-by", "1"),
         *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0"),
         *("--seq-length", str(min(shape.max_position_embeddings, _LONGEST))),
-        *{torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, []),
     ]
     with quiet():
-        return initialize_arguments(flags, lambda args: None)
+        args = initialize_arguments(flags, lambda args: None)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    mpu.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(args.seed)
+    return args
 
 
 def _check_targets(model: _Model) -> None:
@@ -235,9 +244,6 @@ def _check_targets(model: _Model) -> None:
     Raises:
         ValueError: naming the tensor.
     """
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    mpu.initialize_model_parallel()
     with quiet(), torch.device("meta"):
         sharded = model_provider().sharded_state_dict()
     apply_factories(sharded)
@@ -261,12 +267,3 @@ def _check_targets(model: _Model) -> None:
     for target in targets:
         if isinstance(target, ShardedObject) and (states.get(target.key),) != target.global_shape:
             raise ValueError(f"{target.key}: Megatron asks for this state, the mapping has none.")
-
-
-def _forget_megatron() -> None:
-    """Take back what initialize_arguments and the groups left, so that a model can be loaded."""
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
-    mpu.destroy_model_parallel()
-    dist.destroy_process_group()
-    gc.collect()

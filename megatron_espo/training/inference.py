@@ -4,9 +4,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
-from functools import partial
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
 from transformers import PreTrainedTokenizerFast
@@ -26,12 +24,13 @@ from megatron_espo.training.espo import load_task_data
 from megatron_espo.training.setup import diffusion_model, initialize_process_groups
 
 
-def prepare_arguments(args: argparse.Namespace, dtype: torch.dtype | None = None) -> None:
+def prepare_arguments(args: argparse.Namespace) -> None:
     """Check the arguments and fill in what only training needs.
+
+    Without --bf16 or --fp16 the checkpoint's type is taken.
 
     Args:
         args: parsed arguments.
-        dtype: type to compute in; None takes that of --bf16 or --fp16, or the checkpoint's.
 
     Raises:
         ValueError: naming the flag.
@@ -39,9 +38,7 @@ def prepare_arguments(args: argparse.Namespace, dtype: torch.dtype | None = None
     config_from_args(RolloutConfig, args).validate(args.logit_shift)
     if args.load is None:
         raise ValueError("--load is missing: the folder of the checkpoint.")
-    if dtype is not None:
-        args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
-    elif not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):
+    if not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):
         args.bf16, args.fp16 = stored.bf16, stored.fp16
     args.exit_on_missing_checkpoint = True
     args.skip_train = args.no_load_optim = args.no_load_rng = True
@@ -54,24 +51,19 @@ def prepare_arguments(args: argparse.Namespace, dtype: torch.dtype | None = None
         args.max_position_embeddings = args.seq_length
 
 
-def load_model(
-    argv: Sequence[str], dtype: torch.dtype | None = None
-) -> tuple[DiffusionModel, argparse.Namespace]:
+def load_model(argv: Sequence[str]) -> tuple[DiffusionModel, argparse.Namespace]:
     """Build the model that the command line describes and load its checkpoint.
 
     The shape comes from the checkpoint. What Megatron prints meanwhile goes to stderr.
 
     Args:
         argv: flags.
-        dtype: type to compute in; None takes that of the flags, or the checkpoint's.
 
     Returns:
         The model in evaluation mode, and Megatron's arguments.
     """
     with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the result
-        args = initialize_arguments(
-            ["--use-checkpoint-args", *argv], partial(prepare_arguments, dtype=dtype)
-        )
+        args = initialize_arguments(["--use-checkpoint-args", *argv], prepare_arguments)
         store = initialize_process_groups(args)
         megatron_training.initialize_megatron(store=store)
         chunks, _, _ = megatron_training.setup_model_and_optimizer(

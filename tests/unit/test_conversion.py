@@ -89,7 +89,7 @@ run_entry_point(convert_hf.main)
         "-c", program, "to-megatron", "--hf", str(models / family), "--out",
         str(tmp_path / "out"), "--verify", fails=True,
     )  # fmt: skip
-    assert "verify (float32): largest difference" in printed
+    assert "verify: largest difference" in printed
     assert "the logits of both sides differ by more than rounding" in printed
     assert not list(tmp_path.iterdir())
 
@@ -309,7 +309,7 @@ def test_an_adapter_is_merged_on_the_way(models: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert "merging 4 adapted weights" in printed
     assert "was to adapt gate_proj, o_proj too, but no layer of this model is called so" in printed
-    assert "equal argmax 100.00%" in printed
+    assert "equal argmax at 100.00%" in printed
     convert_to_hugging_face(str(tmp_path / "merged"), str(models / "llada"), str(tmp_path / "back"))
     before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "back")
     changed = {n for n in before.tensors if not torch.equal(before.read(n), after.read(n))}
@@ -351,7 +351,7 @@ def test_a_converted_model_is_sampled_trained_and_exported(
         TOOL, "to-hf", "--megatron", str(tmp_path / "espo"), "--hf-template",
         str(models / "llada"), "--out", str(tmp_path / "trained"), "--verify",
     )  # fmt: skip
-    assert "equal argmax 100.00%" in printed
+    assert "equal argmax at 100.00%" in printed
     before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "trained")
     assert not all(torch.equal(before.read(n), after.read(n)) for n in before.tensors)
     same = [path.name for path in (models / "llada").iterdir() if path.suffix != ".safetensors"]

@@ -88,6 +88,21 @@ def test_a_line_end_of_the_chat_format_is_not_part_of_the_answer(tmp_path: Path)
     assert example.completion == [ord("4"), EOT, EOS]
 
 
+def test_a_header_that_is_always_written_is_not_part_of_the_answer(tmp_path: Path) -> None:
+    # As LLaDA's published template does.
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% set content = '<|start_header_id|>' + m['role'] + "
+        "'<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}"
+        "{% endfor %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+    )
+    path = write(tmp_path / "a.jsonl", [{"messages": CHAT}])
+    (example,) = read_examples(path, tokenizer, IDS)
+    assert example.prompt == encode_prompt(tokenizer, CHAT[:-1])
+    assert example.completion == [ord("4"), EOT, EOS]
+
+
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages | length }}"

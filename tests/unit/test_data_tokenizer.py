@@ -182,6 +182,72 @@ def test_code_in_a_folder_is_not_run_and_the_way_out_works(tmp_path: Path) -> No
     assert special_ids(loaded).mask_token_id == loaded.convert_tokens_to_ids("<|mask|>")
 
 
+# As Dream's published folder lists them: ids follow those of vocab.json.
+CHATML_IDS = {
+    "<|endoftext|>": 256, "<|im_start|>": 257, "<|im_end|>": 258, "<|beginoftext|>": 259,
+    "<|mask|>": 260,
+}  # fmt: skip
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def dream_folder(folder: Path) -> Path:
+    """A model folder in the form of Dream's: code of its own, no tokenizer.json."""
+    symbols = data_tokenizer._byte_symbols()
+    merged = {symbol: index for index, symbol in enumerate(symbols)}
+    (folder / "vocab.json").write_text(json.dumps(merged))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "added_tokens.json").write_text(json.dumps(CHATML_IDS))
+    decoder = {
+        str(number): {
+            "content": token, "lstrip": False, "normalized": False, "rstrip": False,
+            "single_word": False, "special": True,
+        }
+        for token, number in CHATML_IDS.items()
+    }  # fmt: skip
+    config = {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": ["<|beginoftext|>", "<|mask|>"],
+        "bos_token": "<|beginoftext|>",
+        "chat_template": CHATML,
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text('{"model_type": "Dream", "auto_map": {"AutoConfig": "x"}}')
+    (folder / "tokenization_dream.py").write_text("raise SystemExit")
+    return folder
+
+
+def test_a_copied_tokenizer_needs_no_code_and_keeps_ids_and_chat_format(tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    data_tokenizer.copy_tokenizer(dream_folder(source), tmp_path / "copy", "Qwen2Tokenizer")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert {token: copy.convert_tokens_to_ids(token) for token in CHATML_IDS} == CHATML_IDS
+    ids = special_ids(copy)
+    assert (ids.mask_token_id, ids.eos_token_id, ids.pad_token_id) == (260, 256, 256)
+    assert ids.stop_token_ids == (256, 258)
+    prompt = encode_prompt(copy, [{"role": "user", "content": "hi"}])
+    assert copy.decode(prompt) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert [prompt[0], prompt.count(258), len(prompt)] == [257, 1, 1 + 5 + 2 + 1 + 1 + 1 + 10]
+    assert decode_completion(copy, [*encode_prompt(copy, "yes"), 258, 256], {256, 258}) == "yes"
+
+
+def test_copying_needs_a_tokenizer_that_loads(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no tokenizer\.json; pass --tokenizer-model"):
+        data_tokenizer.copy_tokenizer(tmp_path, tmp_path / "copy")
+    # Without the class that stands in for it, code in the folder is asked for.
+    with pytest.raises(ValueError, match=r"asks for code of its own"):
+        data_tokenizer.copy_tokenizer(dream_folder(tmp_path), tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
 def test_chat_is_written_in_the_chat_format_with_the_assistants_header() -> None:
     ids = encode_prompt(BYTES, MESSAGES)
     assert all(type(token) is int for token in ids)

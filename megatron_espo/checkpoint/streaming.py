@@ -1,0 +1,50 @@
+"""Models whose weights are in memory only while their layer computes."""
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+
+def stream_weights(
+    model: Module,
+    parts: Sequence[str],
+    load: Callable[[Sequence[str]], Mapping[str, Tensor]],
+) -> None:
+    """Give each part of a model its weights before its forward pass and take them back after.
+
+    Args:
+        model: a model on the meta device.
+        parts: paths of the parts, where ``*`` stands for a number; every parameter must be in one.
+        load: reads parameters by name.
+    """
+    parameters = dict(model.named_parameters())
+    covered: set[str] = set()
+    for path, module in model.named_modules():
+        if not any(
+            fnmatch.fnmatchcase(path, part) and path.count(".") == part.count(".") for part in parts
+        ):
+            continue
+        names = [name for name in parameters if name.startswith(f"{path}.")]
+        covered.update(names)
+
+        def fill(_module: Module, _inputs: object, names: Sequence[str] = tuple(names)) -> None:
+            for name, tensor in load(names).items():
+                _replace(model, name, tensor)
+
+        def empty(
+            _module: Module, _in: object, _out: object, names: Sequence[str] = tuple(names)
+        ) -> None:
+            for name in names:
+                _replace(model, name, parameters[name])
+
+        module.register_forward_pre_hook(fill)
+        module.register_forward_hook(empty)
+    assert covered == parameters.keys(), sorted(parameters.keys() - covered)
+
+
+def _replace(model: Module, name: str, tensor: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    parameter = tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
+    model.get_submodule(path)._parameters[leaf] = parameter
