@@ -5,21 +5,24 @@ with ``--sft-train-data FILE`` it fine-tunes on JSONL instead.
 """
 
 import argparse
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.datasets.utils import Split
 from megatron.core.enums import ModelType
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args, get_tensorboard_writer, get_tokenizer, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import pretrain
 
 from megatron_espo.arguments import config_from_args, initialize_arguments
+from megatron_espo.checkpoint.tracker import has_checkpoint, latest_checkpoint
 from megatron_espo.config import SftConfig
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.model.provider import model_provider
+from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.training.denoise import forward_step
 from megatron_espo.training.setup import initialize_process_groups, run_entry_point
 
@@ -108,6 +111,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args = initialize_arguments(argv, prepare_arguments)
     _check_data(args)
+    _continue_events(args)
     store = initialize_process_groups(args)
     config: Any = pretrain_cfg_container_from_args(args)
     pretrain(
@@ -118,6 +122,31 @@ def main(argv: Sequence[str]) -> None:
         model_provider,
         store=store,
     )
+
+
+def _continue_events(args: argparse.Namespace) -> None:
+    """Keep TensorBoard's events in step with the checkpoints."""
+    writer = get_tensorboard_writer()
+    if writer is None:
+        return
+    if not args.rampup_batch_size:
+        # TensorBoard drops everything beyond the step where a run goes on. Megatron's second copy
+        # of each curve, against samples, lies beyond it; with one batch size it says nothing more.
+        add_scalar = writer.add_scalar
+        writer.add_scalar = lambda tag, *values, **named: (
+            None if tag.endswith(" vs samples") else add_scalar(tag, *values, **named)
+        )
+        mark = latest_checkpoint(args.load) if has_checkpoint(args.load) else ""
+        begin_events(writer, int(mark) if mark.isdigit() and not args.finetune else 0)
+    save = training.save_checkpoint
+
+    @functools.wraps(save)
+    def flush_and_save(*positional: Any, **named: Any) -> Any:
+        # What the checkpoint has seen must not be lost with a process that is killed.
+        writer.flush()
+        return save(*positional, **named)
+
+    training.save_checkpoint = flush_and_save
 
 
 def _check_data(args: argparse.Namespace) -> None:

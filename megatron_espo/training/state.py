@@ -130,13 +130,14 @@ def load_position(
     return Position(step, state["rollout"], state["evaluation_due"])
 
 
-def _shape(espo: EspoConfig) -> dict[str, int]:
+def _shape(espo: EspoConfig) -> dict[str, int | str]:
     """The settings that a rollout in hand was made with."""
     return {
         "updates_per_rollout": espo.updates_per_rollout,
         "prompts_per_rollout": espo.prompts_per_rollout,
         "group_size": espo.group_size,
         "num_mc": espo.num_mc,
+        "elbo_estimator": espo.elbo_estimator,
     }
 
 

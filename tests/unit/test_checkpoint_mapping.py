@@ -143,6 +143,7 @@ def test_qkv_is_packed_by_group_and_unpacked(
     [
         ("llada", "block_type", "sequential"),
         ("llada", "block_group_size", 2),
+        ("llada", "block_group_size", True),
         ("llada", "activation_type", "swiglu"),
         ("llada", "layer_norm_type", "default"),
         ("llada", "scale_logits", True),

@@ -328,6 +328,7 @@ def test_a_converted_model_is_sampled_trained_and_exported(
         "tools/generate.py", "--load", str(moved), "--chat", "--prompt", "a", *sampling.split()
     )
     assert printed.splitlines()[-1].startswith("a\033[1m")
+    assert f"{moved}/tokenizer" in printed
     printed = run(
         "tools/generate.py", "--load", str(moved), "--prompt", "x" * 121, *sampling.split(),
         fails=True,

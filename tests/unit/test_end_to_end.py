@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -68,7 +69,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def fine_tune(folder: Path, name: str, program: Sequence[str]) -> None:
+def fine_tune(folder: Path, name: str, program: Sequence[str], *flags: str) -> None:
     """Fine-tune from nothing for six steps."""
     demonstrations = str(folder / "data/demonstrations.jsonl")
     run(
@@ -76,6 +77,7 @@ def fine_tune(folder: Path, name: str, program: Sequence[str]) -> None:
         "--sft-valid-data", demonstrations, "--sft-completion-length", "16",
         "--micro-batch-size", "8", "--global-batch-size", "32", "--train-iters", "6",
         "--eval-iters", "1", "--eval-interval", "3", "--lr", "2e-3", "--save", str(folder / name),
+        *flags,
     )  # fmt: skip
 
 
@@ -214,6 +216,23 @@ def test_espo_does_not_read_the_global_generators(folder: Path, whole: str) -> N
     )
     espo(folder, "poisoned", program=poisoned(folder, "espo", patch))
     assert_same_run(folder, "poisoned")
+
+
+def test_fine_tuning_resumes_bit_for_bit_and_shows_each_step_once(folder: Path) -> None:
+    program = ["-m", "megatron_espo.training.pretrain"]
+    flags = ("--load", str(folder / "tuned"), "--save-interval", "2", "--log-interval", "1",
+             "--tensorboard-dir", str(folder / "tuned-events"))  # fmt: skip
+    fine_tune(folder, "tuned", program, *flags)
+    whole, curves = checkpoint_tensors(str(folder / "tuned")), scalars(folder, "tuned")
+    assert curves["lm loss"][0] == [1, 2, 3, 4, 5, 6]
+    # As if it had been killed after its fifth step.
+    (folder / "tuned" / "latest_checkpointed_iteration.txt").write_text("4")
+    shutil.rmtree(folder / "tuned" / "iter_0000006")
+    fine_tune(folder, "tuned", program, *flags)
+    assert not unequal_tensors(whole, checkpoint_tensors(str(folder / "tuned")))
+    again = scalars(folder, "tuned")
+    losses = [name for name in curves if "loss" in name]
+    assert losses and {n: curves[n] for n in losses} == {n: again[n] for n in losses}
 
 
 def test_training_does_not_read_the_global_generators(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What a checkpoint inside a rollout holds, and files that a kill left behind."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,3 +178,32 @@ def test_broken_tracker_without_a_checkpoint_is_named(tmp_path: Path) -> None:
     assert has_checkpoint(str(tmp_path))
     with pytest.raises(ValueError, match=f"{tmp_path}.*names no iteration"):
         repair_tracker(str(tmp_path))
+
+
+@pytest.mark.parametrize("in_hand", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value", "always"),
+    [
+        ("updates_per_rollout", 3, True),
+        ("prompts_per_rollout", 8, False),
+        ("group_size", 6, False),
+        ("num_mc", 1, False),
+        ("elbo_estimator", "bernoulli", False),
+    ],
+)
+def test_a_rollout_in_hand_keeps_the_settings_it_was_made_with(
+    tmp_path: Path, in_hand: bool, name: str, value: int | str, always: bool
+) -> None:
+    folder = tmp_path / "iter_0000003" / "espo"
+    folder.mkdir(parents=True)
+    rollout = {"completions": torch.zeros(1)} if in_hand else None
+    saved = {"evaluation_due": False, "rollout": rollout, **state._shape(ESPO)}
+    torch.save(saved, folder / "state.pt")
+    changed = replace(ESPO, **{name: value})
+    assert state.load_position(str(tmp_path), 3, ESPO, None).step == 3
+    if in_hand or always:
+        flag = f"--espo-{name.replace('_', '-')} {getattr(ESPO, name)}, here it is {value}"
+        with pytest.raises(ValueError, match=flag):
+            state.load_position(str(tmp_path), 3, changed, None)
+    else:
+        assert state.load_position(str(tmp_path), 3, changed, None).rollout is None

@@ -46,9 +46,16 @@ def test_a_folder_with_content_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "x"
 
 
+def caused(error: Exception, context: Exception) -> Exception:
+    error.__context__ = context
+    return error
+
+
 @pytest.mark.parametrize(
     "error",
     [
+        # torch.save stumbles over its own half-written file.
+        caused(RuntimeError("unexpected pos"), OSError(errno.ENOSPC, "No space left on device")),
         OSError(errno.ENOSPC, "No space left on device"),
         OSError(errno.EDQUOT, "Disk quota exceeded"),
         RuntimeError("I/O error: No space left on device (os error 28)"),
