@@ -42,7 +42,7 @@ layouts: setup  ## the table of docs/parallelism.md, measured anew
 	LAYOUT_TABLE=docs/parallelism.md $(DIST)
 
 format: setup
-	$(BIN)/ruff format megatron_espo tools tests setup.py
+	$(BIN)/ruff format megatron_espo tools tests benchmarks setup.py
 	$(BIN)/ruff check --fix megatron_espo tools tests setup.py
 
 lint: setup

@@ -2,18 +2,22 @@
 # The whole path on two CPU cores: data, fine-tuning of a tiny model from nothing, ESPO, a control
 # that spends ESPO's compute on more fine-tuning, and accuracy on a held-out test split.
 #
-#   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [-- flags for the ESPO run]
+#   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [--base DIR] [--no-control]
+#     [-- flags for the ESPO run]
 #
+# --base DIR starts from the data and the fine-tuned model of an earlier run in DIR.
 # Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of a minute that learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-task=sudoku seed=1 out=""
+task=sudoku seed=1 out="" base="" control=1
 while (($#)); do
   case $1 in
     sudoku | countdown) task=$1; shift ;;
     --seed) seed=$2; shift 2 ;;
     --out) out=$2; shift 2 ;;
+    --base) base=$2; shift 2 ;;
+    --no-control) control=0; shift ;;
     --) shift; break ;;
     *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
   esac
@@ -23,6 +27,10 @@ python=${PYTHON:-python3} ranks=${RANKS:-2}
 export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
 if [[ -n $(ls -A "$out" 2>/dev/null) && ! -e $out/.demo ]]; then
   echo "error: --out $out is not empty and holds no earlier run of this script; choose another." >&2
+  exit 2
+fi
+if [[ -n $base && ! -e $base/base/latest_checkpointed_iteration.txt ]]; then
+  echo "error: --base $base holds no fine-tuned model of an earlier run of this script." >&2
   exit 2
 fi
 rm -rf "$out" && mkdir -p "$out" && touch "$out/.demo"
@@ -59,9 +67,14 @@ if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it run
   data=(--train 40 --validation 20 --test 20 --demonstrations 64 --noise 0.5)
 fi
 
-say "Making $task problems and demonstrations of mixed quality"
-"$python" tools/make_tokenizer.py --out "$out/tokenizer"
-"$python" tools/prepare_data.py "$task" --out "$out/data" --seed "$seed" "${data[@]}"
+if [[ -n $base ]]; then
+  say "Data, tokenizer and fine-tuned model of $base"
+  cp -r "$base/tokenizer" "$base/data" "$base/base" "$base/sft.log" "$out"
+else
+  say "Making $task problems and demonstrations of mixed quality"
+  "$python" tools/make_tokenizer.py --out "$out/tokenizer"
+  "$python" tools/prepare_data.py "$task" --out "$out/data" --seed "$seed" "${data[@]}"
+fi
 
 model=(--preset tiny --tokenizer-model "$out/tokenizer" --seq-length "$seq_length" --seed "$seed"
   "${shape[@]}")
@@ -71,9 +84,11 @@ sft=(-m megatron_espo.training.pretrain "${model[@]}" --sft-train-data "$out/dat
   --sft-completion-length "$completion" --micro-batch-size 64 --global-batch-size 128
   --adam-beta2 0.99 --weight-decay 0.01 --log-interval 50 --save-interval 1000000)
 
-say "Fine-tuning a tiny model from nothing ($sft_iters steps)"
-ranks sft "${sft[@]}" --train-iters "$sft_iters" "${sft_rate[@]}" --save "$out/base" \
-  --tensorboard-dir "$out/tensorboard/sft"
+if [[ -z $base ]]; then
+  say "Fine-tuning a tiny model from nothing ($sft_iters steps)"
+  ranks sft "${sft[@]}" --train-iters "$sft_iters" "${sft_rate[@]}" --save "$out/base" \
+    --tensorboard-dir "$out/tensorboard/sft"
+fi
 
 say "ESPO ($rollouts rollouts)"
 ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-task "$task" \
@@ -81,13 +96,17 @@ ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-
   --espo-num-rollouts "$rollouts" "${espo[@]}" "${espo_rate[@]}" --pretrained-checkpoint "$out/base" \
   --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
 
-say "Control: the compute of ESPO spent on more fine-tuning ($control_iters steps)"
-ranks control "${sft[@]}" --train-iters "$control_iters" "${espo_rate[@]}" \
-  --pretrained-checkpoint "$out/base" --load "$out/control" --save "$out/control" \
-  --tensorboard-dir "$out/tensorboard/control"
+tested=(base espo)
+if ((control)); then
+  say "Control: the compute of ESPO spent on more fine-tuning ($control_iters steps)"
+  ranks control "${sft[@]}" --train-iters "$control_iters" "${espo_rate[@]}" \
+    --pretrained-checkpoint "$out/base" --load "$out/control" --save "$out/control" \
+    --tensorboard-dir "$out/tensorboard/control"
+  tested+=(control)
+fi
 
 say "Held-out test problems, greedy sampling"
-for name in base espo control; do
+for name in "${tested[@]}"; do
   ranks "test-$name" tools/evaluate.py --load "$out/$name" --tokenizer-model "$out/tokenizer" \
     --seq-length "$seq_length" "${sampling[@]}" --espo-task "$task" \
     --espo-eval-data "$out/data/test.jsonl"

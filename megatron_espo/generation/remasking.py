@@ -80,10 +80,9 @@ def rank_by(order: Remasking, draw: TokenDraw) -> Tensor:
         return draw.log_confidence
     if order == "maskgit_plus":
         return draw.log_tempered
-    if order == "topk_margin":
-        return draw.margin
-    assert order == "entropy", order
-    return draw.negative_entropy
+    score = draw.margin if order == "topk_margin" else draw.negative_entropy
+    assert order in ("topk_margin", "entropy") and score is not None, order
+    return score
 
 
 def select_highest(scores: Tensor, count: int) -> Tensor:

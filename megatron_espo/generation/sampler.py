@@ -264,6 +264,8 @@ def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: Rollo
         model.vocab_size,
         model.mask_token_id,
         model.layout.tp,
+        margin=config.remasking == "topk_margin",
+        entropy=config.remasking == "entropy",
     )
     if config.remasking in ("random", "origin"):
         scores = torch.zeros_like(draw.log_confidence)

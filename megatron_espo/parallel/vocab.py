@@ -23,15 +23,16 @@ class TokenDraw(NamedTuple):
         tokens: int64 ``[r]``.
         log_confidence: float32 ``[r]``, log-probability of the token before temperature.
         log_tempered: float32 ``[r]``, log-probability of the token in the sampled distribution.
-        margin: float32 ``[r]``, difference of the two largest sampled-distribution probabilities.
-        negative_entropy: float32 ``[r]``, of the sampled distribution.
+        margin: float32 ``[r]``, difference of the two largest sampled-distribution probabilities;
+            None unless asked for.
+        negative_entropy: float32 ``[r]``, of the sampled distribution; None unless asked for.
     """
 
     tokens: Tensor
     log_confidence: Tensor
     log_tempered: Tensor
-    margin: Tensor
-    negative_entropy: Tensor
+    margin: Tensor | None = None
+    negative_entropy: Tensor | None = None
 
 
 def _hide_padding(logits: Tensor, vocab_size: int, group: dist.ProcessGroup) -> int:
@@ -71,8 +72,14 @@ def draw_tokens(
     vocab_size: int,
     forbidden: int,
     group: dist.ProcessGroup,
+    *,
+    margin: bool = False,
+    entropy: bool = False,
 ) -> TokenDraw:
     """Choose one token per row, greedily or by inverse CDF from one uniform number per row.
+
+    Works in place: beside the logits there is no other tensor of their size, except for the
+    entropy and for a temperature other than 0 and 1.
 
     Args:
         logits: float ``[r, n]``; used up.
@@ -82,71 +89,104 @@ def draw_tokens(
         forbidden: a token id that is never chosen (the mask token: a row that "fills in" a mask
             would stay masked). It keeps its share in ``log_confidence``.
         group: tensor-parallel group.
+        margin: whether to compute the draw's ``margin``.
+        entropy: whether to compute its ``negative_entropy``.
 
     Returns:
         The draws. Ties go to the smallest token id.
     """
     logits = logits.float()
     start = _hide_padding(logits, vocab_size, group)
-    plain_lse = _local_lse(logits)
+    hidden = logits.new_full((logits.size(0),), float("-inf"))
     if start <= forbidden < start + logits.size(1):
+        hidden = logits[:, forbidden - start].clone()
         logits[:, forbidden - start] = float("-inf")
-    scaled = logits if temperature in (0.0, 1.0) else logits / temperature
+    divisor = temperature or 1.0
+    top, place = logits.max(dim=-1)
+    second = logits.topk(2, dim=-1).values[:, 1] if margin else top
+    # A shard without any allowed token: its weights become 0, not NaN.
+    top = top.clamp(min=torch.finfo(torch.float32).min)
+    logits -= top[:, None]
+    plain_mass = None if divisor == 1.0 else logits.exp().sum(dim=-1)
+    if plain_mass is not None:
+        logits /= divisor
+    moment = _moment(logits) if entropy else top
+    weights = logits.exp_()
+    mass = weights.sum(dim=-1)
+    plain_mass = mass if plain_mass is None else plain_mass
 
-    # What the other shards need to know of this one: [r, 5], gathered to [tp, r, 5].
-    lse = _local_lse(scaled)
-    top = scaled.topk(2, dim=-1).values
-    place = scaled.argmax(dim=-1)
-    # A shard without any allowed token has lse -inf; the clamp keeps its weights at 0, not NaN.
-    lowest = torch.finfo(torch.float32).min
-    log_weights = scaled - lse[:, None].clamp(min=lowest)
-    weights = log_weights.exp()
-    mean_log = torch.einsum("rn,rn->r", weights, log_weights.clamp_(min=lowest))
-    shards = _all_gather(
-        torch.stack((plain_lse, lse, top[:, 0], top[:, 1], mean_log), dim=-1).double(), group
-    )
-    total = shards[..., 1].logsumexp(dim=0)
-    share = (shards[..., 1] - total).exp()
-    best = torch.cat((shards[..., 2], shards[..., 3])).topk(2, dim=0).values
-    margin = (best[0] - total).exp() - (best[1] - total).exp()
-    local_log = (shards[..., 1] - total).clamp(min=lowest)
-    negative_entropy = (share * (shards[..., 4] + local_log)).sum(0)
-
+    # What the other shards need to know of this one, gathered to [tp, r] each.
+    own = (top, place + start, second, mass, plain_mass, hidden, moment)
+    gathered = _all_gather(torch.stack([part.double() for part in own]), group)
+    tops, places, seconds, masses, plain_masses, hiddens, moments = gathered.unbind(1)
+    lse = tops / divisor + masses.log()
+    total = lse.logsumexp(dim=0)
+    # The forbidden token takes part in the untempered distribution.
+    plain_total = torch.cat((tops + plain_masses.log(), hiddens)).logsumexp(dim=0)
     if temperature == 0.0:
-        owner = shards[..., 2].argmax(dim=0)
-        local = place
+        best, owner = tops.max(dim=0)
+        tokens, scaled = places.gather(0, owner[None])[0], best
     else:
-        # The last shard takes what rounding leaves above its upper end.
-        owner = (uniforms[None] >= share.cumsum(0)[:-1]).sum(0)
-        ranks = torch.arange(share.size(0), device=share.device)[:, None]
-        owner = torch.minimum(owner, torch.where(share > 0, ranks, 0).amax(0))
-        lower = (share.cumsum(0) - share).gather(0, owner[None])[0]
-        inside = (uniforms - lower) / share.gather(0, owner[None])[0].clamp(min=1e-300)
-        local = _inverse_cdf(weights, inside).clamp(max=logits.size(1) - 1)
-    chosen = torch.stack(
-        (
-            local + start,
-            scaled.gather(1, local[:, None])[:, 0],
-            logits.gather(1, local[:, None])[:, 0],
-        ),
-        dim=-1,
-    ).double()
+        tokens, scaled = _draw_by_inverse_cdf(
+            weights, uniforms, (lse - total).exp(), start, tops[group.rank()] / divisor, group
+        )
+    margins = negative_entropy = None
+    if margin:
+        two_largest = (torch.cat((tops, seconds)).topk(2, dim=0).values / divisor - total).exp()
+        margins = (two_largest[0] - two_largest[1]).float()
+    if entropy:
+        offset = tops / divisor - total
+        negative_entropy = (offset.exp() * (moments + masses * offset)).sum(dim=0).float()
+    return TokenDraw(
+        tokens=tokens.long(),
+        log_confidence=(scaled * divisor - plain_total).float(),
+        log_tempered=(scaled - total).float(),
+        margin=margins,
+        negative_entropy=negative_entropy,
+    )
+
+
+def _moment(logits: Tensor) -> Tensor:
+    """Sum ``exp(x) x`` over each row, 0 where x is -inf: float32 ``[r]``."""
+    weights = logits.exp()
+    return (weights.mul_(logits.clamp(min=torch.finfo(torch.float32).min))).sum(dim=-1)
+
+
+def _draw_by_inverse_cdf(
+    weights: Tensor,
+    uniforms: Tensor,
+    share: Tensor,
+    start: int,
+    top: Tensor,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, Tensor]:
+    """Draw the token at which the running sum of probabilities passes a number.
+
+    Args:
+        weights: float32 ``[r, n]``, this shard's probabilities up to a factor per row.
+        uniforms: float64 ``[r]`` in (0, 1).
+        share: float64 ``[tp, r]``, probability of each shard.
+        start: this shard's first token.
+        top: float64 ``[r]``, tempered logit of a token of weight 1.
+        group: tensor-parallel group.
+
+    Returns:
+        float64 ``[r]`` each: the token and its tempered logit, equal on all ranks.
+    """
+    # The last shard takes what rounding leaves above its upper end.
+    owner = (uniforms[None] >= share.cumsum(0)[:-1]).sum(0)
+    ranks = torch.arange(share.size(0), device=share.device)[:, None]
+    owner = torch.minimum(owner, torch.where(share > 0, ranks, 0).amax(0))
+    lower = (share.cumsum(0) - share).gather(0, owner[None])[0]
+    inside = (uniforms - lower) / share.gather(0, owner[None])[0].clamp(min=1e-300)
+    place = _inverse_cdf(weights, inside)
+    scaled = top + weights.gather(1, place[:, None])[:, 0].double().log()
+    chosen = torch.stack(((place + start).double(), scaled))
     # Exactly one rank owns each row's token; the others add zeros.
-    chosen = torch.where((owner == group.rank())[:, None], chosen, 0.0)
+    chosen = torch.where(owner == group.rank(), chosen, 0.0)
     if group.size() > 1:
         dist.all_reduce(chosen, group=group)
-    return TokenDraw(
-        tokens=chosen[:, 0].long(),
-        log_confidence=(chosen[:, 2] - shards[..., 0].logsumexp(dim=0)).float(),
-        log_tempered=(chosen[:, 1] - total).float(),
-        margin=margin.float(),
-        negative_entropy=negative_entropy.float(),
-    )
-
-
-def _local_lse(logits: Tensor) -> Tensor:
-    """float32 ``[r]`` log-sum-exp over this shard; -inf for a shard that is all padding."""
-    return logits.logsumexp(dim=-1)
+    return chosen[0], chosen[1]
 
 
 def _all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -171,16 +211,18 @@ def _inverse_cdf(weights: Tensor, fraction: Tensor) -> Tensor:
     Returns:
         int64 ``[r]``, an index with positive weight wherever the row has one.
     """
-    r = weights.size(0)
-    padding = -weights.size(1) % _CDF_BLOCK
-    if padding:
-        weights = torch.nn.functional.pad(weights, (0, padding))
-    blocks = weights.view(r, -1, _CDF_BLOCK)
+    n = weights.size(1)
+    whole = n // _CDF_BLOCK * _CDF_BLOCK
+    blocks = weights[:, :whole].unflatten(1, (n // _CDF_BLOCK, _CDF_BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64)
+    if whole < n:
+        tail = weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+        sums = torch.cat((sums, tail), dim=1)
     block, rest = _pick(sums, fraction.clamp(0.0, 1.0) * sums.sum(-1))
-    inside = blocks[torch.arange(r, device=weights.device), block].double()
+    columns = block[:, None] * _CDF_BLOCK + torch.arange(_CDF_BLOCK, device=weights.device)
+    inside = weights.gather(1, columns.clamp(max=n - 1)).double().masked_fill(columns >= n, 0.0)
     place, _ = _pick(inside, rest)
-    return block * _CDF_BLOCK + place
+    return (block * _CDF_BLOCK + place).clamp(max=n - 1)
 
 
 def _pick(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,7 @@ def test_the_largest_number_never_gives_a_padded_token(on_shards) -> None:
 def test_entropy_is_precise_at_the_size_of_real_logits(one_rank, temperature, shift) -> None:
     logits = 6.0 * torch.randn(20, 32000, generator=torch.Generator().manual_seed(0)) + shift
     uniforms = torch.full((20,), 0.5, dtype=torch.float64)
-    draw = draw_tokens(logits.clone(), uniforms, temperature, 32000, 0, one_rank)
+    draw = draw_tokens(logits.clone(), uniforms, temperature, 32000, 0, one_rank, entropy=True)
     log_p = (logits[:, 1:].double() / temperature).log_softmax(-1)
     expected = (log_p.exp() * log_p).sum(-1)
     assert torch.allclose(draw.negative_entropy.double(), expected, rtol=1e-4, atol=2e-5)

@@ -11,6 +11,7 @@ from megatron_espo.parallel.vocab import TokenDraw, _inverse_cdf, cross_entropy,
 # (vocabulary, columns): within one block of the running sums, at its edge, across three blocks.
 SIZES = [(5, 8), (512, 512), (513, 640), (1300, 1408)]
 SMALLEST, LARGEST = 2.0**-53, 1 - 2.0**-53
+ALL_SCORES = {"margin": True, "entropy": True}
 
 
 def random_logits(rows: int, columns: int, seed: int = 0, scale: float = 2.0) -> Tensor:
@@ -90,7 +91,9 @@ def test_scores_are_those_of_the_plain_and_of_the_sampled_distribution(
 ) -> None:
     logits = with_loud_padding(50, vocab_size, columns)
     forbidden = vocab_size - 2
-    draw = draw_tokens(logits.clone(), uniforms(50), temperature, vocab_size, forbidden, one_rank)
+    draw = draw_tokens(
+        logits.clone(), uniforms(50), temperature, vocab_size, forbidden, one_rank, **ALL_SCORES
+    )
     plain, tempered = log_probabilities(logits, vocab_size, forbidden, temperature)
     chosen = draw.tokens[:, None]
     top = tempered.exp().topk(2, dim=-1).values
@@ -107,6 +110,20 @@ def test_scores_are_those_of_the_plain_and_of_the_sampled_distribution(
         assert torch.allclose(found, want.double(), rtol=1e-5, atol=1e-5), name
     assert draw.tokens.dtype == torch.int64
     assert {found.dtype for found in draw[1:]} == {torch.float32}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_scores_that_are_not_asked_for_change_nothing(one_rank, temperature: float) -> None:
+    logits = with_loud_padding(50, 1300, 1408)
+
+    def draw(**scores: bool) -> TokenDraw:
+        return draw_tokens(logits.clone(), uniforms(50), temperature, 1300, 3, one_rank, **scores)
+
+    bare, whole = draw(), draw(**ALL_SCORES)
+    assert bare.margin is None and bare.negative_entropy is None
+    assert all(torch.equal(a, b) for a, b in zip(bare[:3], whole[:3], strict=True))
+    assert torch.equal(draw(margin=True).margin, whole.margin)
+    assert torch.equal(draw(entropy=True).negative_entropy, whole.negative_entropy)
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.5])
@@ -169,7 +186,7 @@ def test_a_single_possible_token_is_always_drawn(one_rank) -> None:
         logits = torch.full((3, 1408), -1e4)
         logits[:, only] = 3.0
         logits[:, 700] = 90.0
-        draw = draw_tokens(logits, numbers, 1.0, 1300, 700, one_rank)
+        draw = draw_tokens(logits, numbers, 1.0, 1300, 700, one_rank, **ALL_SCORES)
         assert draw.tokens.tolist() == [only] * 3
         assert draw.log_tempered.tolist() == draw.negative_entropy.tolist() == [0.0] * 3
         assert draw.margin.tolist() == [1.0] * 3
@@ -253,7 +270,9 @@ def test_draws_do_not_depend_on_the_shards(
     assert clear.float().mean() > 0.97
 
     def work(part: Tensor, group: Any) -> TokenDraw:
-        return draw_tokens(part.clone(), numbers, temperature, vocab_size, forbidden, group)
+        return draw_tokens(
+            part.clone(), numbers, temperature, vocab_size, forbidden, group, **ALL_SCORES
+        )
 
     whole = work(logits, one_rank)
     shards = on_shards(logits.split(widths, dim=1), work)
