@@ -109,7 +109,7 @@ say "Held-out test problems, greedy sampling"
 for name in "${tested[@]}"; do
   ranks "test-$name" tools/evaluate.py --load "$out/$name" --tokenizer-model "$out/tokenizer" \
     --seq-length "$seq_length" "${sampling[@]}" --espo-task "$task" \
-    --espo-eval-data "$out/data/test.jsonl"
+    --espo-eval-data "$out/data/test.jsonl" --out "$out/evaluation/$name"
 done
 "$python" tools/plot_run.py "$out" --title "ESPO on $task, seed $seed"
 say "Done: $out/curves.png, TensorBoard: tensorboard --logdir $out/tensorboard"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,86 @@ from megatron_espo.generation.sampler import Interrupted, generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import sum_over_data_parallel
 from megatron_espo.rl.rollout import completion_lengths, decode_completions, score_completions
-from megatron_espo.tasks.base import Example, Task
+from megatron_espo.tasks.base import Example, Score, Task
+
+# Completions of one problem draw their noise under ids this far apart; the first one's id is the
+# problem's number.
+_SAMPLES_APART = 1 << 32
+
+
+class Scored(NamedTuple):
+    """Completions of some problems and their scores.
+
+    Attributes:
+        completions: int64 ``[n, l]`` on the host.
+        texts: n texts before the end of sequence.
+        scores: n scores.
+        lengths: int64 ``[n]``, tokens before the end of sequence.
+        num_evaluations: int64 ``[n]``, model evaluations.
+    """
+
+    completions: Tensor
+    texts: list[str]
+    scores: list[Score]
+    lengths: Tensor
+    num_evaluations: Tensor
+
+
+def complete_problems(
+    model: DiffusionModel,
+    task: Task,
+    examples: Sequence[Example],
+    encoded: Sequence[tuple[int, ...]],
+    items: Sequence[tuple[int, int]],
+    tokenizer: PreTrainedTokenizerFast,
+    config: RolloutConfig,
+    seed: int,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Scored:
+    """Complete problems and score the completions.
+
+    A completion is a function of the seed, its problem's number and its own: it does not depend on
+    what is completed beside it.
+
+    Args:
+        model: the policy, in evaluation mode.
+        task: the task.
+        examples: all problems.
+        encoded: their prompts.
+        items: n pairs of a problem's number and a sample's number: this rank's share.
+        tokenizer: the tokenizer.
+        config: sampling settings.
+        seed: seed of orders and tokens that are random.
+        on_step: see generation.sampler.
+
+    Returns:
+        The completions, in the order of ``items``.
+
+    Raises:
+        Interrupted: ``on_step`` broke the sampling off.
+    """
+    ids = torch.tensor([problem + sample * _SAMPLES_APART for problem, sample in items])
+    generation = generate(
+        model,
+        [encoded[problem] for problem, _ in items],
+        ids.long(),
+        config,
+        seed,
+        "evaluation",
+        on_step,
+    )
+    completions = generation.completions
+    texts = decode_completions(completions, tokenizer, model.stop_token_ids)
+    scores = score_completions(
+        task, [examples[problem] for problem, _ in items], texts, model.layout
+    )
+    return Scored(
+        completions,
+        texts,
+        scores,
+        completion_lengths(completions, model.stop_token_ids),
+        torch.as_tensor(generation.num_evaluations).expand(len(items)),
+    )
 
 
 @dataclass(frozen=True)
@@ -58,28 +138,19 @@ def evaluate_task(
         The means, or None if ``on_step`` broke the sampling off on some rank.
     """
     layout = model.layout
-    mine = list(range(layout.dp_rank, len(examples), layout.dp_size))
+    mine = [(i, 0) for i in range(layout.dp_rank, len(examples), layout.dp_size)]
     greedy = replace(config, temperature=0.0)
     sums = torch.zeros(5, dtype=torch.float64)
     try:
-        generation = generate(
-            model,
-            [encoded[i] for i in mine],
-            torch.tensor(mine),
-            greedy,
-            seed,
-            "evaluation",
-            on_step,
+        scored = complete_problems(
+            model, task, examples, encoded, mine, tokenizer, greedy, seed, on_step
         )
     except Interrupted:
         sums[4] = 1.0
     else:
-        texts = decode_completions(generation.completions, tokenizer, model.stop_token_ids)
-        scores = score_completions(task, [examples[i] for i in mine], texts, layout)
-        lengths = completion_lengths(generation.completions, model.stop_token_ids)
-        sums[0] = sum(score.correct for score in scores)
-        sums[1] = sum(score.reward for score in scores)
-        sums[2] = float(lengths.sum())
+        sums[0] = sum(score.correct for score in scored.scores)
+        sums[1] = sum(score.reward for score in scored.scores)
+        sums[2] = float(scored.lengths.sum())
         sums[3] = len(mine)
     # One copy of the model may be interrupted when another is not: the flag travels with the sums.
     totals = sum_over_data_parallel(sums.to(model.device), layout).tolist()

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
@@ -21,7 +21,38 @@ from megatron_espo.model.provider import model_provider
 from megatron_espo.rl.trainer import TaskData
 from megatron_espo.tasks import Task, load_task
 from megatron_espo.training.espo import load_task_data
+from megatron_espo.training.hf_cache import converted_checkpoint
 from megatron_espo.training.setup import diffusion_model, initialize_process_groups
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name a model of another kind than Megatron's ``--load``."""
+    parser.add_argument(
+        "--hf",
+        help="Hugging Face folder or name on the hub (LLaDA, Dream) instead of --load; converted "
+        "once and kept",
+    )
+    parser.add_argument(
+        "--hf-cache",
+        help="where to keep converted checkpoints (default: ~/.cache/megatron_espo)",
+    )
+
+
+def checkpoint_flags(options: argparse.Namespace) -> list[str]:
+    """Turn ``--hf`` into ``--load`` of a converted checkpoint.
+
+    Args:
+        options: values of :func:`add_checkpoint_arguments`.
+
+    Returns:
+        Flags for :func:`load_model`.
+
+    Raises:
+        ValueError: the folder cannot be converted.
+    """
+    if options.hf is None:
+        return []
+    return ["--load", converted_checkpoint(options.hf, options.hf_cache)]
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -37,12 +68,13 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     """
     config_from_args(RolloutConfig, args).validate(args.logit_shift)
     if args.load is None:
-        raise ValueError("--load is missing: the folder of the checkpoint.")
+        raise ValueError("--load is missing: the folder of the checkpoint (or --hf).")
     if not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):
         args.bf16, args.fp16 = stored.bf16, stored.fp16
     args.exit_on_missing_checkpoint = True
     args.skip_train = args.no_load_optim = args.no_load_rng = True
     args.perform_initialization = False  # every weight comes from the checkpoint
+    args.exit_signal_handler = False  # nothing to save: a signal ends the process
     args.micro_batch_size, args.global_batch_size = 1, None
     args.train_iters, args.lr = 1, 0.0
     if args.seq_length is None:
@@ -51,19 +83,22 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.max_position_embeddings = args.seq_length
 
 
-def load_model(argv: Sequence[str]) -> tuple[DiffusionModel, argparse.Namespace]:
+def load_model(
+    argv: Sequence[str], prepare: Callable[[argparse.Namespace], None] = prepare_arguments
+) -> tuple[DiffusionModel, argparse.Namespace]:
     """Build the model that the command line describes and load its checkpoint.
 
     The shape comes from the checkpoint. What Megatron prints meanwhile goes to stderr.
 
     Args:
         argv: flags.
+        prepare: checks and completes the parsed arguments.
 
     Returns:
         The model in evaluation mode, and Megatron's arguments.
     """
     with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the result
-        args = initialize_arguments(["--use-checkpoint-args", *argv], prepare_arguments)
+        args = initialize_arguments(["--use-checkpoint-args", *argv], prepare)
         store = initialize_process_groups(args)
         megatron_training.initialize_megatron(store=store)
         chunks, _, _ = megatron_training.setup_model_and_optimizer(

@@ -4,6 +4,7 @@ import ctypes
 import ctypes.util
 import dataclasses
 import filecmp
+import json
 import os
 import resource
 import shutil
@@ -360,6 +361,35 @@ def test_a_converted_model_is_sampled_trained_and_exported(
         models / "llada", tmp_path / "trained", same, shallow=False
     )
     assert not different + unread and len(same) > 5
+
+
+def test_a_hugging_face_folder_is_evaluated_like_its_checkpoint(
+    models: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    run("tools/prepare_data.py", "sudoku", "--out", str(tmp_path / "data"), "--seed", "1",
+        "--train", "1", "--test", "6")  # fmt: skip
+    cache = tmp_path / "cache"
+    sources = {
+        "megatron": ["--load", str(checkpoint)],
+        "hf": ["--hf", str(models / "llada"), "--hf-cache", str(cache)],
+    }
+    tokens, printed = {}, ""
+    for name, source in sources.items():
+        # The Hugging Face folder on two ranks, which must not both convert it.
+        printed = run(
+            *(TORCHRUN if name == "hf" else ()), "tools/evaluate.py", *source,
+            "--espo-task", "sudoku", "--espo-eval-data", str(tmp_path / "data/test.jsonl"),
+            "--eval-lengths", "8", "16", "--eval-num-samples", "2", "--eval-temperature", "1.0",
+            "--out", str(tmp_path / name),
+        )  # fmt: skip
+        lines = (tmp_path / name / "completions.jsonl").read_text().splitlines()
+        made = [json.loads(line) for line in lines]
+        assert len(made) == 2 * 2 * 6
+        tokens[name] = {(c["length"], c["problem"], c["sample"]): c["token_ids"] for c in made}
+    assert tokens["megatron"] == tokens["hf"]
+    assert len(set(map(tuple, tokens["hf"].values()))) == 24, "two samples are the same"
+    assert printed.count("converting") == 1 and "| pass@2 |" in printed
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
 
 
 EIGHT_RANKS = """

@@ -301,23 +301,36 @@ def test_killed_run_is_the_same_run(tmp_path: Path) -> None:
     assert printed.count("\nkill ") == 3 and "tensors" in printed
 
 
-def test_evaluation_of_the_checkpoint_gives_the_runs_number(folder: Path, whole: str) -> None:
+def evaluate(folder: Path, *flags: str, launch: Sequence[str] = ()) -> tuple[str, list[dict]]:
+    """Evaluate the undisturbed run; what was printed and the finished completions."""
     printed = run(
-        "tools/evaluate.py",
-        "--load",
-        str(folder / "whole"),
-        "--tokenizer-model",
-        str(folder / "tokenizer"),
-        "--seq-length",
-        "32",
-        *SAMPLING,
-        "--espo-eval-data",
-        str(folder / "data/test.jsonl"),
-    )
+        *launch, "tools/evaluate.py", "--load", str(folder / "whole"),
+        "--tokenizer-model", str(folder / "tokenizer"), "--seq-length", "32", *SAMPLING,
+        "--espo-eval-data", str(folder / "data/test.jsonl"), "--out", str(folder / "evaluation"),
+        *flags,
+    )  # fmt: skip
+    lines = (folder / "evaluation/completions.jsonl").read_text().splitlines()
+    return printed, [json.loads(line) for line in lines]
+
+
+def test_evaluation_of_the_checkpoint_gives_the_runs_number_and_resumes(
+    folder: Path, whole: str
+) -> None:
+    printed, completions = evaluate(folder)
     result = json.loads(next(x for x in printed.splitlines() if x.startswith('{"accuracy"')))
-    assert result["num_problems"] == 12
+    assert result["num_problems"] == len(completions) == 12
     last = scalars(folder, "whole")["eval/reward"][1][-1]
     assert result["reward"] == pytest.approx(last, abs=1e-6)
+    # As if it had been killed while it wrote its fifth completion; two ranks go on.
+    path = folder / "evaluation/completions.jsonl"
+    path.write_text("\n".join(path.read_text().splitlines()[:5])[:-20])
+    printed, again = evaluate(folder, launch=TORCHRUN)
+    assert "length 16: 4 of 12 are finished" in printed and again[:4] == completions[:4]
+    tokens = [{c["problem"]: c["token_ids"] for c in made} for made in (completions, again)]
+    assert tokens[0] == tokens[1] and len(again) == 12
+    assert json.loads((folder / "evaluation/results.json").read_text())[0]["reward"] == (
+        pytest.approx(result["reward"])
+    )
 
 
 def test_checkpoint_of_another_model_is_refused_on_all_ranks(folder: Path) -> None:
