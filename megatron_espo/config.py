@@ -257,3 +257,8 @@ class EspoConfig:
     def completions_per_rollout(self) -> int:
         """Completions of one rollout over all ranks: the global batch of every update."""
         return self.prompts_per_rollout * self.group_size
+
+    @property
+    def views_per_completion(self) -> int:
+        """Model rows behind one ELBO: a coupled draw has two views."""
+        return self.num_mc * (2 if self.elbo_estimator == "coupled" else 1)

@@ -30,11 +30,6 @@ from megatron_espo.training.setup import (
 from megatron_espo.training.state import Checkpoints, StopRequest, load_position
 
 
-def views_per_completion(espo: EspoConfig) -> int:
-    """Count the model rows behind one ELBO: a coupled draw has two views."""
-    return espo.num_mc * (2 if espo.elbo_estimator == "coupled" else 1)
-
-
 def prepare_arguments(args: argparse.Namespace) -> None:
     """Check ESPO's settings and derive Megatron's batch arithmetic from them.
 
@@ -70,7 +65,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--espo-prompts-per-rollout {espo.prompts_per_rollout} cannot be split over {dp} "
             f"data-parallel ranks; use a multiple of {dp}."
         )
-    views = views_per_completion(espo)
+    views = espo.views_per_completion
     rows = espo.completions_per_rollout // dp * views
     if args.micro_batch_size is None:
         args.micro_batch_size = views

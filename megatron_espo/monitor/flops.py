@@ -1,0 +1,216 @@
+"""Floating-point operations of model passes: pure functions of shapes, nothing measured.
+
+Counted are the matrix products, two operations per multiply-add: projections, attention scores
+and their application, gated MLP, output head. Norms, softmax, rotary positions and sampling are
+left out, as is usual for MFU (model FLOPs utilization; PaLM, arXiv 2204.02311, appendix B). A
+backward pass costs twice its forward pass. What activation recomputation repeats is not counted;
+what the algorithm asks for (the gradient-free pass of ``two_pass``, the frozen policies) is.
+
+Three things differ from the count of a causal language model:
+
+* attention is bidirectional: every position sees every other, nothing is halved;
+* the output head runs on chosen rows only, so that its share is counted in rows;
+* a rollout is many full passes: one per denoising step, not one per token.
+
+Rows are counted at their padded width s, which is what the hardware multiplies.
+"""
+
+import argparse
+from dataclasses import dataclass
+
+from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
+
+
+@dataclass(frozen=True)
+class ModelDimensions:
+    """What the operations of a pass depend on.
+
+    Attributes:
+        num_layers: transformer layers.
+        hidden_size: channels between layers.
+        ffn_hidden_size: channels inside the MLP.
+        num_attention_heads: query heads.
+        num_query_groups: key/value heads.
+        head_dim: channels of one head.
+        vocab_size: rows of the output head, without padding.
+        gated: whether the MLP has a gate beside its up projection (SwiGLU).
+    """
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    vocab_size: int
+    gated: bool = True
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> "ModelDimensions":
+        """Read the dimensions from Megatron's validated arguments."""
+        grouped = args.group_query_attention
+        return cls(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups if grouped else args.num_attention_heads,
+            head_dim=args.kv_channels,
+            vocab_size=args.vocab_size,
+            gated=bool(args.swiglu),
+        )
+
+
+def forward_flops(
+    model: ModelDimensions,
+    rows: float,
+    positions: int,
+    head_rows: float,
+    keys: int | None = None,
+) -> float:
+    """Count one forward pass.
+
+    Args:
+        model: dimensions.
+        rows: sequences in the batch.
+        positions: positions per sequence that pass through the layers.
+        head_rows: hidden states, over all sequences, that reach the output head.
+        keys: positions that each position attends to; None for ``positions`` (no cache).
+
+    Returns:
+        Operations.
+    """
+    keys = positions if keys is None else keys
+    attention_size = model.num_attention_heads * model.head_dim
+    key_value_size = model.num_query_groups * model.head_dim
+    weights = (
+        model.hidden_size * (attention_size + 2 * key_value_size)  # q, k, v
+        + attention_size * model.hidden_size  # output projection
+        + (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
+    )
+    # Scores (positions x keys per channel), then the same number to apply them to the values.
+    attention = 2 * positions * keys * attention_size
+    per_row = model.num_layers * (positions * weights + attention)
+    return 2.0 * (rows * per_row + head_rows * model.hidden_size * model.vocab_size)
+
+
+def training_flops(model: ModelDimensions, rows: float, positions: int, head_rows: float) -> float:
+    """Count a forward and backward pass; the backward pass is twice the forward pass.
+
+    Args:
+        model: dimensions.
+        rows: sequences.
+        positions: positions per sequence.
+        head_rows: predicted (masked) positions over all sequences.
+
+    Returns:
+        Operations.
+    """
+    return 3.0 * forward_flops(model, rows, positions, head_rows)
+
+
+def generation_flops(
+    model: ModelDimensions, rows: float, positions: int, config: RolloutConfig
+) -> float:
+    """Count the sampling of completions, without caches.
+
+    The head runs on the candidates of each step: the positions of the block that are still masked
+    for orders that rank them, or just those that will be committed for ``random`` and ``origin``.
+
+    Args:
+        model: dimensions.
+        rows: completions.
+        positions: padded width of a row, prompt and completion.
+        config: sampling settings.
+
+    Returns:
+        Operations.
+    """
+    blocks = config.completion_length // config.block_length
+    steps = config.denoising_steps // blocks
+    schedule = dream_commit_counts if config.remasking in DREAM_ORDERS else commit_counts
+    counts = schedule(config.block_length, steps)
+    if config.remasking == "origin":
+        # Each token is committed once, at a step that is drawn; every step may run.
+        candidates, evaluations = config.block_length, steps
+    else:
+        ran = [step for step in range(steps) if counts[step]]
+        evaluations = len(ran)
+        left = [config.block_length - sum(counts[:step]) for step in ran]
+        decided = config.remasking == "random"
+        candidates = config.block_length if decided else sum(left)
+    # Classifier-free guidance passes every row twice.
+    copies = 2 if config.guidance_scale > 0.0 else 1
+    passes = blocks * evaluations * copies * rows
+    head_rows = blocks * candidates * copies * rows
+    return forward_flops(model, passes, positions, head_rows)
+
+
+def elbo_flops(
+    model: ModelDimensions, completions: float, positions: int, length: int, espo: EspoConfig
+) -> float:
+    """Count one gradient-free evaluation of the ELBOs of some completions.
+
+    Args:
+        model: dimensions.
+        completions: completions.
+        positions: padded width of a row.
+        length: completion length.
+        espo: estimator and number of draws.
+
+    Returns:
+        Operations; for estimators other than ``coupled`` with the expected number of masked
+        positions.
+    """
+    masked = {"coupled": length, "exact_count": (length + 1) / 2, "bernoulli": length / 2}
+    head_rows = completions * espo.num_mc * masked[espo.elbo_estimator]
+    rows = completions * espo.views_per_completion
+    return forward_flops(model, rows, positions, head_rows)
+
+
+@dataclass(frozen=True)
+class RolloutFlops:
+    """Operations of one rollout and its updates, all ranks together.
+
+    Attributes:
+        generation: sampling the completions.
+        old_elbo: ELBOs of the sampling policy, for every update but the first.
+        ref_elbo: ELBOs of the reference policy; 0 without a KL penalty.
+        update: forward and backward of all inner updates, and the gradient-free pass of each with
+            ``two_pass``.
+    """
+
+    generation: float
+    old_elbo: float
+    ref_elbo: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return self.generation + self.old_elbo + self.ref_elbo + self.update
+
+
+def rollout_flops(
+    model: ModelDimensions, positions: int, espo: EspoConfig, rollout: RolloutConfig
+) -> RolloutFlops:
+    """Count a rollout with its updates.
+
+    Args:
+        model: dimensions.
+        positions: padded width of a row: the longest prompt of the rank and the completion.
+        espo: group sizes, updates, draws.
+        rollout: sampling settings.
+
+    Returns:
+        Operations by phase.
+    """
+    completions, mu = espo.completions_per_rollout, espo.updates_per_rollout
+    one = elbo_flops(model, completions, positions, rollout.completion_length, espo)
+    return RolloutFlops(
+        generation=generation_flops(model, completions, positions, rollout),
+        old_elbo=(mu - 1) * one,
+        ref_elbo=mu * one if espo.kl_coef > 0.0 else 0.0,
+        update=mu * one * (4 if espo.gradient == "two_pass" else 3),
+    )

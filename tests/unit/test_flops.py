@@ -1,0 +1,143 @@
+"""Counted operations against the matrix products that PyTorch dispatches for the real model."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training import get_args
+from megatron.training.global_vars import destroy_global_vars
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_espo.arguments import initialize_arguments
+from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
+from megatron_espo.diffusion.noise import elbo_views
+from megatron_espo.generation.sampler import generate
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.model.provider import model_provider
+from megatron_espo.monitor.flops import (
+    ModelDimensions,
+    forward_flops,
+    generation_flops,
+    rollout_flops,
+    training_flops,
+)
+from megatron_espo.random import stream
+from megatron_espo.rl.elbo import elbo_of_views
+from megatron_espo.rl.update import accumulate_gradient
+
+PROMPTS = [[5, 7, 11, 2], [3, 1, 4]]
+LENGTH = 16
+POSITIONS = 4 + LENGTH
+
+
+@pytest.fixture(scope="module")
+def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionModel]:
+    from megatron_espo.training.setup import diffusion_model
+
+    folder = tmp_path_factory.mktemp("model") / "tokenizer"
+    save_tokenizer(byte_tokenizer(), folder)
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+    argv = (
+        "--preset tiny --num-layers 2 --group-query-attention --num-query-groups 2 --add-qkv-bias "
+        "--make-vocab-size-divisible-by 2 --vocab-size 262 --seq-length 64 "
+        f"--micro-batch-size 1 --train-iters 1 --tokenizer-model {folder}"
+    )
+    initialize_arguments(argv.split(), lambda args: None)
+    mpu.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(3)
+    yield diffusion_model([model_provider()])
+    mpu.destroy_model_parallel()
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+
+
+@pytest.fixture
+def dimensions(model: DiffusionModel) -> ModelDimensions:
+    return ModelDimensions.from_args(get_args())
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Operations of the layers and the output head (drawing tokens takes a product of its own)."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    counts = counter.get_flop_counts()
+    return sum(sum(counts[f"GPTModel.{part}"].values()) for part in ("decoder", "output_layer"))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"denoising_steps": 16},
+        {"remasking": "random"},
+        {"remasking": "entropy"},
+        {"guidance_scale": 1.0},
+    ],
+)
+def test_generation_flops_are_those_of_the_sampler(
+    model: DiffusionModel, dimensions: ModelDimensions, sampling: dict[str, object]
+) -> None:
+    config = RolloutConfig(**{"completion_length": LENGTH, "block_length": 8,
+                              "denoising_steps": 6, **sampling})  # fmt: skip
+    ids = torch.arange(len(PROMPTS))
+    got = counted(lambda: generate(model, PROMPTS, ids, config, 1, "flops"))
+    assert got == generation_flops(dimensions, len(PROMPTS), POSITIONS, config)
+
+
+@pytest.mark.parametrize("gradient", ["joint", "two_pass"])
+@pytest.mark.parametrize("kl_coef", [0.0, 1e-3])
+def test_rollout_flops_are_those_of_its_phases(
+    model: DiffusionModel, dimensions: ModelDimensions, gradient: str, kl_coef: float
+) -> None:
+    espo = EspoConfig(
+        prompts_per_rollout=1, group_size=2, updates_per_rollout=3, num_mc=2,
+        gradient=gradient, kl_coef=kl_coef,  # type: ignore[arg-type]
+    )  # fmt: skip
+    rollout = RolloutConfig(completion_length=LENGTH, block_length=8, denoising_steps=8)
+    completions = torch.randint(0, 250, (2, LENGTH))
+    ids = torch.arange(2)
+    views = elbo_views("coupled", stream(1, "e"), ids, ids, 2, LENGTH, espo.num_mc)
+    sequences = pack_sequences(PROMPTS, completions, model.pad_token_id, 1)
+    batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, 4)
+
+    def evaluate() -> None:
+        elbo_of_views(model, batches, views)
+
+    def update() -> None:
+        advantages, ref = torch.tensor([1.0, -1.0]), torch.zeros(2, 2)
+        ref_elbo = ref if kl_coef else None
+        accumulate_gradient(model, batches, views, None, ref_elbo, advantages, LENGTH, espo, 2)
+
+    flops = rollout_flops(dimensions, POSITIONS, espo, rollout)
+    one = counted(evaluate)
+    assert flops.old_elbo == 2 * one
+    assert flops.ref_elbo == (3 * one if kl_coef else 0)
+    assert flops.update == 3 * counted(update)
+    assert flops.total == sum((flops.generation, flops.old_elbo, flops.ref_elbo, flops.update))
+
+
+def test_forward_flops_by_hand() -> None:
+    tiny = ModelDimensions(1, 2, 3, 2, 1, 1, vocab_size=5)
+    # q 2x2, k and v 2x1 each, output 2x2, gate, up and down 2x3 each; 4 positions; 2 x 4x4x2
+    # for scores and their application; 3 head rows of 2x5.
+    products = 4 * (4 + 4 + 4 + 18) + 2 * 4 * 4 * 2 + 3 * 10
+    assert forward_flops(tiny, 1, 4, 3) == 2 * products
+    assert training_flops(tiny, 1, 4, 3) == 6 * products
+    # Half of the positions, attending to all: half of everything but the head.
+    assert forward_flops(tiny, 1, 2, 3, keys=4) == 2 * (products - 30) / 2 + 2 * 30
+
+
+def test_flops_of_llada_are_two_per_weight_and_token() -> None:
+    # Without attention scores, a forward pass costs twice the weights but embedding and norms.
+    llada = ModelDimensions(32, 4096, 12288, 32, 32, 128, 126464)
+    weights = 8_015_581_184 - 126464 * 4096 - (2 * 32 + 1) * 4096
+    one_token = forward_flops(llada, 1, 1, 1, keys=0)
+    assert one_token == 2 * weights
+    assert forward_flops(replace(llada, num_layers=0), 1, 1, 1) == 2 * 126464 * 4096
