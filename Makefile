@@ -32,6 +32,7 @@ test: test-unit test-dist
 
 test-unit: setup
 	$(RUN) -m pytest tests/unit -q --timeout 300
+	$(RUN) -m pytest tests/te -q --timeout 300
 
 test-dist: setup
 	@mkdir -p runs

@@ -24,6 +24,7 @@ from megatron_espo.checkpoint.tracker import (
     tokenizer_folder,
 )
 from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
+from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
 
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
@@ -88,6 +89,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         # SIGTERM saves and leaves; a checkpoint can be taken up in another layout.
         exit_signal_handler=True,
         dist_ckpt_optim_fully_reshardable=True,
+        # Megatron's default carries scales from call to call; see _check_backend.
+        fp8_recipe=None,
     )
     for action in parser._actions:
         # Some of Megatron's help texts hold a bare per cent sign, which stops --help.
@@ -170,6 +173,7 @@ def initialize_arguments(
         # Many of Megatron's assertions carry no message: then the line says what is wanted.
         wanted = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these arguments: {wanted}") from error
+    fp8.check_arguments(args)
     set_global_variables(args)
     _complete_from_tokenizer(args)
     _check_checkpoint(args)
@@ -253,6 +257,9 @@ def check_layout(args: argparse.Namespace) -> None:
 
 
 def _check_backend(args: argparse.Namespace) -> None:
+    if args.fp8_recipe is None:
+        # Megatron's optimizer reads the recipe even without FP8: there its own default stays.
+        args.fp8_recipe = fp8.DEFAULT_RECIPE if args.fp8 else "delayed"
     if args.transformer_impl == "transformer_engine":
         if not device.has_cuda():
             raise ValueError(
@@ -267,6 +274,8 @@ def _check_backend(args: argparse.Namespace) -> None:
             )
     if args.fp8 and args.transformer_impl != "transformer_engine":
         raise ValueError("--fp8-format needs --transformer-impl transformer_engine.")
+    if args.fp8:
+        fp8.check_device(args.fp8_recipe)
 
 
 def _complete_from_tokenizer(args: argparse.Namespace) -> None:

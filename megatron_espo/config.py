@@ -209,6 +209,10 @@ class EspoConfig:
     reference_mix_interval: int = 64
     """Optimizer steps between mixes of the reference policy; 0 never mixes."""
 
+    fp8_phases: Literal["both", "rollout", "elbo"] = "both"
+    """With --fp8-format, what computes in FP8: rollouts and held-out evaluation (rollout), ELBOs
+    and updates (elbo), or both. The rest computes in bf16."""
+
     samples_to_log: int = 4
     """Sampled completions written to TensorBoard as text per rollout logged."""
 

@@ -129,6 +129,7 @@ def forward_only(
     logits_function: LogitsFunction,
     logit_shift: bool,
     layout: Layout,
+    new_weights: bool = True,
 ) -> list[Tensor]:
     """Run micro-batches of one shape through all pipeline stages, without gradients.
 
@@ -139,14 +140,20 @@ def forward_only(
         logits_function: see :func:`run_model`.
         logit_shift: see :func:`run_model`.
         layout: process groups.
+        new_weights: whether the weights may have changed since the last pass. With FP8 they are
+            then quantized anew; Transformer Engine would go on with the copy that it keeps for the
+            micro-batches after the first one of a step.
 
     Returns:
         The function's results in order on the last stage; an empty list elsewhere.
     """
     if layout.pp_size == 1:
+        chunk: Any = model[0]
+        if new_weights:
+            chunk.set_is_first_microbatch()
         # The schedule would do just this; calling the model spares its bookkeeping per step.
         with torch.no_grad():
-            return [run_model(model[0], b, logits_function, logit_shift) for b in batches]
+            return [run_model(chunk, b, logits_function, logit_shift) for b in batches]
 
     shape = batches[0].tokens.shape
     assert all(batch.tokens.shape == shape for batch in batches)
@@ -170,5 +177,6 @@ def forward_only(
             micro_batch_size=shape[0],
             forward_only=True,
             collect_non_loss_data=True,
+            first_val_step=new_weights,
         )
     return list(results)[:num_batches]

@@ -16,6 +16,7 @@ from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.batch import ViewBatch, view_batches
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.generation.sampler import Interrupted
+from megatron_espo.model.fp8 import Phase, fp8_phase
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.progress import Progress
 from megatron_espo.monitor.tensorboard import write_samples, write_scalars
@@ -179,6 +180,11 @@ def _prompts(trainer: Trainer, number: int) -> list[Prompt]:
     return local_share(prompts, trainer.model.layout)
 
 
+def _fp8(trainer: Trainer, phase: Phase) -> AbstractContextManager[None]:
+    """The context of a phase, which computes in FP8 or does not."""
+    return fp8_phase(trainer.model.chunks, phase, trainer.espo.fp8_phases)
+
+
 def _look_out(trainer: Trainer) -> Callable[[Tensor], None]:
     """Make a hook for the sampler that breaks it off after a signal."""
     steps = 0
@@ -195,7 +201,7 @@ def _look_out(trainer: Trainer) -> Callable[[Tensor], None]:
 def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Rollout | None:
     """Sample and score a rollout; None where the run is told to stop."""
     espo, generation = trainer.espo, None
-    with clock("rollout"), trainer.inference(), suppress(Interrupted):
+    with clock("rollout"), trainer.inference(), _fp8(trainer, "rollout"), suppress(Interrupted):
         generation = sample(
             trainer.model,
             prompts,
@@ -257,10 +263,11 @@ def _evaluate_frozen_policies(
     """
     old: list[Tensor | None] = [None]
     reference: list[Tensor | None] = [None] * len(noise)
-    with clock("old_elbo"), trainer.inference():
+    with clock("old_elbo"), trainer.inference(), _fp8(trainer, "elbo"):
         old += [elbo_of_views(trainer.model, n.batches, n.views) for n in noise[1:]]
     if trainer.reference is not None:
-        with clock("ref_elbo"), trainer.inference(), trainer.reference.in_model():
+        visit = trainer.reference.in_model
+        with clock("ref_elbo"), trainer.inference(), _fp8(trainer, "elbo"), visit():
             reference = [elbo_of_views(trainer.model, n.batches, n.views) for n in noise]
     return PreparedRollout(rollout, tuple(old), tuple(reference))
 
@@ -286,17 +293,18 @@ def _update(
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         elbo_ref = prepared.elbo_ref[place]
-        draws = accumulate_gradient(
-            model,
-            noise.batches,
-            noise.views,
-            prepared.elbo_old[place],
-            elbo_ref,
-            rollout.advantages,
-            length,
-            espo,
-            espo.completions_per_rollout,
-        )
+        with _fp8(trainer, "elbo"):
+            draws = accumulate_gradient(
+                model,
+                noise.batches,
+                noise.views,
+                prepared.elbo_old[place],
+                elbo_ref,
+                rollout.advantages,
+                length,
+                espo,
+                espo.completions_per_rollout,
+            )
         succeeded, grad_norm, _ = trainer.optimizer.step()
         if succeeded:
             # Megatron's schedule counts samples: the rows of one update.
@@ -315,7 +323,9 @@ def _update(
     write_scalars(trainer.writer, scalars, step)
     interval = espo.reference_mix_interval
     if trainer.reference is not None and interval and step % interval == 0:
-        trainer.reference.mix(espo.reference_mix)
+        # With overlapped parameter gathers, this rank holds the others' shards only from here on.
+        with trainer.inference():
+            trainer.reference.mix(espo.reference_mix)
     return prepared, scalars
 
 
@@ -354,7 +364,7 @@ def _evaluate(trainer: Trainer, step: int) -> bool:
     """Evaluate on the held-out problems; returns True if a signal broke it off."""
     if trainer.eval_data is None:
         return False
-    with trainer.inference():
+    with trainer.inference(), _fp8(trainer, "rollout"):
         result = evaluate_task(
             trainer.model,
             trainer.task,

@@ -15,6 +15,7 @@ from megatron.training import training as megatron_training
 from megatron_espo.arguments import config_from_args, initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.model.fp8 import check_policy_arguments
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.rl.prompts import encode_examples
@@ -49,6 +50,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         )
     if args.calculate_per_token_loss:
         raise ValueError("--calculate-per-token-loss: ESPO averages over sequences; leave it out.")
+    check_policy_arguments(args, espo.fp8_phases)
     if args.seq_length is None:
         raise ValueError("--seq-length is missing: the most tokens of prompt and completion.")
     if args.seq_length <= rollout.completion_length:

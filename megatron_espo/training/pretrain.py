@@ -21,6 +21,7 @@ from megatron_espo.config import SftConfig
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.training.denoise import forward_step
@@ -52,6 +53,12 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x {rows // args.micro_batch_size} data-parallel ranks."
+        )
+    split = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    if args.fp8 and args.seq_length % (needed := split * fp8.alignment(args.fp8_recipe)):
+        raise ValueError(
+            f"--seq-length {args.seq_length} is not a multiple of {needed}, which --fp8-recipe "
+            f"{args.fp8_recipe} needs on {split} ranks that split a row; change it."
         )
     sft = config_from_args(SftConfig, args)
     if sft.train_data is not None and sft.valid_data is None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import queue
 import sys
@@ -20,6 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import current_layout
 
@@ -95,8 +97,11 @@ def _rendezvous(args: argparse.Namespace) -> Store | None:
 
 def pad_multiple(args: argparse.Namespace) -> int:
     """Positions per row must be a multiple of this: sequence parallelism, FP8 tiles."""
-    return max(
-        args.tensor_model_parallel_size if args.sequence_parallel else 1, 16 if args.fp8 else 1
+    rows = math.gcd(getattr(args, "espo_rows_per_batch", 0), args.rollout_micro_batch_size)
+    return fp8.sequence_multiple(
+        args.fp8_recipe if args.fp8 else None,
+        args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        rows,
     )
 
 

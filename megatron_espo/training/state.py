@@ -23,6 +23,7 @@ from megatron_espo.device import current_device
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import Position
+from megatron_espo.training.setup import inference_mode
 
 
 class Checkpoints:
@@ -86,9 +87,11 @@ class Checkpoints:
                 **_shape(self._espo),
             }
             torch.save(state, os.path.join(folder, "state.pt"))
-        if self._reference is not None:
-            self._reference.save(reference_folder(args.save, step))
-        save_checkpoint(step, *self._parts, 0)
+        # With overlapped parameter gathers, this rank holds the others' shards only in here.
+        with inference_mode(self._parts[0], self._parts[1]):
+            if self._reference is not None:
+                self._reference.save(reference_folder(args.save, step))
+            save_checkpoint(step, *self._parts, 0)
         self._saved = step
 
 

@@ -26,6 +26,7 @@ class Case(NamedTuple):
 
 _SP, _DO = "--sequence-parallel", "--use-distributed-optimizer"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+_OVERLAP = (_DO, "--overlap-grad-reduce", "--overlap-param-gather")
 _VPP = ("--num-layers-per-virtual-pipeline-stage", "1")
 
 CASES = {
@@ -39,6 +40,8 @@ CASES = {
     "tp 2, pp 2, sequence parallel, distributed optimizer": Case(2, 2, (_SP, _DO)),
     "pp 2 with 2 virtual stages, dp 2": Case(1, 2, _VPP),
     "dp 4, distributed optimizer": Case(1, 1, (_DO,), few_samplers=True),
+    "dp 4, distributed optimizer, overlapped": Case(1, 1, _OVERLAP, few_samplers=True),
+    "tp 2, dp 2, distributed optimizer, overlapped": Case(2, 1, _OVERLAP, few_samplers=True),
     "tp 2, dp 2, micro-batch 1": Case(2, 1, (), 1, 2, few_samplers=True),
     "tp 2, pp 2, full recomputation": Case(2, 2, tuple(_FULL), few_samplers=True),
     "tp 2, dp 2, selective recomputation": Case(

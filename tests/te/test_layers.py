@@ -1,0 +1,136 @@
+"""Transformer Engine layers against Megatron's local ones, with the stand-in's arithmetic."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformer_engine as te
+from conftest import FP8, TE, Build, Built
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+)
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.utils import unwrap_model
+from megatron.training.checkpointing import save_checkpoint
+from torch import Tensor
+from transformer_engine.pytorch import fp8 as te_fp8
+
+from megatron_espo.parallel.pipeline import RowBatch, forward_only
+
+RECIPES = {
+    "tensorwise": "Float8CurrentScaling",
+    "blockwise": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+
+
+def test_standin_refuses_what_the_real_one_does_not_take() -> None:
+    with pytest.raises(TypeError, match="no_such_option"):
+        te.pytorch.Linear(16, 16, no_such_option=1)
+    with pytest.raises(TypeError, match="num_attention_heads"):
+        te.pytorch.DotProductAttention(kv_channels=16)
+
+
+def logits_of(built: Built) -> Tensor:
+    """Logits of all positions of three rows of different lengths."""
+    model = built.model
+    for chunk in model.chunks:
+        chunk.eval()
+    tokens = torch.randint(250, (3, 32), generator=torch.Generator().manual_seed(5))
+    lengths = torch.tensor([32, 21, 9])
+    rows, positions = (torch.arange(32)[None] < lengths[:, None]).nonzero(as_tuple=True)
+    batch = RowBatch(tokens, lengths, rows, positions)
+    function = lambda logits, _: logits.float()  # noqa: E731
+    return forward_only(model.chunks, [batch], function, False, model.layout)[0]
+
+
+def sharded(built: Built) -> dict[tuple[Any, ...], tuple[Any, ...]]:
+    """Key, kind, shape and place of everything in a checkpoint of the model."""
+    (chunk,) = unwrap_model(list(built.model.chunks))
+    state = chunk.sharded_state_dict()
+    apply_factories(state)
+    parts, found = list(state.values()), {}
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list | dict):  # what a factory made: the halves of a gated layer
+            parts += part.values() if isinstance(part, dict) else part
+            continue
+        assert isinstance(part, ShardedTensor | ShardedObject), part
+        place = (part.key, tuple(part.global_offset))
+        assert place not in found
+        found[place] = (type(part).__name__, tuple(part.global_shape))
+    return found
+
+
+def test_checkpoint_keys_and_shapes_are_those_of_the_local_layers(build: Build) -> None:
+    local = sharded(build())
+    assert sharded(build(*TE)) == local == sharded(build(*FP8))
+    assert sum(kind == "ShardedTensor" for kind, _ in local.values()) > 8
+
+
+def test_attention_is_bidirectional_in_every_layer(build: Build) -> None:
+    for flags, core in ((TE, "TEDotProductAttention"), ((), None)):
+        built = build(*flags)
+        (model,) = unwrap_model(list(built.model.chunks))
+        layers = list(model.decoder.layers)
+        assert len(layers) == 2
+        for layer in layers:
+            assert layer.self_attention.attn_mask_type == AttnMaskType.padding
+        if core is not None:
+            logits_of(built)
+            cores = [layer.self_attention.core_attention for layer in layers]
+            assert {type(c).__name__ for c in cores} == {core}
+            assert [c.mask_types for c in cores] == [["padding"], ["padding"]]
+
+
+@pytest.mark.parametrize("source", ["local", "transformer_engine"])
+def test_checkpoints_move_between_the_backends(build: Build, tmp_path: Path, source: str) -> None:
+    order = ((), TE) if source == "local" else (TE, ())
+    written = build(*order[0], "--save", str(tmp_path))
+    # Norm weights of 1 and zero biases would hide a wrong name.
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in unwrap_model(list(written.model.chunks))[0].parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    expected = logits_of(written)
+    written.optimizer.reload_model_params()
+    save_checkpoint(1, list(written.model.chunks), written.optimizer, written.scheduler, 0)
+    read = build(*order[1], "--pretrained-checkpoint", str(tmp_path), "--seed", "77")
+    actual = logits_of(read)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_reaches_the_linear_layers_and_not_the_head(build: Build, recipe: str) -> None:
+    built = build(*FP8, "--fp8-recipe", recipe)
+    (model,) = unwrap_model(list(built.model.chunks))
+    assert type(model.output_layer) is ColumnParallelLinear
+    seen = []
+    model.output_layer.register_forward_pre_hook(lambda *_: seen.append(te_fp8.state.enabled))
+    logits = logits_of(built)
+    name = RECIPES[recipe]
+    layer = [
+        ("TELayerNormColumnParallelLinear", name),
+        ("TEDotProductAttention", name),
+        ("TERowParallelLinear", name),
+        ("TELayerNormColumnParallelLinear", name),
+        ("TERowParallelLinear", name),
+    ]
+    assert te_fp8.calls == layer * 2
+    assert seen == [False]
+    # The rounding is there, and it is small.
+    plain = logits_of(build(*TE, "--bf16"))
+    deviation = (logits - plain).abs().mean() / plain.std()
+    assert 1e-4 < deviation < 0.2
+
+
+def test_default_recipe_is_stateless_only_where_there_is_fp8(build: Build) -> None:
+    assert build(*FP8).args.fp8_recipe == "tensorwise"
+    # Megatron's optimizer reads the recipe in any run.
+    assert build(*TE).args.fp8_recipe == "delayed"

@@ -1,0 +1,120 @@
+"""What FP8 needs of shapes and flags."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_espo.model.fp8 import (
+    STATELESS_RECIPES,
+    check_arguments,
+    check_policy_arguments,
+    fp8_phase,
+    sequence_multiple,
+)
+
+LLADA = {
+    "fp8": "hybrid", "fp8_recipe": "tensorwise", "bf16": True, "fp8_output_proj": False,
+    "fp8_param_gather": False, "tensor_model_parallel_size": 8, "num_attention_heads": 32,
+    "group_query_attention": False, "num_query_groups": 1, "kv_channels": 128,
+    "hidden_size": 4096, "ffn_hidden_size": 12288,
+}  # fmt: skip
+DREAM = LLADA | {
+    "tensor_model_parallel_size": 4, "num_attention_heads": 28, "group_query_attention": True,
+    "num_query_groups": 4, "hidden_size": 3584, "ffn_hidden_size": 18944,
+}  # fmt: skip
+
+
+def arguments(base: dict[str, Any] = LLADA, **changes: Any) -> Any:
+    return SimpleNamespace(**(base | changes))
+
+
+@given(
+    recipe=st.sampled_from(STATELESS_RECIPES),
+    split=st.sampled_from((1, 2, 4, 8)),
+    rows=st.integers(1, 64),
+    tiles=st.integers(1, 5),
+)
+def test_padded_rows_fit_on_every_rank(recipe: str, split: int, rows: int, tiles: int) -> None:
+    positions = tiles * sequence_multiple(recipe, split, rows)
+    assert positions % split == 0
+    needed = 32 if recipe == "mxfp8" else 16
+    # Any number of rows, such as those of the last micro-batch.
+    assert all((positions // split * b) % needed == 0 for b in (1, 3, rows))
+    if recipe == "blockwise" and split > 1:
+        assert (positions // split * rows) % 128 == 0
+
+
+def test_padding_is_the_least_that_fits() -> None:
+    assert sequence_multiple(None, 1) == 1
+    assert sequence_multiple(None, 4) == 4
+    assert sequence_multiple("tensorwise", 1, 3) == 16
+    assert sequence_multiple("tensorwise", 8) == 128
+    assert sequence_multiple("mxfp8", 2) == 64
+    assert sequence_multiple("blockwise", 1, 1) == 16
+    assert sequence_multiple("blockwise", 2, 4) == 64
+    assert sequence_multiple("blockwise", 2, 32) == 32
+
+
+@pytest.mark.parametrize("recipe", STATELESS_RECIPES)
+@pytest.mark.parametrize("base", [LLADA, DREAM], ids=["llada", "dream"])
+def test_published_shapes_fit_up_to_their_largest_layout(base: dict[str, Any], recipe: str) -> None:
+    check_arguments(arguments(base, fp8_recipe=recipe))
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"ffn_hidden_size": 12288 + 64}, "--ffn-hidden-size"),
+        ({"hidden_size": 4104}, "--hidden-size"),
+        ({"num_attention_heads": 4, "kv_channels": 24}, "--num-attention-heads"),
+        ({"bf16": False}, "--bf16"),
+        ({"fp8_output_proj": True}, "--fp8-output-proj"),
+    ],
+)
+def test_unfit_shapes_and_flags_are_refused(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(ValueError, match=flag):
+        check_arguments(arguments(**changes))
+    check_arguments(arguments(fp8=None, **changes))
+
+
+def test_mxfp8_needs_more_than_the_others() -> None:
+    half = {"tensor_model_parallel_size": 1, "ffn_hidden_size": 1008}
+    check_arguments(arguments(**half))
+    with pytest.raises(ValueError, match="multiple of 32"):
+        check_arguments(arguments(fp8_recipe="mxfp8", **half))
+
+
+@pytest.mark.parametrize(
+    ("changes", "phases", "reason"),
+    [
+        ({"fp8_recipe": "delayed"}, "both", "ratios of unchanged weights would differ from 1"),
+        ({"fp8_recipe": "custom"}, "both", "use one of tensorwise, blockwise, mxfp8"),
+        ({"fp8_param_gather": True}, "both", "--fp8-param-gather"),
+        ({"fp8": None}, "rollout", "--espo-fp8-phases rollout needs --fp8-format"),
+    ],
+)
+def test_policies_need_stateless_scaling_of_weights_in_higher_precision(
+    changes: dict[str, Any], phases: Any, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_policy_arguments(arguments(**changes), phases)
+    for fine in ("both", "rollout", "elbo"):
+        check_policy_arguments(arguments(), fine)  # type: ignore[arg-type]
+
+
+def test_phase_switches_every_config_and_gives_it_back_after_an_error() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+    configs = [SimpleNamespace(fp8="hybrid"), SimpleNamespace(fp8="e4m3")]
+    for module, config in zip(model, configs, strict=True):
+        module.config = config  # type: ignore[assignment]
+    with pytest.raises(ZeroDivisionError), fp8_phase([model], "rollout", "elbo"):
+        assert [config.fp8 for config in configs] == [None, None]
+        raise ZeroDivisionError
+    assert [config.fp8 for config in configs] == ["hybrid", "e4m3"]
+    for phases in ("both", "rollout"):
+        with fp8_phase([model], "rollout", phases):  # type: ignore[arg-type]
+            assert [config.fp8 for config in configs] == ["hybrid", "e4m3"]
