@@ -6,7 +6,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300
 
-.PHONY: setup demo demo-seeds test test-unit test-dist layouts pretrain-tiny format lint type smoke check clean
+.PHONY: setup demo demo-seeds test test-unit test-dist layouts pretrain-tiny bench format lint type smoke check clean
 
 setup: $(VENV)/.installed
 
@@ -42,13 +42,22 @@ layouts: setup  ## the table of docs/parallelism.md, measured anew
 	@mkdir -p runs
 	LAYOUT_TABLE=docs/parallelism.md $(DIST)
 
+bench: setup  ## rollouts and updates against a straightforward implementation (half an hour)
+	for shape in large-vocabulary small-vocabulary; do \
+		$(BIN)/python -W ignore -m benchmarks.rollout_and_elbo --shape $$shape \
+			--out runs/benchmark/$$shape-random.json && \
+		$(BIN)/python -W ignore -m benchmarks.confident --shape $$shape && \
+		$(BIN)/python -W ignore -m benchmarks.rollout_and_elbo --shape $$shape --only rollout \
+			--trained runs/benchmark/$$shape/checkpoint \
+			--out runs/benchmark/$$shape-trained.json || exit 1; done
+
 format: setup
 	$(BIN)/ruff format megatron_espo tools tests benchmarks setup.py
-	$(BIN)/ruff check --fix megatron_espo tools tests setup.py
+	$(BIN)/ruff check --fix megatron_espo tools tests benchmarks setup.py
 
 lint: setup
-	$(BIN)/ruff format --check megatron_espo tools tests setup.py
-	$(BIN)/ruff check megatron_espo tools tests setup.py
+	$(BIN)/ruff format --check megatron_espo tools tests benchmarks setup.py
+	$(BIN)/ruff check megatron_espo tools tests benchmarks setup.py
 
 type: setup
 	$(BIN)/mypy

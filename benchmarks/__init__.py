@@ -1,0 +1,1 @@
+"""Benchmarks: this project against a straightforward implementation of the published algorithm."""

@@ -1,0 +1,282 @@
+"""Times rollouts and ESPO's ELBO updates against a straightforward implementation.
+
+Both sides hold the same weights, complete the same prompts, use the same threads and float32, and
+run in one process, interleaved; greedy tokens, ELBOs and gradients must agree before anything is
+reported. Prints ratios with their range, tokens per second, model evaluations, and the peak memory
+of each side, measured in fresh processes.
+
+    python -m benchmarks.rollout_and_elbo --out runs/benchmark.json
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.utils import unwrap_model
+
+from benchmarks import workloads
+from benchmarks.measure import (
+    MIB,
+    as_json,
+    interleaved,
+    largest_difference,
+    machine,
+    peak_memory,
+    print_table,
+    ratios,
+    spread,
+)
+from benchmarks.models import SHAPES, llama_twin, llama_weights
+from benchmarks.workloads import Workload
+from megatron_espo.config import RolloutConfig
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.training.verification import quiet
+
+BASELINE = "straightforward"
+# Relative to the largest entry; two orders of adding in float32.
+TOLERANCE = 1e-4
+
+
+def rollout_variants(config: RolloutConfig, trained: bool) -> dict[str, RolloutConfig]:
+    """Choose how this project samples: exactly, with the caches, and with parallel decoding."""
+    settings: dict[str, dict[str, Any]] = {"exact": {}}
+    if "cache" in {field.name for field in fields(RolloutConfig)}:
+        settings |= {"prefix cache": {"cache": "prefix"}, "dual cache": {"cache": "dual"}}
+        if trained:
+            settings["threshold 0.9"] = {"threshold": 0.9}
+            settings["dual cache, threshold 0.9"] = {"cache": "dual", "threshold": 0.9}
+    return {name: replace(config, **each) for name, each in settings.items()}
+
+
+def measure_rollouts(
+    model: DiffusionModel, llama: Any, work: Workload, pairs: int, memory: bool
+) -> dict[str, Any]:
+    """Compare rollouts.
+
+    Args:
+        model: this project's model.
+        llama: the same weights.
+        work: sizes.
+        pairs: rounds of interleaved runs.
+        memory: whether to measure memory, too.
+
+    Returns:
+        The report of each side.
+
+    Raises:
+        AssertionError: the exact greedy tokens differ.
+    """
+    temperature = work.rollout.temperature
+    variants = rollout_variants(work.rollout, work.trained is not None)
+    sides: dict[str, Callable[[], Any]] = {
+        BASELINE: partial(workloads.their_rollout, llama, work, temperature)
+    }
+    sides |= {
+        name: partial(workloads.our_rollout, model, work, config)
+        for name, config in variants.items()
+    }
+    seconds, results = interleaved(sides, pairs)
+    exact = results["exact"].completions
+    # Sampled tokens come from other random numbers on each side.
+    assert temperature > 0.0 or torch.equal(exact, results[BASELINE]), "greedy tokens differ"
+    report = {BASELINE: _row(seconds, BASELINE, work, work.rollout.denoising_steps)}
+    for name in variants:
+        result = results[name]
+        report[name] = _row(seconds, name, work, result.num_evaluations)
+        report[name]["equal tokens"] = float((result.completions == exact).float().mean())
+    if memory:
+        report[BASELINE]["peak memory"] = peak_memory(workloads.prepare_their_rollout, work)
+        for name, config in variants.items():
+            peak = peak_memory(workloads.prepare_our_rollout, work, config)
+            report[name]["peak memory"] = peak
+    return report
+
+
+def _row(
+    seconds: dict[str, list[float]], name: str, work: Workload, evaluations: int
+) -> dict[str, Any]:
+    tokens = work.rows * work.rollout.completion_length
+    return {
+        "seconds": spread(seconds[name]),
+        "times as fast": ratios(seconds[BASELINE], seconds[name]),
+        "tokens per second": tokens / spread(seconds[name]).median,
+        "model evaluations": evaluations,
+        "tokens per evaluation": work.rollout.completion_length / evaluations,
+    }
+
+
+def measure_updates(
+    model: DiffusionModel, llama: Any, work: Workload, pairs: int, memory: bool
+) -> dict[str, Any]:
+    """Compare the forward and backward pass of an ESPO update.
+
+    Args:
+        model: this project's model.
+        llama: the same weights.
+        work: sizes.
+        pairs: rounds of interleaved runs.
+        memory: whether to measure memory, too.
+
+    Returns:
+        The report of each side.
+
+    Raises:
+        AssertionError: ELBOs or gradients differ.
+    """
+    views = 2 * work.num_mc
+    theirs: dict[str, bool] = {BASELINE: False, "one pass per mask": True}
+    # One sequence's views at a time; two passes may split them further.
+    ours = {"joint": ("joint", views), "two-pass": ("two_pass", views)}
+    sides: dict[str, Callable[[], Any]] = {
+        name: partial(workloads.their_update, llama, work, each) for name, each in theirs.items()
+    }
+    sides |= {name: partial(workloads.our_update, model, work, *how) for name, how in ours.items()}
+    (chunk,) = unwrap_model(list(model.chunks))
+    expected = sides[BASELINE]()
+    reference = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    differences = {}
+    for name in ours:
+        elbo = sides[name]()
+        buffers = {n: p.main_grad for n, p in chunk.named_parameters()}
+        gradients = llama_weights(model, work.shape, buffers)
+        differences[name] = {
+            "ELBO": largest_difference(elbo, expected),
+            "gradient": max(largest_difference(gradients[n], g) for n, g in reference.items()),
+        }
+        assert max(differences[name].values()) < TOLERANCE, (name, differences[name])
+    del reference, gradients, buffers
+    seconds, _ = interleaved(sides, pairs)
+    report: dict[str, Any] = {}
+    for name in sides:
+        report[name] = {
+            "seconds": spread(seconds[name]),
+            "times as fast": ratios(seconds[BASELINE], seconds[name]),
+            "sequences per second": work.sequences / spread(seconds[name]).median,
+        }
+        if name in differences:
+            report[name]["largest difference"] = differences[name]
+        if memory and name in ours:
+            peak = peak_memory(workloads.prepare_our_update, work, *ours[name])
+            report[name]["peak memory"] = peak
+        elif memory:
+            peak = peak_memory(workloads.prepare_their_update, work, theirs[name])
+            report[name]["peak memory"] = peak
+    return report
+
+
+def print_report(title: str, report: dict[str, Any]) -> None:
+    """Print the table of one comparison."""
+    print(f"\n{title}")
+    base = report[BASELINE].get("peak memory")
+    header = ["", "seconds", "times as fast", "per second", "evaluations", "tokens per evaluation"]
+    header += ["equal tokens", "peak memory, MiB", "share of memory"]
+    rows = []
+    for name, row in report.items():
+        rate = row.get("tokens per second") or row.get("sequences per second")
+        evaluations, equal, peak = (
+            row.get(k) for k in ("model evaluations", "equal tokens", "peak memory")
+        )
+        per_evaluation = row.get("tokens per evaluation")
+        rows.append(
+            [
+                name,
+                str(row["seconds"]),
+                str(row["times as fast"]),
+                f"{rate:.2f}",
+                "" if evaluations is None else f"{evaluations:g}",
+                "" if per_evaluation is None else f"{per_evaluation:.2f}",
+                "" if equal is None else f"{equal:.3f}",
+                "" if peak is None else f"{peak / MIB:.0f}",
+                "" if peak is None else f"1/{base / peak:.1f}",
+            ]
+        )
+    keep = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
+    print_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Measure from the command line.
+
+    Args:
+        argv: flags; those of the process if None.
+
+    Returns:
+        What was measured.
+    """
+    default = Workload(SHAPES["smoke"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Help)
+    add = parser.add_argument
+    add("--shape", choices=SHAPES, default="large-vocabulary", help="the model")
+    add(
+        "--trained", help="--save folder of a trained model of that shape, see benchmarks.confident"
+    )
+    add("--only", choices=("rollout", "update"), help="measure one part")
+    add("--pairs", type=int, default=5, help="interleaved rounds")
+    add("--threads", type=int, default=2, help="of either side")
+    add("--rows", type=int, default=default.rows, help="completions sampled at once")
+    add("--sequences", type=int, default=default.sequences, help="completions of an update")
+    add("--prompt-length", type=int, default=default.prompt_length)
+    add("--completion-length", type=int, default=default.rollout.completion_length)
+    add("--block-length", type=int, default=default.rollout.block_length)
+    add("--denoising-steps", type=int, default=default.rollout.denoising_steps)
+    add("--temperature", type=float, default=0.0, help="of the rollouts")
+    add("--no-memory", action="store_true", help="leave out the memory of fresh processes")
+    add("--out", type=Path, help="JSON to write")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    rollout = replace(
+        default.rollout,
+        completion_length=options.completion_length,
+        block_length=options.block_length,
+        denoising_steps=options.denoising_steps,
+        temperature=options.temperature,
+        micro_batch_size=options.rows,
+    )
+    rollout.validate()
+    work = replace(
+        default,
+        shape=SHAPES[options.shape],
+        rows=options.rows,
+        sequences=options.sequences,
+        prompt_length=options.prompt_length,
+        rollout=rollout,
+        trained=options.trained,
+    )
+    with quiet():
+        model = work.build()
+        llama = llama_twin(model, work.shape)
+    report: dict[str, Any] = {"machine": machine(), "work": asdict(work)}
+    print(json.dumps(report["machine"]))
+    memory = not options.no_memory
+    if options.only != "update":
+        report["rollout"] = measure_rollouts(model, llama, work, options.pairs, memory)
+        print_report(
+            f"Rollout, {options.shape}: {work.rows} rows, prompt {work.prompt_length}, completion "
+            f"{rollout.completion_length}, block {rollout.block_length}, "
+            f"{rollout.denoising_steps} steps",
+            report["rollout"],
+        )
+    if options.only != "rollout" and work.trained is None:
+        report["update"] = measure_updates(model, llama, work, options.pairs, memory)
+        print_report(
+            f"ESPO update, forward and backward, {options.shape}: {work.sequences} sequences, "
+            f"{work.num_mc} coupled draws, the same lengths",
+            report["update"],
+        )
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=1, default=as_json) + "\n")
+    return report
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults and keeps the lines of the description."""
+
+
+if __name__ == "__main__":
+    main()

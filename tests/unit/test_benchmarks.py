@@ -1,0 +1,96 @@
+"""The benchmarks run, and compare like with like; how fast anything is decides no test."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.confident import LENGTH, share_of_words, write_data
+from benchmarks.measure import interleaved, peak_memory, ratios, spread
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> str:
+    """Run a benchmark as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def test_both_sides_give_equal_tokens_elbos_and_gradients(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    printed = run(
+        *"benchmarks.rollout_and_elbo --shape smoke --pairs 1 --threads 1 --prompt-length 8 "
+        "--completion-length 16 --block-length 8 --denoising-steps 8 --no-memory --out".split(),
+        str(out),
+    )
+    report = json.loads(out.read_text())
+    rollout, update = report["rollout"], report["update"]
+    assert rollout["exact"]["equal tokens"] == 1.0
+    assert rollout["exact"]["model evaluations"] == 8
+    assert rollout["exact"]["tokens per evaluation"] == 2.0
+    for name in ("joint", "two-pass"):
+        difference = update[name]["largest difference"]
+        assert 0.0 <= max(difference.values()) < 1e-5, (name, difference)
+    assert report["machine"]["threads"] == 1
+    for name in (*rollout, *update):
+        assert name in printed
+
+
+def hold(megabytes: int):
+    """Work that holds memory for a moment (at the top level: it is sent to another process)."""
+
+    def work(small: bool) -> None:
+        block = bytearray(2**20 if small else megabytes * 2**20)
+        block[:: 2**10] = b"x" * len(block[:: 2**10])
+
+    return work
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_peak_memory_is_that_of_the_work_alone() -> None:
+    assert abs(peak_memory(hold, 200) / 2**20 - 200) < 20
+
+
+def test_rounds_are_interleaved_and_alternate_their_order() -> None:
+    calls: list[str] = []
+    seconds, results = interleaved(
+        {name: lambda name=name: calls.append(name) or name for name in "ab"}, 3
+    )
+    assert "".join(calls) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+    assert results == {"a": "a", "b": "b"}
+
+
+def test_ratio_is_taken_round_by_round() -> None:
+    # The machine was half as fast in the second round: the ratio did not change.
+    assert ratios([2.0, 4.0, 2.0], [1.0, 2.0, 1.0]) == spread([2.0])
+    assert spread([3.0, 1.0, 2.0]) == spread([2.0, 1.0, 3.0])
+    assert str(spread([1.0, 2.0, 4.0])) == "2.00 (1.00-4.00)"
+
+
+def test_training_text_fills_prompt_and_completion_with_words_of_the_language(
+    tmp_path: Path,
+) -> None:
+    write_data(tmp_path, count=50, held_out=5)
+    for name, lines in (("train", 50), ("heldout", 5)):
+        records = [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert len(records) == lines
+        for record in records:
+            text = record["prompt"] + record["completion"]
+            assert len(record["prompt"].encode()) == len(record["completion"].encode()) == LENGTH
+            assert share_of_words(text) == 1.0
+    assert share_of_words("ris xxxx met qqqq bo") == pytest.approx(1 / 3)
