@@ -145,6 +145,11 @@ class RolloutConfig:
         if self.micro_batch_size < 1:
             raise ValueError("--rollout-micro-batch-size must be at least 1.")
 
+    @property
+    def steps_per_block(self) -> int:
+        """Denoising steps of one block."""
+        return self.denoising_steps // (self.completion_length // self.block_length)
+
 
 @dataclass(frozen=True)
 class EspoConfig:

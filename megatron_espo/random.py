@@ -80,13 +80,15 @@ def _multiply(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return high_part >> 16, ((high_part & 0xFFFF) << 16) | (low_part & 0xFFFF)
 
 
-def uniform(key: Stream, sample_ids: Tensor, count: int) -> Tensor:
+def uniform(key: Stream, sample_ids: Tensor, count: int, starts: Tensor | None = None) -> Tensor:
     """Draw uniform numbers in the open interval (0, 1), one row per sample.
 
     Args:
         key: the stream.
         sample_ids: int64 ``[b]``, the global ids (non-negative) that the rows belong to.
         count: numbers per row. A longer row starts with the same numbers.
+        starts: int64 ``[b]``, even numbers: how many numbers of each row to leave out before its
+            first. None: none.
 
     Returns:
         float64 ``[b, count]`` on the device of ``sample_ids``, with 52 random bits each.
@@ -94,6 +96,8 @@ def uniform(key: Stream, sample_ids: Tensor, count: int) -> Tensor:
     pairs = (count + 1) // 2
     rows = sample_ids[:, None]
     position = torch.arange(pairs, device=sample_ids.device)[None, :].expand(len(rows), pairs)
+    if starts is not None:
+        position = position + starts[:, None] // 2
     zero = torch.zeros_like(position)
     counter = torch.stack((position, zero, (rows & _LOW32) + zero, (rows >> 32) + zero), dim=-1)
     words = philox(counter, key)

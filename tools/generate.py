@@ -7,6 +7,7 @@ With --chat each prompt is a user's message, written in the tokenizer's chat for
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -48,6 +49,12 @@ def main(argv: Sequence[str]) -> None:
         "generate",
     )
     if model.layout.is_reporter:
+        print(
+            f"{result.num_evaluations.double().mean():.1f} model evaluations per completion, "
+            f"{result.tokens_per_step.mean():.2f} tokens per evaluation, "
+            f"mean confidence {result.mean_confidence.mean():.3f}",
+            file=sys.stderr,
+        )
         for prompt, ids in zip(own.prompt, result.completions.tolist(), strict=True):
             print(
                 f"{prompt}\033[1m{decode_completion(tokenizer, ids, model.stop_token_ids)}\033[0m"

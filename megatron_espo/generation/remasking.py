@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from megatron_espo.config import RolloutConfig
 from megatron_espo.parallel.vocab import TokenDraw
 
 Remasking = Literal["low_confidence", "random", "origin", "maskgit_plus", "topk_margin", "entropy"]
@@ -66,6 +67,12 @@ def dream_commit_shares(steps: int, epsilon: float = 1e-3) -> Tensor:
     return shares
 
 
+def commit_schedule(config: RolloutConfig) -> Tensor:
+    """Tokens that each step of a block commits, by the schedule of the order: int64 ``[steps]``."""
+    counts = dream_commit_counts if config.remasking in DREAM_ORDERS else commit_counts
+    return torch.tensor(counts(config.block_length, config.steps_per_block))
+
+
 def rank_by(order: Remasking, draw: TokenDraw) -> Tensor:
     """Score the candidates of a step; the highest are committed first.
 
@@ -85,15 +92,20 @@ def rank_by(order: Remasking, draw: TokenDraw) -> Tensor:
     return score
 
 
-def select_highest(scores: Tensor, count: int) -> Tensor:
-    """Mark the ``count`` highest scores of each row; ties go to the earlier position.
+def select_highest(scores: Tensor, counts: Tensor | int) -> Tensor:
+    """Mark the highest scores of each row; ties go to the earlier position.
 
     Args:
         scores: float ``[b, c]``.
-        count: entries to mark per row.
+        counts: entries to mark, one number or int64 ``[b]``.
 
     Returns:
         bool ``[b, c]``.
     """
-    order = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, order, True)
+    counts = torch.as_tensor(counts, device=scores.device).view(-1, 1)
+    return descending_ranks(scores) < counts
+
+
+def descending_ranks(scores: Tensor) -> Tensor:
+    """Number the scores of each row from the highest, 0; ties go to the earlier position."""
+    return scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

@@ -104,12 +104,18 @@ class Evaluation:
         reward: mean reward.
         completion_length: mean tokens before the end of sequence.
         num_problems: problems evaluated.
+        nfe: mean model evaluations per completion.
+        tokens_per_step: tokens that a model evaluation committed on average.
+        confidence: mean probability of the committed tokens.
     """
 
     accuracy: float
     reward: float
     completion_length: float
     num_problems: int
+    nfe: float
+    tokens_per_step: float
+    confidence: float
 
 
 def evaluate_task(
@@ -140,7 +146,7 @@ def evaluate_task(
     layout = model.layout
     mine = [(i, 0) for i in range(layout.dp_rank, len(examples), layout.dp_size)]
     greedy = replace(config, temperature=0.0)
-    sums = torch.zeros(5, dtype=torch.float64)
+    sums = torch.zeros(8, dtype=torch.float64)
     try:
         scored = complete_problems(
             model, task, examples, encoded, mine, tokenizer, greedy, seed, on_step
@@ -152,9 +158,20 @@ def evaluate_task(
         sums[1] = sum(score.reward for score in scored.scores)
         sums[2] = float(scored.lengths.sum())
         sums[3] = len(mine)
+        sums[5] = float(generation.num_evaluations.sum())
+        sums[6] = float(generation.num_committed.sum())
+        sums[7] = float(generation.mean_confidence.double().sum())
     # One copy of the model may be interrupted when another is not: the flag travels with the sums.
     totals = sum_over_data_parallel(sums.to(model.device), layout).tolist()
-    correct, reward, length, count, interrupted = totals
+    correct, reward, length, count, interrupted, evaluations, committed, confidence = totals
     if interrupted:
         return None
-    return Evaluation(correct / count, reward / count, length / count, int(count))
+    return Evaluation(
+        accuracy=correct / count,
+        reward=reward / count,
+        completion_length=length / count,
+        num_problems=int(count),
+        nfe=evaluations / count,
+        tokens_per_step=committed / evaluations,
+        confidence=confidence / count,
+    )

@@ -120,6 +120,9 @@ def rollout_scalars(
             "correct": [float(score.correct) for score in rollout.scores],
             "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
             "length": rollout.completion_lengths.double().tolist(),
+            "nfe": rollout.num_evaluations.double().tolist(),
+            "committed": rollout.num_committed.double().tolist(),
+            "confidence": rollout.mean_confidence.double().tolist(),
             **{
                 f"metric/{name}": [s.metrics[name] for s in rollout.scores if name in s.metrics]
                 for name in metrics
@@ -140,7 +143,9 @@ def rollout_scalars(
             if name.startswith("metric/")
         },
         **statistics(columns, "length", "rollout/completion_length"),
-        "rollout/num_evaluations": float(rollout.num_evaluations),
+        "rollout/nfe": float(columns["nfe"].mean()),
+        "rollout/tokens_per_step": float(columns["committed"].sum() / columns["nfe"].sum()),
+        "rollout/confidence": float(columns["confidence"].mean()),
         "performance/tokens_per_second": generated / sum(seconds.values()),
         **(
             {"performance/rollout_tokens_per_second": generated / max(seconds["rollout"], 1e-9)}

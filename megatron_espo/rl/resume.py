@@ -23,6 +23,9 @@ from megatron_espo.tasks.base import Score
 
 RolloutRecord = dict[str, Any]
 
+# What sampling says of each completion besides its tokens, in Generation's order.
+_SAMPLING = ("num_evaluations", "num_committed", "mean_confidence")
+
 
 def record_rollout(prepared: PreparedRollout, layout: Layout) -> RolloutRecord:
     """Gather a rollout from the data-parallel ranks.
@@ -37,6 +40,7 @@ def record_rollout(prepared: PreparedRollout, layout: Layout) -> RolloutRecord:
     rollout = prepared.rollout
     share = {
         "completions": rollout.sequences.completions(),
+        **{name: getattr(rollout, name) for name in _SAMPLING},
         "rewards": [float(score.reward) for score in rollout.scores],
         "correct": [bool(score.correct) for score in rollout.scores],
         "metrics": [dict(score.metrics) for score in rollout.scores],
@@ -47,10 +51,11 @@ def record_rollout(prepared: PreparedRollout, layout: Layout) -> RolloutRecord:
     if layout.dp_size > 1:
         shares = [None] * layout.dp_size
         dist.all_gather_object(shares, share, group=layout.dp)
-    record: RolloutRecord = {"num_evaluations": rollout.num_evaluations}
+    record: RolloutRecord = {}
     for name in ("rewards", "correct", "metrics"):
         record[name] = [value for part in shares for value in part[name]]
-    record["completions"] = torch.cat([part["completions"] for part in shares])
+    for name in ("completions", *_SAMPLING):
+        record[name] = torch.cat([part[name] for part in shares])
     for name in ("elbo_old", "elbo_ref"):
         parts = [part[name] for part in shares]
         record[name] = None if parts[0] is None else torch.cat(parts, dim=1)
@@ -88,7 +93,7 @@ def restore_rollout(
     rollout = assemble_rollout(
         model,
         prompts,
-        Generation(completions, record["num_evaluations"]),
+        Generation(completions, *(record[name][rows] for name in _SAMPLING)),
         decode_completions(completions, tokenizer, model.stop_token_ids),
         scores,
         espo,

@@ -37,6 +37,7 @@ def sample(
     group_size: int,
     seed: int,
     on_step: Callable[[Tensor], None] | None = None,
+    on_finished: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Generation:
     """Sample a group of completions for each prompt.
 
@@ -47,12 +48,14 @@ def sample(
         group_size: completions per prompt G.
         seed: the run's seed.
         on_step: see generation.sampler.
+        on_finished: see generation.sampler; rows are numbered group by group.
 
     Returns:
         The completions, group by group.
     """
     rows = [prompt.token_ids for prompt in prompts for _ in range(group_size)]
-    return generate(model, rows, sample_ids(prompts, group_size), config, seed, "rollout", on_step)
+    ids = sample_ids(prompts, group_size)
+    return generate(model, rows, ids, config, seed, "rollout", on_step, on_finished)
 
 
 def score_completions(
@@ -127,6 +130,8 @@ def assemble_rollout(
         texts=texts,
         completion_lengths=completion_lengths(generation.completions, model.stop_token_ids),
         num_evaluations=generation.num_evaluations,
+        num_committed=generation.num_committed,
+        mean_confidence=generation.mean_confidence,
     )
 
 

@@ -39,7 +39,9 @@ class Rollout:
         advantages: float32 ``[n]``.
         texts: n completions as text, up to the end of sequence.
         completion_lengths: int64 ``[n]``, tokens before the end of sequence.
-        num_evaluations: model evaluations per completion.
+        num_evaluations: int64 ``[n]``, model evaluations (NFE).
+        num_committed: int64 ``[n]``, tokens that the model decided.
+        mean_confidence: float32 ``[n]``, their mean probability when they were committed.
     """
 
     sequences: Sequences
@@ -50,7 +52,9 @@ class Rollout:
     advantages: Tensor
     texts: Sequence[str]
     completion_lengths: Tensor
-    num_evaluations: int
+    num_evaluations: Tensor
+    num_committed: Tensor
+    mean_confidence: Tensor
 
 
 @dataclass(frozen=True)

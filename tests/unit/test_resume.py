@@ -50,7 +50,8 @@ def prepared(dp_rank: int, dp_size: int, with_reference: bool) -> PreparedRollou
     rows = slice(dp_rank * N // dp_size, (dp_rank + 1) * N // dp_size)
     scores = [Score(i / 8, i % 3 == 0, {"kept": i / 4} if i % 2 else {}) for i in range(N)][rows]
     texts = decode_completions(completions[rows], TOKENIZER, (257,))
-    generation = Generation(completions[rows], 9)
+    cost = torch.arange(N)[rows]
+    generation = Generation(completions[rows], cost + 9, cost + 20, cost / N)
     rollout = assemble_rollout(
         model(dp_rank, dp_size), prompts(dp_rank, dp_size), generation, texts, scores, ESPO
     )
@@ -60,12 +61,12 @@ def prepared(dp_rank: int, dp_size: int, with_reference: bool) -> PreparedRollou
 
 def same(ours: PreparedRollout, theirs: PreparedRollout) -> bool:
     tensors = ("sample_ids", "indices", "rewards", "advantages", "completion_lengths")
+    tensors += ("num_evaluations", "num_committed", "mean_confidence")
     return (
         all(torch.equal(getattr(ours.rollout, n), getattr(theirs.rollout, n)) for n in tensors)
         and torch.equal(ours.rollout.sequences.tokens, theirs.rollout.sequences.tokens)
         and list(ours.rollout.scores) == list(theirs.rollout.scores)
         and ours.rollout.texts == theirs.rollout.texts
-        and ours.rollout.num_evaluations == theirs.rollout.num_evaluations
         and str(ours.elbo_old) == str(theirs.elbo_old)
         and str(ours.elbo_ref) == str(theirs.elbo_ref)
     )
