@@ -209,3 +209,12 @@ def test_randint_stays_in_range_at_the_ends_of_the_unit_interval(
         low_end, high_end = randint(KEY, ids(0), 2, 0, high)[0].tolist()
         assert low_end <= high * 2.0**-52
         assert high * (1 - 2.0**-52) <= high_end <= high
+
+
+def test_a_row_can_start_at_any_even_place_of_its_numbers() -> None:
+    key, ids, starts = stream(1, "test"), torch.tensor([4, 9, 2**40]), (0, 6, 12)
+    whole = uniform(key, ids, 20)
+    for count in (1, 4, 5):
+        part = uniform(key, ids, count, torch.tensor(starts))
+        expected = [whole[i, start : start + count] for i, start in enumerate(starts)]
+        assert torch.equal(part, torch.stack(expected))

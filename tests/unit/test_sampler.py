@@ -1,8 +1,10 @@
 """The model and the sampler against an independent pair: transformers' Llama with a full attention
 mask, and the published sampling rules written out for one unpadded row at a time."""
 
+import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -170,6 +172,57 @@ def test_sample_does_not_depend_on_its_batch(model: DiffusionModel) -> None:
     whole = generate(model, PROMPTS, torch.arange(4), config, 17, "test").completions
     alone = generate(model, PROMPTS[2:3], torch.tensor([2]), config, 17, "test").completions
     assert torch.equal(whole[2:3], alone)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_every_row_is_reported_once_when_it_is_final(
+    model: DiffusionModel, micro_batch_size: int
+) -> None:
+    """Rows of a micro-batch are final together, the longest prompts first."""
+    config = replace(CONFIGS["blocks"], micro_batch_size=micro_batch_size)
+    reports: list[tuple[list[int], list[list[int]]]] = []
+    unfinished: list[list[bool]] = []
+
+    def look(completions: Tensor) -> None:
+        unfinished.append((completions == MASK).any(1).tolist())
+
+    def report(indices: Tensor, completions: Tensor) -> None:
+        assert not any(unfinished[-1][i] for i in indices.tolist())
+        reports.append((indices.tolist(), completions.tolist()))
+
+    result = generate(model, PROMPTS, torch.arange(4), config, 17, "test", look, report)
+    by_length = [1, 3, 0, 2]
+    size = micro_batch_size
+    assert [rows for rows, _ in reports] == [by_length[i : i + size] for i in range(0, 4, size)]
+    for rows, completions in reports:
+        assert completions == result.completions[rows].tolist()
+    plain = generate(model, PROMPTS, torch.arange(4), CONFIGS["blocks"], 17, "test")
+    assert torch.equal(result.completions, plain.completions)
+
+
+@pytest.mark.parametrize("name", ["greedy", "blocks", "random"])
+def test_confidence_is_the_mean_probability_of_tokens_when_they_are_committed(
+    model: DiffusionModel, llama: LlamaForCausalLM, name: str
+) -> None:
+    """Told from the states after each step: every state predicts what the next one holds."""
+    config, prompt = CONFIGS[name], PROMPTS[1]
+    states = [torch.full((config.completion_length,), MASK)]
+    result = generate(
+        model, [prompt], torch.tensor([1]), config, 17, "test",
+        lambda completions: states.append(completions[0].clone()),
+    )  # fmt: skip
+    probabilities = []
+    for before, after in itertools.pairwise(states):
+        probability = full_logits(llama, torch.cat((torch.tensor(prompt), before))).softmax(1)
+        for i in (before != after).nonzero()[:, 0].tolist():
+            probabilities.append(float(probability[len(prompt) + i, after[i]]))
+    assert len(probabilities) == config.completion_length == int(result.num_committed[0])
+    mean = sum(probabilities) / len(probabilities)
+    assert float(result.mean_confidence[0]) == pytest.approx(mean, rel=1e-4)
+    assert len(states) - 1 == int(result.num_evaluations[0]) == config.denoising_steps
+    assert float(result.tokens_per_step[0]) == pytest.approx(
+        config.completion_length / config.denoising_steps
+    )
 
 
 @pytest.mark.parametrize("estimator", ["coupled", "exact_count", "bernoulli"])
