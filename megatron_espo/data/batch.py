@@ -22,11 +22,13 @@ class Sequences:
         tokens: int64 ``[n, s]`` on the host: [prompt][completion][padding].
         prompt_lengths: int64 ``[n]``.
         completion_length: l, end-of-sequence padding included.
+        pad_multiple: the width of a micro-batch is a multiple of this.
     """
 
     tokens: Tensor
     prompt_lengths: Tensor
     completion_length: int
+    pad_multiple: int
 
     def __len__(self) -> int:
         return self.tokens.size(0)
@@ -76,6 +78,11 @@ class ViewBatch:
     weights: Tensor
 
 
+def round_up(width: int, multiple: int) -> int:
+    """Round a number of positions up to a multiple."""
+    return -(-width // multiple) * multiple
+
+
 def pack_sequences(
     prompts: Sequence[Sequence[int]], completions: Tensor, pad_token_id: int, pad_multiple: int
 ) -> Sequences:
@@ -92,11 +99,12 @@ def pack_sequences(
     """
     n, length = completions.shape
     longest = max(len(prompt) for prompt in prompts) + length
-    tokens = torch.full((n, -(-longest // pad_multiple) * pad_multiple), pad_token_id)
+    tokens = torch.full((n, round_up(longest, pad_multiple)), pad_token_id)
     for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         row[len(prompt) : len(prompt) + length] = completion
-    return Sequences(tokens, torch.tensor([len(prompt) for prompt in prompts]), length)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return Sequences(tokens, lengths, length, pad_multiple)
 
 
 def mask_rows(
@@ -143,8 +151,13 @@ def view_batches(
     mask_token_id: int,
     vocab_size: int,
     rows_per_batch: int,
+    *,
+    same_width: bool,
 ) -> list[ViewBatch]:
     """Cut all views of all sequences into micro-batches, views of a sequence side by side.
+
+    Sequences go by length, the longest first, and a micro-batch is as wide as its longest: what
+    would be padding is never computed. Sums over the batch do not depend on the order.
 
     Args:
         sequences: n sequences.
@@ -152,23 +165,29 @@ def view_batches(
         mask_token_id: the mask token.
         vocab_size: tokens before padding.
         rows_per_batch: R; must divide n*m*v.
+        same_width: make all micro-batches as wide as the longest sequence, as pipeline stages need
+            it: they pass hidden states of one shape.
 
     Returns:
-        Micro-batches in order, on the host.
+        Micro-batches on the host; ``view_index`` says which views each holds.
     """
     per_sequence = views.weights[0].numel()
     total = len(sequences) * per_sequence
     assert total % rows_per_batch == 0, (total, rows_per_batch)
     masks = views.mask_indices.flatten(0, 2)
     weights = views.weights.flatten()
-    batches = []
-    for start in range(0, total, rows_per_batch):
-        index = torch.arange(start, start + rows_per_batch)
+    by_length = sequences.prompt_lengths.argsort(descending=True, stable=True)
+    order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
+    width, batches = sequences.tokens.size(1), []
+    for index in order.split(rows_per_batch):
         sequence = index // per_sequence
         starts = sequences.prompt_lengths[sequence]
+        lengths = starts + sequences.completion_length
+        if not same_width:
+            width = round_up(int(lengths.max()), sequences.pad_multiple)
         batch = mask_rows(
-            sequences.tokens[sequence],
-            starts + sequences.completion_length,
+            sequences.tokens[sequence, :width],
+            lengths,
             masks[index],
             starts,
             mask_token_id,

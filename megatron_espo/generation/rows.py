@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.data.batch import round_up
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.random import stream, uniform
 
@@ -125,7 +126,7 @@ def lay_out_rows(
     """
     n, length = len(prompts), config.completion_length
     order = sorted(range(n), key=lambda i: -len(prompts[i]))
-    s = pad_width(len(prompts[order[0]]) + length, model.pad_multiple)
+    s = round_up(len(prompts[order[0]]) + length, model.pad_multiple)
     tokens = torch.full((n, s), model.pad_token_id)
     for row, i in zip(tokens, order, strict=True):
         prompt = torch.tensor(prompts[i], dtype=torch.int64)
@@ -145,8 +146,3 @@ def lay_out_rows(
         num_evaluations=torch.zeros(n, dtype=torch.int64),
         confidence=torch.zeros(n, dtype=torch.float64, device=device),
     )
-
-
-def pad_width(width: int, multiple: int) -> int:
-    """Round a number of positions up to a multiple."""
-    return -(-width // multiple) * multiple

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.data.batch import round_up
 from megatron_espo.generation.remasking import (
     commit_schedule,
     dream_commit_shares,
     rank_by,
     select_highest,
 )
-from megatron_espo.generation.rows import Rows, lay_out_rows, pad_width
+from megatron_espo.generation.rows import Rows, lay_out_rows
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.parallel.pipeline import RowBatch, forward_only
@@ -235,7 +236,7 @@ def _evaluate(
     widths = [max(rows.widths[row] for row in index[part].tolist()) for part in parts]
     made, found = [], []
     for part, width in zip(parts, widths, strict=True):
-        width = pad_width(width if uneven else max(widths), model.pad_multiple)
+        width = round_up(width if uneven else max(widths), model.pad_multiple)
         own = part.to(model.device)
         row, column = picked[own].nonzero(as_tuple=True)
         found.append((own[row], column))

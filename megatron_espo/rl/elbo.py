@@ -63,7 +63,14 @@ def estimate_elbo(
     views = elbo_views(estimator, stream(seed, purpose), ids, indices, n, length, num_mc)
     sequences = pack_sequences(prompts, completions, model.pad_token_id, model.pad_multiple)
     rows = _largest_divisor(views.weights.numel(), rows_per_batch)
-    batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, rows)
+    batches = view_batches(
+        sequences,
+        views,
+        model.mask_token_id,
+        model.vocab_size,
+        rows,
+        same_width=model.layout.pp_size > 1,
+    )
     draws = elbo_of_views(model, batches, views)
     return Elbo(draws.mean(dim=1), draws)
 
@@ -86,12 +93,28 @@ def elbo_of_views(model: DiffusionModel, batches: list[ViewBatch], views: ElboVi
         model.logit_shift,
         model.layout,
     )
+    sums = in_order_of_views(results, batches, model).view_as(views.weights)
+    return elbo_draws(sums, views.weights)
+
+
+def in_order_of_views(
+    results: Sequence[Tensor], batches: Sequence[ViewBatch], model: DiffusionModel
+) -> Tensor:
+    """Put what the last stage knows of each view in the views' order, on every rank.
+
+    Args:
+        results: float32 ``[R]`` per micro-batch, on the last stage; not read elsewhere.
+        batches: the micro-batches.
+        model: the model.
+
+    Returns:
+        float32 ``[n*m*v]`` on the host.
+    """
+    index = torch.cat([batch.view_index for batch in batches])
+    values = torch.empty(len(index), device=model.device)
     if model.layout.is_last_stage:
-        sums = torch.cat(results)
-    else:
-        sums = torch.empty(views.weights.numel(), device=model.device)
-    broadcast_from_last_stage(sums, model.layout)
-    return elbo_draws(sums.cpu().view_as(views.weights), views.weights)
+        values[index.to(model.device)] = torch.cat(list(results))
+    return broadcast_from_last_stage(values, model.layout).cpu()
 
 
 def view_cross_entropy(

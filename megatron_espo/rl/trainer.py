@@ -249,6 +249,7 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
             trainer.model.mask_token_id,
             trainer.model.vocab_size,
             trainer.rows_per_batch,
+            same_width=trainer.model.layout.pp_size > 1,
         )
         noise.append(_Noise(views, batches))
     return noise

@@ -21,9 +21,8 @@ from megatron_espo.data.batch import ViewBatch
 from megatron_espo.diffusion.elbo import elbo_draws
 from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.parallel.pipeline import run_model
-from megatron_espo.rl.elbo import elbo_of_views, view_cross_entropy
+from megatron_espo.rl.elbo import elbo_of_views, in_order_of_views, view_cross_entropy
 from megatron_espo.rl.losses import elbo_gradient, espo_terms
 
 LossFunction = Callable[[ViewBatch, Tensor], Tensor]
@@ -125,8 +124,4 @@ def _forward_backward(
         micro_batch_size=shape[0],
         forward_only=False,
     )
-    if model.layout.is_last_stage:
-        sums = torch.cat([entry["sums"] for entry in stored])
-    else:
-        sums = torch.empty(shape[0] * len(batches), device=model.device)
-    return broadcast_from_last_stage(sums, model.layout).cpu()
+    return in_order_of_views([entry["sums"] for entry in stored], batches, model)

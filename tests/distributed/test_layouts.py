@@ -231,10 +231,15 @@ def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[st
     ids = torch.arange(N)[rows]
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, config.num_mc)
     sequences = pack_sequences(
-        prompts[rows], completions[rows], built.model.pad_token_id, built.model.pad_multiple * 8
+        prompts[rows], completions[rows], built.model.pad_token_id, built.model.pad_multiple * 2
     )
     batches = view_batches(
-        sequences, views, built.model.mask_token_id, built.model.vocab_size, rows_per_batch
+        sequences,
+        views,
+        built.model.mask_token_id,
+        built.model.vocab_size,
+        rows_per_batch,
+        same_width=built.model.layout.pp_size > 1,
     )
     noise = uniform(stream(9, "elbos"), torch.arange(N), 5)[rows].float()
     for chunk in built.model.chunks:

@@ -49,17 +49,29 @@ def test_packing_refuses_prompts_and_completions_of_different_number() -> None:
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 2, 4, 8, 16])
-def test_every_view_is_cut_once_in_order_with_its_weight(rows_per_batch: int) -> None:
+def test_every_view_is_cut_once_with_its_weight_the_longest_sequences_first(
+    rows_per_batch: int,
+) -> None:
     drawn = views()
-    batches = view_batches(sequences(), drawn, MASK, VOCAB, rows_per_batch)
-    assert torch.cat([batch.view_index for batch in batches]).tolist() == list(range(16))
-    assert torch.equal(torch.cat([b.weights for b in batches]), drawn.weights.flatten())
+    batches = view_batches(sequences(), drawn, MASK, VOCAB, rows_per_batch, same_width=False)
+    # Prompts of 3, 1, 6 and 2 tokens; the four views of a sequence stay together.
+    order = [4 * i + view for i in (2, 0, 3, 1) for view in range(4)]
+    assert torch.cat([batch.view_index for batch in batches]).tolist() == order
+    assert torch.equal(torch.cat([b.weights for b in batches]), drawn.weights.flatten()[order])
     assert {batch.batch.tokens.size(0) for batch in batches} == {rows_per_batch}
+
+
+@pytest.mark.parametrize(("rows_per_batch", "widths"), [(4, [12, 8, 8, 8]), (8, [12, 8])])
+def test_a_micro_batch_is_as_wide_as_its_longest_row(rows_per_batch: int, widths: list) -> None:
+    """Eleven, eight, seven and six positions, in multiples of four."""
+    for same, expected in ((False, widths), (True, [12] * len(widths))):
+        batches = view_batches(sequences(), views(), MASK, VOCAB, rows_per_batch, same_width=same)
+        assert [view.batch.tokens.size(1) for view in batches] == expected
 
 
 def test_views_that_do_not_fill_the_micro_batches_are_refused() -> None:
     with pytest.raises(AssertionError):
-        view_batches(sequences(), views(), MASK, VOCAB, 3)
+        view_batches(sequences(), views(), MASK, VOCAB, 3, same_width=False)
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 2, 8, 16])
@@ -79,14 +91,15 @@ def test_masked_positions_and_nothing_else_are_noised_and_predicted(
                 noised = [MASK if p - start in masked else t for p, t in enumerate(row)]
                 expected.append((noised, start, masked, row))
     found = []
-    for view in view_batches(packed, drawn, MASK, VOCAB, rows_per_batch):
+    for view in view_batches(packed, drawn, MASK, VOCAB, rows_per_batch, same_width=False):
         batch, payload = view.batch, view.batch.payload
         assert (payload.num_rows, payload.num_columns) == (rows_per_batch, LENGTH)
         assert payload.vocab_size == VOCAB
         for r in range(rows_per_batch):
             noised, start, masked, row = expected[view.view_index[r]]
             here = payload.rows == r
-            assert batch.tokens[r].tolist() == noised
+            width = batch.tokens.size(1)
+            assert batch.tokens[r].tolist() == noised[:width] and width >= start + LENGTH
             assert batch.lengths[r] == start + LENGTH
             if payload.is_dummy:
                 assert (rows_per_batch, masked) == (1, [])
@@ -144,7 +157,7 @@ def test_a_dummy_row_has_no_loss_and_a_gradient_of_zeros(one_rank) -> None:
 
 
 def test_moving_a_batch_keeps_its_content_and_payload() -> None:
-    view = view_batches(sequences(), views(), MASK, VOCAB, 4)[0]
+    view = view_batches(sequences(), views(), MASK, VOCAB, 4, same_width=True)[0]
     moved = view.batch.to(torch.device("cpu"))
     for name in ("tokens", "lengths", "rows", "positions"):
         assert torch.equal(getattr(moved, name), getattr(view.batch, name))
