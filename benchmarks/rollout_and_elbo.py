@@ -87,7 +87,8 @@ def measure_rollouts(
     report = {BASELINE: _row(seconds, BASELINE, work, work.rollout.denoising_steps)}
     for name in variants:
         result = results[name]
-        report[name] = _row(seconds, name, work, result.num_evaluations)
+        evaluations = float(result.num_evaluations.double().mean())
+        report[name] = _row(seconds, name, work, evaluations)
         report[name]["equal tokens"] = float((result.completions == exact).float().mean())
     if memory:
         report[BASELINE]["peak memory"] = peak_memory(workloads.prepare_their_rollout, work)
@@ -98,7 +99,7 @@ def measure_rollouts(
 
 
 def _row(
-    seconds: dict[str, list[float]], name: str, work: Workload, evaluations: int
+    seconds: dict[str, list[float]], name: str, work: Workload, evaluations: float
 ) -> dict[str, Any]:
     tokens = work.rows * work.rollout.completion_length
     return {

@@ -117,7 +117,12 @@ def our_update(model: DiffusionModel, work: Workload, gradient: str, rows_per_ba
         update.prompts, update.completions, model.pad_token_id, model.pad_multiple
     )
     batches = view_batches(
-        sequences, update.views, model.mask_token_id, model.vocab_size, rows_per_batch
+        sequences,
+        update.views,
+        model.mask_token_id,
+        model.vocab_size,
+        rows_per_batch,
+        same_width=model.layout.pp_size > 1,
     )
     config = EspoConfig(num_mc=work.num_mc, kl_coef=0.0, gradient=gradient)  # type: ignore[arg-type]
     return accumulate_gradient(

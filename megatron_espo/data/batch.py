@@ -152,7 +152,7 @@ def view_batches(
     vocab_size: int,
     rows_per_batch: int,
     *,
-    same_width: bool,
+    same_width: bool = True,
 ) -> list[ViewBatch]:
     """Cut all views of all sequences into micro-batches, views of a sequence side by side.
 

@@ -29,6 +29,8 @@ class Scored(NamedTuple):
         scores: n scores.
         lengths: int64 ``[n]``, tokens before the end of sequence.
         num_evaluations: int64 ``[n]``, model evaluations.
+        num_committed: int64 ``[n]``, tokens that the model decided.
+        mean_confidence: float32 ``[n]``, their mean probability when they were committed.
     """
 
     completions: Tensor
@@ -36,6 +38,8 @@ class Scored(NamedTuple):
     scores: list[Score]
     lengths: Tensor
     num_evaluations: Tensor
+    num_committed: Tensor
+    mean_confidence: Tensor
 
 
 def complete_problems(
@@ -91,7 +95,9 @@ def complete_problems(
         texts,
         scores,
         completion_lengths(completions, model.stop_token_ids),
-        torch.as_tensor(generation.num_evaluations).expand(len(items)),
+        generation.num_evaluations,
+        generation.num_committed,
+        generation.mean_confidence,
     )
 
 
@@ -158,9 +164,9 @@ def evaluate_task(
         sums[1] = sum(score.reward for score in scored.scores)
         sums[2] = float(scored.lengths.sum())
         sums[3] = len(mine)
-        sums[5] = float(generation.num_evaluations.sum())
-        sums[6] = float(generation.num_committed.sum())
-        sums[7] = float(generation.mean_confidence.double().sum())
+        sums[5] = float(scored.num_evaluations.sum())
+        sums[6] = float(scored.num_committed.sum())
+        sums[7] = float(scored.mean_confidence.double().sum())
     # One copy of the model may be interrupted when another is not: the flag travels with the sums.
     totals = sum_over_data_parallel(sums.to(model.device), layout).tolist()
     correct, reward, length, count, interrupted, evaluations, committed, confidence = totals

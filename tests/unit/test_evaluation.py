@@ -182,6 +182,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
             [Score(1.0, problem % 2 == 0, {}) for problem, _ in items],
             torch.full((n,), 3),
             torch.full((n,), config.denoising_steps),
+            torch.full((n,), config.completion_length),
+            torch.full((n,), 0.5),
         )
 
     monkeypatch.setattr(evaluation_run, "complete_problems", complete)
