@@ -12,6 +12,7 @@ assert VERSION is not None
 
 TEST = [
     "hypothesis>=6.100",
+    "pyarrow>=17",
     "mypy>=1.10",
     "pytest>=8",
     "pytest-timeout>=2.3",
@@ -33,12 +34,14 @@ setup(
         "transformers>=5.0",
         "tokenizers>=0.21",
         "safetensors>=0.4",
+        "math-verify[antlr4_13_2]==0.9.*",
         "tensorboard>=2.16",
         "nvidia-ml-py>=12.535",
         "numpy>=1.26",
         "matplotlib>=3.8",
     ],
     extras_require={
+        "data": ["huggingface_hub>=0.30", "pyarrow>=17"],
         "gpu": ["transformer-engine[pytorch]>=2.8"],
         "test": TEST,
     },

@@ -4,7 +4,7 @@ import importlib
 import inspect
 from typing import cast
 
-from megatron_espo.tasks import countdown, sudoku
+from megatron_espo.tasks import countdown, gsm8k, math, sudoku
 from megatron_espo.tasks.base import (
     SPLITS,
     ChatMessage,
@@ -29,7 +29,12 @@ __all__ = [
     "read_jsonl",
 ]
 
-BUILT_IN: dict[str, DemonstratingTask] = {"sudoku": sudoku, "countdown": countdown}
+BUILT_IN: dict[str, Task] = {
+    "sudoku": sudoku,
+    "countdown": countdown,
+    "gsm8k": gsm8k,
+    "math": math,
+}
 
 
 def load_task(name: str, *, flag: str = "--task") -> Task:

@@ -1,4 +1,4 @@
-"""The interface between a task and the rest: examples, scores, JSONL files and splits.
+"""The interface between a task and the rest: examples, scores, data files and splits.
 
 A task is a module (or any object) with the attributes of `Task`; nothing registers it and nothing
 is inherited. A task whose problems can be made up also has `generate`, and `demonstrate` for SFT
@@ -15,6 +15,8 @@ from random import Random
 from typing import Any, Protocol, runtime_checkable
 
 SPLITS = ("train", "validation", "test")
+STYLES = ("chat", "bare")
+"""How a problem is put: in words and answered between tags, or as bare as can be."""
 # Upper ends of the splits' shares of the hash range.
 _SPLIT_ENDS = (0.8, 0.9, 1.0)
 # Draws in a row without a new problem after which a split counts as exhausted.
@@ -59,7 +61,7 @@ class Task(Protocol):
     name: str
 
     def read(self, path: str | PathLike[str]) -> list[Example]:
-        """Read a JSONL file of problems; raises ValueError "path:line: ..." on a malformed line."""
+        """Read a file of problems; raises ValueError "path:line: ..." on a malformed line."""
         ...
 
     def score(self, example: Example, completion: str) -> Score:
@@ -86,6 +88,40 @@ class DemonstratingTask(GeneratingTask, Protocol):
     def demonstrate(self, record: Mapping[str, Any], rng: Random, noise: float) -> str:
         """Return a completion for a generated record, corrupted with probability `noise`."""
         ...
+
+
+def tagged_prompt(instruction: str, problem: str) -> tuple[ChatMessage, ...]:
+    """Write a chat prompt that asks for the answer between tags, the form of d1 and ESPO.
+
+    Args:
+        instruction: What the task is.
+        problem: This problem.
+
+    Returns:
+        One message of the user.
+    """
+    form = (
+        "Respond in this form:\n<reasoning>\nyour steps\n</reasoning>\n"
+        "<answer>\nyour answer\n</answer>"
+    )
+    return ({"role": "user", "content": f"{instruction}\n\n{form}\n\n{problem}"},)
+
+
+def is_bare(record: Mapping[str, Any]) -> bool:
+    """Return whether a record or answer is of the bare style, without chat and tags.
+
+    Raises:
+        ValueError: Its "style" is unknown.
+    """
+    style = record.get("style", "chat")
+    if style not in STYLES:
+        raise ValueError(f"'style' is {style!r}; use one of {', '.join(STYLES)}")
+    return bool(style == "bare")
+
+
+def dressed_answer(record: Mapping[str, Any], answer: str) -> str:
+    """Write an answer as a completion of the record's style: between tags unless it is bare."""
+    return answer if is_bare(record) else f"<answer>\n{answer}\n</answer>"
 
 
 def read_jsonl(
@@ -118,7 +154,7 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            examples.append(parse(_parse_record(line, fields)))
+            examples.append(parse(_checked(_parse_record(line), fields)))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
     if not examples:
@@ -126,13 +162,77 @@ def read_jsonl(
     return examples
 
 
-def _parse_record(line: bytes, fields: Mapping[str, type]) -> dict[str, Any]:
+def read_records(
+    path: str | PathLike[str],
+    fields: Mapping[str, type],
+    parse: Callable[[Mapping[str, Any]], Example],
+) -> list[Example]:
+    """Read a JSONL file as `read_jsonl` does, or a parquet file (its name ends with ".parquet").
+
+    Args:
+        path: The file.
+        fields: See `read_jsonl`.
+        parse: See `read_jsonl`.
+
+    Returns:
+        The examples, in the order of the file; at least one.
+
+    Raises:
+        ValueError: See `read_jsonl`; a parquet file needs pyarrow.
+    """
+    if Path(path).suffix != ".parquet":
+        return read_jsonl(path, fields, parse)
+    examples = []
+    for number, record in enumerate(read_parquet(path), start=1):
+        try:
+            examples.append(parse(_checked(record, fields)))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    if not examples:
+        raise ValueError(f"{path}: holds no example; give another file")
+    return examples
+
+
+def read_parquet(path: str | PathLike[str]) -> list[dict[str, Any]]:
+    """Read the rows of a parquet file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        One dictionary per row.
+
+    Raises:
+        ValueError: The file cannot be read, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow as arrow
+        from pyarrow import parquet
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{path}: a parquet file needs pyarrow; pip install 'megatron-espo[data]'"
+        ) from error
+    try:
+        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
+    except (OSError, arrow.ArrowException) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(
+            f"{path}: cannot be read ({reason}); give the path of a parquet file"
+        ) from error
+    return rows
+
+
+def _parse_record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, absurd numbers or nesting
         raise ValueError(f"not valid JSON ({error}); write one JSON object per line") from error
     if type(record) is not dict:
         raise ValueError(f"not a JSON object but a {type(record).__name__}; write {{...}}")
+    return record
+
+
+def _checked(record: dict[str, Any], fields: Mapping[str, type]) -> dict[str, Any]:
     for key, kind in fields.items():
         if key not in record:
             raise ValueError(f"key {key!r} is missing; add it")

@@ -1,7 +1,10 @@
 """Countdown: combine the given numbers, each exactly once, into an expression with a given value.
 
-File format: {"numbers": [44, 19, 35], "target": 98}; generated records add a "solution".
-Prompt: "44,19,35=98:". Completion: an expression such as "44+19+35", optionally with "=98" after.
+File format: {"numbers": [44, 19, 35], "target": 98}, or the published names "nums" for "numbers"
+and {"input": "44,19,35", "output": "98"}; generated records add a "solution". The prompt explains
+the game in a chat, and the answer stands between <answer> tags (d1, ESPO). A record with "style":
+"bare" is for a model too small to talk: the prompt is "44,19,35=98:" and the completion nothing but
+the answer. An answer is an expression such as "44+19+35", optionally with "=98" after.
 
     expression = product {("+" | "-") product}
     product    = factor {("*" | "/") factor}
@@ -21,10 +24,23 @@ from os import PathLike
 from random import Random
 from typing import Any
 
-from megatron_espo.tasks.base import Example, Score, draw_distinct, read_jsonl
+from megatron_espo.tasks.answers import tagged_answer
+from megatron_espo.tasks.base import (
+    Example,
+    Score,
+    draw_distinct,
+    dressed_answer,
+    is_bare,
+    read_records,
+    tagged_prompt,
+)
 
 name = "countdown"
 
+INSTRUCTION = """Make an arithmetic expression out of given numbers that has a given value. Use \
+every number exactly once and no other number; you may use +, -, *, / and parentheses. The answer \
+is the expression alone, without an equals sign. For example, with the numbers [3, 5, 6] and the \
+target 13 a right answer is 3*6-5."""
 MAX_LENGTH = 256
 MAX_DEPTH = 32
 _WELL_FORMED_REWARD = 0.1
@@ -50,7 +66,8 @@ def read(path: str | PathLike[str]) -> list[Example]:
     """Read problems.
 
     Args:
-        path: JSONL file with "numbers" and "target" in every record; a "solution" is checked.
+        path: JSONL or parquet file with "numbers" and "target" in every record; a "solution" is
+            checked.
 
     Returns:
         One example per line.
@@ -58,48 +75,79 @@ def read(path: str | PathLike[str]) -> list[Example]:
     Raises:
         ValueError: A line is malformed, or its solution is wrong.
     """
-    return read_jsonl(path, {"numbers": list, "target": int}, _parse)
+    return read_records(path, {}, _parse)
 
 
 def _parse(record: Mapping[str, Any]) -> Example:
-    numbers, target = record["numbers"], record["target"]
+    numbers, target = _problem(record)
     if not numbers or any(type(number) is not int or number < 1 for number in numbers):
         raise ValueError("'numbers' is not a list of positive integers; correct it")
     if target < 0:  # the grammar has no sign, so "=target" could not be written
         raise ValueError(f"'target' is {target}; make it 0 or more")
-    prompt = f"{','.join(map(str, numbers))}={target}:"
-    example = Example(prompt=prompt, answer={"numbers": numbers, "target": target})
-    if "solution" in record and not score(example, str(record["solution"])).correct:
+    answer = {"numbers": numbers, "target": target}
+    if "solution" in record and not _judge(answer, str(record["solution"]))[1]:
         raise ValueError(f"'solution' {record['solution']!r} is wrong; correct it or leave it out")
-    return example
+    if is_bare(record):
+        prompt = f"{','.join(map(str, numbers))}={target}:"
+        return Example(prompt, {**answer, "style": "bare"})
+    return Example(tagged_prompt(INSTRUCTION, f"Numbers: {numbers}\nTarget: {target}"), answer)
+
+
+def _problem(record: Mapping[str, Any]) -> tuple[list[int], int]:
+    """Return numbers and target under any of their published names."""
+    if "input" in record and "output" in record:
+        try:
+            return [int(n) for n in record["input"].split(",")], int(record["output"])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                'not of the form {"input": "44,19,35", "output": "98"}; correct it'
+            ) from error
+    key = "nums" if "nums" in record and "numbers" not in record else "numbers"
+    for name_, kind in ((key, list), ("target", int)):
+        if name_ not in record:
+            raise ValueError(f"key {name_!r} is missing; add it")
+        if type(record[name_]) is not kind:
+            found = type(record[name_]).__name__
+            raise ValueError(f"{name_!r} is of type {found}; make it {kind.__name__}")
+    return record[key], record["target"]
 
 
 def score(example: Example, completion: str) -> Score:
     """Reward 1 for the target, 0.1 for a well-formed miss, else 0 (ESPO, arXiv 2512.03759).
 
-    Well-formed: follows the grammar, uses exactly the given numbers, and if it has an "=", what
-    follows is the target and nothing else. An expression that divides by zero is well-formed but
-    has no value, so it earns 0.1.
+    As published, a tagged completion is well-formed if it has a pair of answer tags; a bare one if
+    it follows the grammar and uses exactly the given numbers, and if it has an "=", what follows
+    is the target and nothing else. An expression that divides by zero has no value, so it misses.
 
     Args:
         example: A problem, from `read`.
         completion: Any text.
 
     Returns:
-        The score, with the metric "well_formed".
+        The score, with the metric "well_formed": whether the answer follows the grammar and uses
+        the given numbers.
     """
-    numbers, target = example.answer["numbers"], example.answer["target"]
-    body, equals, claim = completion.partition("=")
+    bare = is_bare(example.answer)
+    answer = completion if bare else tagged_answer(completion)
+    if answer is None:
+        return Score(reward=0.0, correct=False, metrics={"well_formed": 0.0})
+    well_formed, correct = _judge(example.answer, answer)
+    miss = _WELL_FORMED_REWARD if well_formed or not bare else 0.0
+    reward = 1.0 if correct else miss
+    return Score(reward=reward, correct=correct, metrics={"well_formed": float(well_formed)})
+
+
+def _judge(problem: Mapping[str, Any], answer: str) -> tuple[bool, bool]:
+    """Return whether an answer is an expression of the given numbers, and whether it is right."""
+    numbers, target = problem["numbers"], problem["target"]
+    body, equals, claim = answer.partition("=")
     try:
         expression = parse_expression(body)
     except ValueError:
-        well_formed = correct = False
-    else:
-        claim_holds = not equals or claim.strip(string.whitespace) == str(target)
-        well_formed = claim_holds and sorted(expression.numbers) == sorted(numbers)
-        correct = well_formed and expression.value == target
-    reward = 1.0 if correct else _WELL_FORMED_REWARD if well_formed else 0.0
-    return Score(reward=reward, correct=correct, metrics={"well_formed": float(well_formed)})
+        return False, False
+    claim_holds = not equals or claim.strip(string.whitespace) == str(target)
+    well_formed = claim_holds and sorted(expression.numbers) == sorted(numbers)
+    return well_formed, well_formed and expression.value == target
 
 
 def parse_expression(text: str) -> Expression:
@@ -172,7 +220,13 @@ def _apply(operator: str, left: Fraction | None, right: Fraction | None) -> Frac
 
 
 def generate(
-    count: int, seed: int, split: str, *, num_numbers: int = 3, max_number: int = 50
+    count: int,
+    seed: int,
+    split: str,
+    *,
+    style: str = "bare",
+    num_numbers: int = 3,
+    max_number: int = 50,
 ) -> list[dict[str, Any]]:
     """Make up distinct problems, each with a solution.
 
@@ -184,6 +238,7 @@ def generate(
         count: Number of problems.
         seed: Same seed, same problems.
         split: "train", "validation" or "test".
+        style: How the problems are put, one of `STYLES`.
         num_numbers: Numbers per problem.
         max_number: Numbers are uniform from 1 to this (before problems without such a solution
             are dropped).
@@ -208,7 +263,7 @@ def generate(
             return None
         text, target = solution
         key = f"{','.join(map(str, sorted(numbers)))}={target}"
-        return key, {"numbers": numbers, "target": target, "solution": text}
+        return key, {"numbers": numbers, "target": target, "solution": text, "style": style}
 
     return draw_distinct(draw, count, split)
 
@@ -252,7 +307,7 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
         raise ValueError("a record without 'solution' cannot be demonstrated; use generated ones")
     solution: str = record["solution"]
     if rng.random() >= noise:
-        return solution
+        return dressed_answer(record, solution)
     tokens = _TOKEN.findall(solution)
     operators = [i for i, token in enumerate(tokens) if token in "+-*/"]
     places = [i for i, token in enumerate(tokens) if token[0] in string.digits]
@@ -260,7 +315,8 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
     exchanged = [_exchange(tokens, i, j) for i in places for j in places if i < j]
     texts = ["".join(variant) for variant in replaced + exchanged]
     # At least one misses: no two values a+b, a-b, a*b, a/b of positive a and b all agree.
-    return rng.choice([text for text in texts if parse_expression(text).value != record["target"]])
+    misses = [text for text in texts if parse_expression(text).value != record["target"]]
+    return dressed_answer(record, rng.choice(misses))
 
 
 def _exchange(tokens: list[str], i: int, j: int) -> list[str]:

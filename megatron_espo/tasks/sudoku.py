@@ -1,7 +1,9 @@
 """4x4 sudoku: fill the blanks of a grid so that rows, columns and 2x2 boxes each hold 1 to 4.
 
 File format: {"puzzle": "3102200002100320", "solution": "3142243142131324"}, row by row, 0 = blank.
-The prompt is the puzzle's 16 characters; the completion is the 16 digits of the solution.
+The prompt explains the rules in a chat, and the answer stands between <answer> tags (d1, ESPO). A
+record with "style": "bare" is for a model too small to talk: the prompt is the puzzle's 16
+characters and the completion nothing but the 16 digits.
 """
 
 import re
@@ -12,10 +14,33 @@ from os import PathLike
 from random import Random
 from typing import Any
 
-from megatron_espo.tasks.base import Example, Score, draw_distinct, read_jsonl
+from megatron_espo.tasks.answers import tagged_answer
+from megatron_espo.tasks.base import (
+    Example,
+    Score,
+    draw_distinct,
+    dressed_answer,
+    is_bare,
+    read_records,
+    tagged_prompt,
+)
 
 name = "sudoku"
 
+INSTRUCTION = """Solve a 4x4 sudoku. The puzzle is a string of 16 digits: the cells from left to \
+right, row by row, with 0 for an empty cell. Fill the empty cells with digits from 1 to 4 such \
+that every row, every column and every 2x2 box holds each digit once.
+
+For example, the puzzle 0412203040211040 stands for the rows
+
+04 12
+20 30
+
+40 21
+10 40
+
+and its solution is 3412213443211243. Your answer must be the complete string \
+of 16 digits, without spaces or separators."""
 _BLANK = "0"
 _MAX_BLANKS = 12
 _ROWS = [tuple(range(start, start + 4)) for start in (0, 4, 8, 12)]
@@ -27,7 +52,7 @@ def read(path: str | PathLike[str]) -> list[Example]:
     """Read puzzles with their solutions.
 
     Args:
-        path: JSONL file with "puzzle" and "solution" in every record.
+        path: JSONL or parquet file with "puzzle" and "solution" in every record.
 
     Returns:
         One example per line.
@@ -35,7 +60,7 @@ def read(path: str | PathLike[str]) -> list[Example]:
     Raises:
         ValueError: A line is malformed, or its solution does not solve its puzzle.
     """
-    return read_jsonl(path, {"puzzle": str, "solution": str}, _parse)
+    return read_records(path, {"puzzle": str, "solution": str}, _parse)
 
 
 def _parse(record: Mapping[str, Any]) -> Example:
@@ -50,16 +75,20 @@ def _parse(record: Mapping[str, Any]) -> Example:
         raise ValueError("'solution' repeats a digit in a row, column or box; correct it")
     if any(given not in (_BLANK, digit) for given, digit in zip(puzzle, solution, strict=True)):
         raise ValueError("'solution' contradicts a given of 'puzzle'; correct one of them")
-    return Example(prompt=puzzle, answer={"puzzle": puzzle, "solution": solution})
+    if is_bare(record):
+        return Example(puzzle, {"puzzle": puzzle, "solution": solution, "style": "bare"})
+    prompt = tagged_prompt(INSTRUCTION, f"Puzzle: {puzzle}")
+    return Example(prompt, {"puzzle": puzzle, "solution": solution})
 
 
 def score(example: Example, completion: str) -> Score:
     """Reward the fraction of the blank cells that are right (ESPO, arXiv 2512.03759).
 
-    White space is ignored, so a grid on four lines counts. The remaining characters fill the
-    cells in order: cells that are missing are wrong, characters after the sixteenth are not
-    looked at for the reward, but only the 16 digits of the solution, givens included, are correct.
-    Where a puzzle has several solutions, the one in the file counts.
+    The answer is what the last answer tags enclose; in the bare style it is the whole completion.
+    Of a tagged answer the ASCII digits count and of a bare one all but white space; they fill the
+    cells in order. Cells that are missing are wrong, characters after the sixteenth are not looked
+    at for the reward, but only the 16 digits of the solution, givens included, are correct. Where a
+    puzzle has several solutions, the one in the file counts.
 
     Args:
         example: A puzzle, from `read`.
@@ -69,7 +98,10 @@ def score(example: Example, completion: str) -> Score:
         The score, with the metric "givens_kept": the fraction of the givens that were copied.
     """
     puzzle, solution = example.answer["puzzle"], example.answer["solution"]
-    text = "".join(completion.split())
+    if is_bare(example.answer):
+        text = "".join(completion.split())
+    else:
+        text = re.sub("[^0-9]", "", tagged_answer(completion) or "")
     right = [digit == found for digit, found in zip(solution, text.ljust(16)[:16], strict=True)]
     blanks = [hit for given, hit in zip(puzzle, right, strict=True) if given == _BLANK]
     givens = [hit for given, hit in zip(puzzle, right, strict=True) if given != _BLANK]
@@ -81,7 +113,13 @@ def score(example: Example, completion: str) -> Score:
 
 
 def generate(
-    count: int, seed: int, split: str, *, min_blanks: int = 6, max_blanks: int = 10
+    count: int,
+    seed: int,
+    split: str,
+    *,
+    style: str = "bare",
+    min_blanks: int = 6,
+    max_blanks: int = 10,
 ) -> list[dict[str, Any]]:
     """Make up distinct puzzles that have exactly one solution.
 
@@ -92,6 +130,7 @@ def generate(
         count: Number of puzzles.
         seed: Same seed, same puzzles.
         split: "train", "validation" or "test".
+        style: How the problems are put, one of `STYLES`.
         min_blanks: Fewest blank cells.
         max_blanks: Most blank cells, at most 12: fewer than 4 givens never fix the solution.
 
@@ -115,7 +154,7 @@ def generate(
             blanks = rng.sample(range(16), num_blanks)
             puzzle = "".join(_BLANK if c in blanks else digit for c, digit in enumerate(solution))
             if num_solutions(puzzle) == 1:
-                return puzzle, {"puzzle": puzzle, "solution": solution}
+                return puzzle, {"puzzle": puzzle, "solution": solution, "style": style}
 
     return draw_distinct(draw, count, split)
 
@@ -134,10 +173,10 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
         noise: Probability that the demonstration is a hasty one.
     """
     if rng.random() >= noise:
-        return str(record["solution"])
+        return dressed_answer(record, record["solution"])
     puzzle = record["puzzle"]
     rows = (puzzle[start : start + 4] for start in range(0, 16, 4))
-    return "".join(_fill_in_order(row) for row in rows)
+    return dressed_answer(record, "".join(_fill_in_order(row) for row in rows))
 
 
 def _fill_in_order(row: str) -> str:

@@ -115,7 +115,8 @@ def test_malformed_line_and_long_prompt_are_named(tmp_path: Path, tokenizer: str
     from megatron_espo.data.tokenizer import load_tokenizer
 
     path = tmp_path / "train.jsonl"
-    good = json.dumps({"puzzle": "3102200002100320", "solution": "3142243142131324"})
+    record = {"puzzle": "3102200002100320", "solution": "3142243142131324", "style": "bare"}
+    good = json.dumps(record)
     path.write_text(good + "\n{broken\n")
     args = Namespace(seq_length=32, rollout_completion_length=16)
     task, loaded = load_task("sudoku"), load_tokenizer(tokenizer)

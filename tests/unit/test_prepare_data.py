@@ -35,7 +35,7 @@ def prompts(name: str, path: Path) -> list[object]:
     return [example.prompt for example in BUILT_IN[name].read(path)]
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", ["sudoku", "countdown"])
 def test_files_have_the_asked_counts_and_share_no_problem(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

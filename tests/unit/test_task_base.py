@@ -115,7 +115,7 @@ def test_built_in_tasks_load_by_name_and_can_demonstrate() -> None:
     assert load_task("countdown") is countdown
     for name, task in BUILT_IN.items():
         assert task.name == name
-        assert isinstance(task, DemonstratingTask)
+        assert isinstance(task, DemonstratingTask) is (name in ("sudoku", "countdown"))
 
 
 TASK_MODULE = """

@@ -17,7 +17,14 @@ from hypothesis import strategies as st
 from megatron_espo.tasks import countdown
 from megatron_espo.tasks.base import SPLITS, Example, split_of
 
-EXAMPLE = Example("44,19,35=98:", {"numbers": [44, 19, 35], "target": 98})
+
+def bare(numbers: list[int], target: int) -> Example:
+    answer = {"numbers": numbers, "target": target, "style": "bare"}
+    return Example(f"{','.join(map(str, numbers))}={target}:", answer)
+
+
+EXAMPLE = bare([44, 19, 35], 98)
+CHAT = Example("", {"numbers": [44, 19, 35], "target": 98})
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,7 @@ def test_malformed_text_earns_nothing_and_returns_at_once(text: str) -> None:
 
 
 def test_division_by_zero_is_well_formed_but_has_no_value() -> None:
-    example = Example("2,2,5=0:", {"numbers": [2, 2, 5], "target": 0})
+    example = bare([2, 2, 5], 0)
     for text in ("5/(2-2)", "5/(2-2)=0", "(2-2)/5", "2*2-5"):
         expected = 1.0 if text == "(2-2)/5" else 0.1
         assert countdown.score(example, text).reward == expected
@@ -89,12 +96,12 @@ def test_division_by_zero_is_well_formed_but_has_no_value() -> None:
 
 
 def test_values_are_exact_and_repeated_numbers_are_counted() -> None:
-    example = Example("3,3,8,8=24:", {"numbers": [3, 3, 8, 8], "target": 24})
+    example = bare([3, 3, 8, 8], 24)
     assert countdown.score(example, "8/(3-8/3)").correct
     assert countdown.score(example, "8*3+8-3").reward == 0.1
     assert countdown.score(example, "8*3").reward == 0.0
     assert countdown.score(example, "8+8+8").reward == 0.0
-    third = Example("1,3,3=1:", {"numbers": [1, 3, 3], "target": 1})
+    third = bare([1, 3, 3], 1)
     assert countdown.score(third, "1/3*3").correct
 
 
@@ -179,9 +186,59 @@ def write(path: Path, *records: object) -> Path:
 
 
 def test_reader_writes_numbers_in_order_then_the_target(tmp_path: Path) -> None:
-    record = {"numbers": [44, 19, 35], "target": 98}
+    record = {"numbers": [44, 19, 35], "target": 98, "style": "bare"}
     path = write(tmp_path / "data.jsonl", record, record | {"solution": "44+19+35"})
     assert countdown.read(path) == [EXAMPLE, EXAMPLE]
+
+
+def test_published_records_are_asked_for_in_a_chat_with_answer_tags(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "data.jsonl",
+        {"numbers": [44, 19, 35], "target": 98},
+        {"nums": [44, 19, 35], "target": 98},
+        {"input": "44,19,35", "output": "98"},
+    )
+    ours, theirs, tests = countdown.read(path)
+    assert ours == theirs == tests
+    (message,) = ours.prompt
+    assert "[44, 19, 35]" in message["content"] and "98" in message["content"]
+    assert "<answer>" in message["content"]
+    numbers, target, example = re.search(
+        r"numbers \[(.*?)\] and the target\s+([0-9]+) a right answer is (.*)\.$",
+        countdown.INSTRUCTION,
+    ).groups()
+    problem = bare([int(n) for n in numbers.split(",")], int(target))
+    assert countdown.score(problem, example).correct
+
+
+@pytest.mark.parametrize(
+    ("text", "reward"),
+    [
+        ("<reasoning>44+19=63</reasoning>\n<answer>\n44+19+35\n</answer>", 1.0),
+        ("<answer>44+19+35=98</answer>", 1.0),
+        ("<answer>1</answer><answer>35+(44+19)</answer> and more", 1.0),
+        ("<answer>44+19-35</answer>", 0.1),
+        ("<answer>44+19+35=97</answer>", 0.1),
+        ("<answer>44*35</answer>", 0.1),
+        ("<answer></answer>", 0.1),
+        ("<answer>44+19+35</answer><answer>0</answer>", 0.1),
+        ("<answer>98</answer>", 0.1),
+        ("<answer>9**9**9**9</answer>", 0.1),
+        ("<answer>44+19+35+0*(1/0)</answer>", 0.1),
+        ("<answer>__import__('os')._exit(0)</answer>", 0.1),
+        ("<answer>" + "(" * 100_000 + "</answer>", 0.1),
+        ("<answer>٤٤+19+35</answer>", 0.1),
+        ("44+19+35", 0.0),
+        ("<answer>44+19+35", 0.0),
+        ("44+19+35</answer>", 0.0),
+        ("</answer>44+19+35<answer>", 0.0),
+        ("", 0.0),
+    ],
+    ids=lambda value: ascii(value)[:40],
+)
+def test_chat_reward_reads_the_last_pair_of_tags(text: str, reward: float) -> None:
+    score = countdown.score(CHAT, text)
+    assert (score.reward, score.correct) == (reward, reward == 1.0)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +255,9 @@ def test_reader_writes_numbers_in_order_then_the_target(tmp_path: Path) -> None:
         ({"numbers": [1, 2], "target": -1}, "'target' is -1; make it 0 or more"),
         ({"numbers": [1, 2], "target": 3, "solution": "1*2"}, "'solution' '1\\*2' is wrong"),
         ({"numbers": [1, 2], "target": 3, "solution": None}, "'solution' None is wrong"),
+        ({"numbers": [1, 2], "target": 3, "style": "terse"}, "'style' is 'terse'; use one of"),
+        ({"input": "1,x", "output": "3"}, "not of the form"),
+        ({"input": [1, 2], "output": "3"}, "not of the form"),
     ],
 )
 def test_reader_names_the_line_and_what_is_wrong(
@@ -283,7 +343,7 @@ def test_demonstrations_are_solutions_except_a_share_of_well_formed_misses(tmp_p
 
 
 def test_corruption_changes_operators_and_exchanges_numbers() -> None:
-    record = {"numbers": [9, 2, 1], "target": 6, "solution": "9-2-1"}
+    record = {"numbers": [9, 2, 1], "target": 6, "solution": "9-2-1", "style": "bare"}
     rng = Random(0)
     texts = {countdown.demonstrate(record, rng, 1.0) for _ in range(200)}
     assert {"9+2-1", "9-2*1", "2-9-1", "1-2-9"} <= texts

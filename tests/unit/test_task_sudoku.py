@@ -1,6 +1,7 @@
 """4x4 sudoku: reader, reward, unique solutions, disjoint splits, demonstrations."""
 
 import json
+import re
 from collections import Counter
 from itertools import combinations, product
 from pathlib import Path
@@ -12,7 +13,8 @@ from megatron_espo.tasks import sudoku
 from megatron_espo.tasks.base import SPLITS, Example, split_of
 
 PUZZLE, SOLUTION = "3102200002100320", "3142243142131324"
-EXAMPLE = Example(PUZZLE, {"puzzle": PUZZLE, "solution": SOLUTION})
+RECORD = {"puzzle": PUZZLE, "solution": SOLUTION, "style": "bare"}
+EXAMPLE = Example(PUZZLE, RECORD)
 BLANKS = [cell for cell, digit in enumerate(PUZZLE) if digit == "0"]
 GIVENS = [cell for cell, digit in enumerate(PUZZLE) if digit != "0"]
 
@@ -42,8 +44,57 @@ def solutions_by_brute_force(puzzle: str) -> list[str]:
 
 def test_reader_gives_the_puzzle_as_prompt(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps({"puzzle": PUZZLE, "solution": SOLUTION}) + "\n")
+    path.write_text(json.dumps(RECORD) + "\n")
     assert sudoku.read(path) == [EXAMPLE]
+
+
+@pytest.fixture
+def chat(tmp_path: Path) -> Example:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"puzzle": PUZZLE, "solution": SOLUTION}) + "\n")
+    return sudoku.read(path)[0]
+
+
+def test_published_record_is_asked_for_in_a_chat_with_answer_tags(chat: Example) -> None:
+    (message,) = chat.prompt
+    assert isinstance(message, dict) and message["role"] == "user"
+    assert PUZZLE in message["content"] and "<answer>" in message["content"]
+    example = re.findall("[0-4]{16}", sudoku.INSTRUCTION)
+    assert solutions_by_brute_force(example[0]) == [example[1]]
+
+
+@pytest.mark.parametrize(
+    ("text", "blanks"),
+    [
+        (f"<answer>{SOLUTION}</answer>", 8),
+        (f"<reasoning>so</reasoning>\n<answer>\n{SOLUTION}\n</answer> done", 8),
+        (f"<answer>{' | '.join(SOLUTION)}</answer>", 8),
+        (f"<answer>{'1' * 16}</answer><answer>{SOLUTION}</answer>", 8),
+        (f"<answer>{SOLUTION}</answer><answer></answer>", 0),
+        (f"<answer>{SOLUTION}</answer><answer>nothing</answer>", 0),
+        (f"in <answer> tags: <answer>{SOLUTION}</answer>", 8),
+        (SOLUTION, 0),
+        (f"<answer>{SOLUTION}", 0),
+        (f"{SOLUTION}</answer>", 0),
+        (f"</answer>{SOLUTION}<answer>", 0),
+        (f"<ANSWER>{SOLUTION}</ANSWER>", 0),
+        ("<answer>" + SOLUTION.translate({48 + d: 0x660 + d for d in range(10)}) + "</answer>", 0),
+        ("<answer>" * 50_000, 0),
+        ("<answer>" + "1" * 100_000 + "</answer>", 2),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_chat_reward_reads_the_last_pair_of_tags(chat: Example, text: str, blanks: int) -> None:
+    score = sudoku.score(chat, text)
+    assert score.reward == blanks / 8
+    assert score.correct is (blanks == 8)
+
+
+def test_unknown_style_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({**RECORD, "style": "terse"}) + "\n")
+    with pytest.raises(ValueError, match="'style' is 'terse'; use one of chat, bare"):
+        sudoku.read(path)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +119,7 @@ def test_reader_names_the_line_and_what_is_wrong(
     tmp_path: Path, record: dict[str, object], message: str
 ) -> None:
     path = tmp_path / "data.jsonl"
-    good = json.dumps({"puzzle": PUZZLE, "solution": SOLUTION})
+    good = json.dumps(RECORD)
     path.write_text(f"{good}\n{json.dumps(record)}\n")
     with pytest.raises(ValueError, match=message) as caught:
         sudoku.read(path)
@@ -122,7 +173,7 @@ def test_leading_text_shifts_every_cell() -> None:
 
 
 def test_puzzle_without_givens_keeps_all_its_givens() -> None:
-    example = Example("0" * 16, {"puzzle": "0" * 16, "solution": SOLUTION})
+    example = Example("0" * 16, {**RECORD, "puzzle": "0" * 16})
     assert sudoku.score(example, SOLUTION).metrics == {"givens_kept": 1.0}
 
 
@@ -189,12 +240,13 @@ def test_impossible_requests_are_refused() -> None:
 
 
 def test_demonstration_without_noise_is_the_solution() -> None:
-    record = {"puzzle": PUZZLE, "solution": SOLUTION}
-    assert {sudoku.demonstrate(record, Random(seed), 0.0) for seed in range(50)} == {SOLUTION}
+    assert {sudoku.demonstrate(RECORD, Random(seed), 0.0) for seed in range(50)} == {SOLUTION}
+    (record,) = sudoku.generate(1, 0, "train", style="chat")
+    assert sudoku.score(Example("", record), sudoku.demonstrate(record, Random(0), 0.0)).correct
 
 
 def test_hasty_demonstrator_fills_rows_in_ascending_order_and_sees_nothing_else() -> None:
-    record = {"puzzle": PUZZLE, "solution": SOLUTION}
+    record = RECORD
     # 3102 2000 0210 0320, row by row, by hand.
     assert {sudoku.demonstrate(record, Random(s), 1.0) for s in range(9)} == {"3142213432141324"}
     for record in sudoku.generate(50, 3, "train"):
@@ -209,7 +261,7 @@ def test_hasty_demonstrator_fills_rows_in_ascending_order_and_sees_nothing_else(
 
 
 def test_share_of_hasty_demonstrations_is_the_noise() -> None:
-    record = {"puzzle": PUZZLE, "solution": SOLUTION}
+    record = RECORD
     rng, count = Random(0), 4000
     texts = [sudoku.demonstrate(record, rng, 0.7) for _ in range(count)]
     again = Random(0)

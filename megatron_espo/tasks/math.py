@@ -1,0 +1,117 @@
+r"""Competition mathematics (MATH): the answer in \boxed{} must equal the reference.
+
+File format: {"problem": "...", "answer": "\\frac{1}{2}"}, or the published {"problem", "solution"}
+whose solution ends with a \boxed{} answer. Judged by math-verify, which reads LaTeX.
+"""
+
+import logging
+import re
+import threading
+from collections.abc import Mapping
+from functools import cache
+from os import PathLike
+from typing import Any
+
+from megatron_espo.tasks.answers import boxed_answer, final_answer
+from megatron_espo.tasks.base import Example, Score, read_records
+
+name = "math"
+
+INSTRUCTION = "Reason step by step, and write your final answer inside \\boxed{}."
+_SECONDS = 3
+# What would take sympy for ever or all memory: large exponents, power towers, large factorials.
+_COSTLY = re.compile(
+    r"(?:\^|\*\*)\s*[\{(]?\s*[-+]?\s*[0-9]{5,}"
+    r"|(?:\^|\*\*)[^ ]{0,200}?[0-9]\s*[)\}]*\s*(?:\^|\*\*)"
+    r"|[0-9]{4,}\s*[)\}]*\s*!|!\s*[)\}]*\s*!|[0-9]{200}"
+)
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
+
+
+def read(path: str | PathLike[str]) -> list[Example]:
+    """Read problems.
+
+    Args:
+        path: JSONL or parquet file with "problem", and "answer" or "solution", in every record.
+
+    Returns:
+        One example per record.
+
+    Raises:
+        ValueError: A record is malformed or its solution has no boxed answer.
+    """
+    return read_records(path, {"problem": str}, _parse)
+
+
+def _parse(record: Mapping[str, Any]) -> Example:
+    answer = record.get("answer")
+    if answer is None and isinstance(record.get("solution"), str):
+        answer = boxed_answer(record["solution"])
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(
+            "'answer' is no text and 'solution' has no \\boxed{} answer; give one or leave the "
+            "problem out"
+        )
+    prompt = ({"role": "user", "content": f"{record['problem']}\n{INSTRUCTION}"},)
+    return Example(prompt=prompt, answer={"answer": answer})
+
+
+def score(example: Example, completion: str) -> Score:
+    r"""Reward 1 if the final answer equals the reference, else 0 (ESPO, arXiv 2512.03759).
+
+    Args:
+        example: A problem, from `read`.
+        completion: Any text; its last \boxed{} counts, then answer tags, then the last number.
+
+    Returns:
+        The score, with the metric "boxed": whether there is a closed \boxed{}.
+    """
+    answer = final_answer(completion)
+    correct = answer is not None and equivalent(example.answer["answer"], answer)
+    boxed = boxed_answer(completion) is not None
+    return Score(reward=float(correct), correct=correct, metrics={"boxed": float(boxed)})
+
+
+def equivalent(reference: str, answer: str) -> bool:
+    """Return whether two answers are equal as mathematics.
+
+    Args:
+        reference: the right answer, trusted.
+        answer: any short text. Digits that are not ASCII, and powers or factorials too large to
+            work out (unless the reference is spelt the same), are not equal to anything.
+    """
+    reference, answer = reference.strip(), answer.strip()
+    if reference == answer:
+        return True
+    if _INTEGER.fullmatch(reference) and _INTEGER.fullmatch(answer):
+        return int(reference) == int(answer)
+    if any(character.isnumeric() and not character.isascii() for character in answer):
+        return False
+    if _COSTLY.search(answer):
+        return False
+    parse, verify = _math_verify()
+    # math-verify's own time limits are alarms, which only a main thread can set.
+    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
+    try:
+        wanted = parse(f"\\boxed{{{reference}}}", parsing_timeout=seconds)
+        found = parse(f"\\boxed{{{answer}}}", parsing_timeout=seconds)
+        return bool(wanted and found and verify(wanted, found, timeout_seconds=seconds))
+    except MemoryError:
+        raise
+    except Exception:  # a parser of three libraries, on hostile text
+        return False
+
+
+@cache
+def _math_verify() -> tuple[Any, Any]:
+    """Import math-verify when it is first needed: it takes a second."""
+    try:
+        from math_verify import parse, verify
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "the tasks math and gsm8k need math-verify; pip install megatron-espo again"
+        ) from error
+    # It reports every unreadable answer.
+    for logger in ("math_verify", "latex2sympy2_extended"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    return parse, verify
