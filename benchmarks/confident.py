@@ -2,11 +2,10 @@
 
 Random weights are never confident, so that parallel decoding by a threshold would commit one token
 per step. Here a model of a benchmark's shape learns a small language through the project's own
-fine-tuning (Megatron's training loop, JSONL of prompts and completions): reports made of sixteen
-sentences, each with a slot that takes one of eight names, each followed by one of two others. Byte
-by byte such text is mostly certain: which sentence follows and which name it has is a free choice,
-the letters after the first ones are not. How many tokens a step can commit follows from that
-mixture; a benchmark prints it beside its ratio, because the ratio depends on it.
+fine-tuning (Megatron's training loop, JSONL of prompts and completions): texts of sixteen words,
+each followed by one of two others. Byte by byte such text is mostly certain: which word follows is
+a free choice of one bit, the letters after its first one are not. How many tokens a step can commit
+follows from that mixture; a benchmark prints it beside its ratio, because the ratio depends on it.
 
     python -m benchmarks.confident --shape large-vocabulary    # once, into runs/benchmark/...
 """
@@ -23,52 +22,37 @@ from pathlib import Path
 from benchmarks.models import SHAPES
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 
-SENTENCES = (
-    "the harbour master met {} at noon. ",
-    "a letter from {} lay on the desk. ",
-    "two clerks asked {} for the keys. ",
-    "nobody told {} about the storm. ",
-    "every lamp near {} had gone out. ",
-    "rain kept {} inside all morning. ",
-    "our old friend {} sold the boat. ",
-    "later {} wrote down the numbers. ",
-    "with care {} opened the sealed box. ",
-    "under the bridge {} found a coin. ",
-    "for seven days {} watched the gate. ",
-    "in the end {} paid for the bread. ",
-    "before dawn {} rang the great bell. ",
-    "quite often {} forgot the password. ",
-    "just then {} lost the garden map. ",
-    "veiled in fog {} crossed the field. ",
-)
-NAMES = ("anna", "boris", "clara", "david", "emil", "frida", "georg", "helene")
+WORDS = (
+    "anchor beacon candle dolphin ember falcon garden harbour island jungle kettle lantern meadow "
+    "nectar orchard pebble"
+).split()
 FOLLOWERS = 2
 LENGTH = 128
 TRAINING = {
     # Steps, rows per step and learning rate that make the model confident in some minutes.
-    "large-vocabulary": (400, 8, 2e-3),
-    "small-vocabulary": (300, 8, 1e-3),
+    "large-vocabulary": (200, 4, 2e-3),
+    "small-vocabulary": (200, 4, 1e-3),
     "smoke": (3, 4, 1e-3),
 }
 
 
 def write_text(length: int, generator: random.Random) -> str:
-    """Write a report of that many characters, beginning and ending anywhere.
+    """Write a text of that many characters, beginning and ending anywhere.
 
     Args:
         length: characters.
-        generator: chooses sentences and names.
+        generator: chooses the words.
 
     Returns:
         The text.
     """
-    sentence = generator.randrange(len(SENTENCES))
+    word = generator.randrange(len(WORDS))
+    start = generator.randrange(len(WORDS[word]))
     text = ""
-    start = generator.randrange(30)
     while len(text) < start + length:
-        text += SENTENCES[sentence].format(generator.choice(NAMES))
-        # A fixed graph: which sentences may follow is what the model has to learn.
-        sentence = (5 * sentence + 3 + 7 * generator.randrange(FOLLOWERS)) % len(SENTENCES)
+        text += WORDS[word] + " "
+        # A fixed graph: which words may follow is what the model has to learn.
+        word = (5 * word + 3 + 7 * generator.randrange(FOLLOWERS)) % len(WORDS)
     return text[start : start + length]
 
 
@@ -81,9 +65,8 @@ def share_of_words(text: str) -> float:
     Returns:
         A share.
     """
-    known = {word for s in SENTENCES for word in s.format("").split()} | set(NAMES)
     words = text.split(" ")[1:-1]
-    return sum(word in known for word in words) / max(len(words), 1)
+    return sum(word in WORDS for word in words) / max(len(words), 1)
 
 
 def write_data(folder: Path, count: int = 4000, held_out: int = 64) -> None:

@@ -93,4 +93,4 @@ def test_training_text_fills_prompt_and_completion_with_words_of_the_language(
             text = record["prompt"] + record["completion"]
             assert len(record["prompt"].encode()) == len(record["completion"].encode()) == LENGTH
             assert share_of_words(text) == 1.0
-    assert share_of_words("ris xxxx met qqqq bo") == pytest.approx(1 / 3)
+    assert share_of_words("ris xxxx ember qqqq gar") == pytest.approx(1 / 3)
