@@ -1,10 +1,18 @@
 """Layer specs of a bidirectional transformer, for Transformer Engine and for plain PyTorch."""
 
+import copy
+
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_espo.model.attention import (
+    BidirectionalAttention,
+    selecting_bias_dropout_add,
+    transformer_engine_attention,
+)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -28,17 +36,22 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def bidirectional_block_spec(
-    config: TransformerConfig, use_transformer_engine: bool, vp_stage: int | None = None
+    config: TransformerConfig,
+    use_transformer_engine: bool,
+    vp_stage: int | None = None,
+    is_last_stage: bool = True,
 ) -> TransformerBlockSubmodules:
     """Build this pipeline stage's layer specs with attention over the whole sequence.
 
     The mask type is ``padding`` in both backends: every position sees every position that is not
-    right padding. Everything else is Megatron's own block.
+    right padding. The last layer can leave out the rows that nothing reads (see
+    parallel/passes.py). Everything else is Megatron's own block.
 
     Args:
         config: the model's transformer config.
         use_transformer_engine: build Transformer Engine layers, else Megatron's local ones.
         vp_stage: virtual pipeline stage, if any.
+        is_last_stage: whether this is the stage of the output head.
 
     Returns:
         Submodules for GPTModel.
@@ -46,11 +59,19 @@ def bidirectional_block_spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine, normalization=config.normalization, vp_stage=vp_stage
     )
+    # Megatron names one spec several times: the last layer's must be one of its own.
+    block.layer_specs = [copy.deepcopy(layer) for layer in block.layer_specs]
     for layer in block.layer_specs:
-        layer.submodules.self_attention.params["attn_mask_type"] = AttnMaskType.padding
-        if not use_transformer_engine:
+        attention = layer.submodules.self_attention
+        attention.params["attn_mask_type"] = AttnMaskType.padding
+        if use_transformer_engine:
+            attention.submodules.core_attention = transformer_engine_attention()
+        else:
+            attention.submodules.core_attention = BidirectionalAttention
             layer.submodules.input_layernorm = RMSNorm
             layer.submodules.pre_mlp_layernorm = RMSNorm
+    if is_last_stage:
+        block.layer_specs[-1].submodules.self_attn_bda = selecting_bias_dropout_add
     if not use_transformer_engine:
         block.layer_norm = RMSNorm
     return block

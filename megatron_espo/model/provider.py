@@ -5,8 +5,10 @@ from typing import Any
 from megatron.core.models.gpt import GPTModel
 from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
+from torch import Tensor
 
 from megatron_espo.model.layer_specs import bidirectional_block_spec
+from megatron_espo.parallel.passes import current_pass
 
 
 def model_provider(
@@ -31,10 +33,10 @@ def model_provider(
     args = get_args()
     if config is None:
         config = core_transformer_config_from_args(args)
-    return GPTModel(
+    model = GPTModel(
         config=config,
         transformer_layer_spec=bidirectional_block_spec(
-            config, args.transformer_impl == "transformer_engine", vp_stage
+            config, args.transformer_impl == "transformer_engine", vp_stage, post_process
         ),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=args.max_position_embeddings,
@@ -50,3 +52,19 @@ def model_provider(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    if post_process and model.decoder.layers:
+        # Recomputing the core attention would run it after the pass whose rows it selects. The
+        # fused kernel keeps no scores, so that there is next to nothing to save.
+        model.decoder.layers[-1].self_attention.checkpoint_core_attention = False
+    if model.position_embedding_type == "rope":
+        model.rotary_pos_emb.register_forward_hook(_rotate_window)
+    return model
+
+
+def _rotate_window(rotary: Any, arguments: Any, output: Tensor) -> Tensor | None:
+    """Give the positions of a window their own rotation: ``[w, b, 1, d]`` for ``[w, 1, 1, d]``."""
+    state = current_pass()
+    if state is None or state.positions is None or state.cache is None:
+        return None
+    table = rotary.forward(state.cache.width)
+    return table[state.positions.t(), 0]

@@ -1,24 +1,37 @@
 """Model passes through Megatron's schedules, with the output head on chosen rows only.
 
-A :class:`RowBatch` names the hidden states that something will be read from. On the last stage
-:func:`select_rows` (GPTModel's ``output_processor``) gathers just these rows, runs the output head
-on them and hands the logits of this vocabulary shard to a function.
+A :class:`RowBatch` names the hidden states that something will be read from. The last layer leaves
+out the others after its keys and values (see parallel/passes.py), and on the last stage
+:func:`select_rows` (GPTModel's ``output_processor``) runs the output head on just these rows and
+hands the logits of this vocabulary shard to a function.
 
 Symbols: b rows of tokens, s positions, r selected rows, n vocabulary entries of this rank.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_espo.parallel.layout import Layout
+from megatron_espo.parallel.passes import (
+    KeyValueCache,
+    PassState,
+    SelectedRows,
+    running,
+    select_positions,
+)
 
 LogitsFunction = Callable[[Tensor, Any], Tensor]
+
+# Matrix products in FP8 want rows in multiples of this.
+_FP8_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -26,12 +39,18 @@ class RowBatch:
     """One micro-batch of a pass over the model.
 
     Attributes:
-        tokens: int64 ``[b, s]``, padded on the right.
+        tokens: int64 ``[b, s]``, padded on the right; ``[b, w]`` where ``offsets`` are given.
         lengths: int64 ``[b]``; positions from ``lengths`` on are hidden from attention.
-        rows: int64 ``[r]``, the row of ``tokens`` of each predicted token.
+        rows: int64 ``[r]``, the row of ``tokens`` of each predicted token, ascending.
         positions: int64 ``[r]``, its position. With ``logit_shift`` the hidden state before it
             predicts it.
         payload: what the function of the logits needs besides the logits.
+        cache: keys and values that a pass without ``offsets`` fills and one with them uses; without
+            gradients.
+        offsets: int64 ``[b]``, where ``tokens`` start in the cached rows: the window of w positions
+            that passes through the model. It lies inside the rows and holds every hidden state that
+            is read; its tokens replace those that the cache was filled with.
+        cache_rows: int64 ``[b]``, the rows of the cache that these are; None for all, in order.
     """
 
     tokens: Tensor
@@ -39,16 +58,18 @@ class RowBatch:
     rows: Tensor
     positions: Tensor
     payload: Any = None
+    cache: KeyValueCache | None = None
+    offsets: Tensor | None = None
+    cache_rows: Tensor | None = None
 
     def to(self, device: torch.device) -> "RowBatch":
         """Return the batch with its tensors on ``device`` (the payload is left alone)."""
-        return RowBatch(
-            self.tokens.to(device, non_blocking=True),
-            self.lengths.to(device, non_blocking=True),
-            self.rows.to(device, non_blocking=True),
-            self.positions.to(device, non_blocking=True),
-            self.payload,
-        )
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def padding_mask(lengths: Tensor, s: int) -> Tensor:
@@ -82,16 +103,61 @@ def run_model(
     Returns:
         The function's result on the last stage, hidden states elsewhere.
     """
-    s = batch.tokens.size(1)
-    position_ids = torch.arange(s, device=batch.tokens.device)[None, :].expand_as(batch.tokens)
-    output: Tensor = model(
-        batch.tokens,
-        position_ids,
-        padding_mask(batch.lengths, s),
-        output_processor=select_rows,
-        output_processor_context=(batch, logits_function, logit_shift),
+    b, width = batch.tokens.shape
+    position_ids = torch.arange(width, device=batch.tokens.device)[None, :].expand(b, -1)
+    s, places = width, batch.positions - int(logit_shift)
+    if batch.offsets is not None:
+        assert batch.cache is not None, "a window needs the keys and values of the rest"
+        position_ids, s = position_ids + batch.offsets[:, None], batch.cache.width
+        places = places - batch.offsets[batch.rows]
+    config = get_model_config(model)
+    selected = _select(model, config, batch, places)
+    state = PassState(
+        selected=selected,
+        cache=batch.cache,
+        cache_rows=batch.cache_rows,
+        positions=None if batch.offsets is None else position_ids,
     )
+    # Where the last layer gives more than is read, the head takes its rows out of all of them.
+    index = places * b + batch.rows if selected is None else None
+    with running(state), _rotation_by_row(config, batch.offsets is not None):
+        output: Tensor = model(
+            batch.tokens,
+            position_ids,
+            padding_mask(batch.lengths, s),
+            output_processor=select_rows,
+            output_processor_context=(batch, logits_function, index),
+        )
     return output
+
+
+def _select(
+    model: torch.nn.Module, config: Any, batch: RowBatch, places: Tensor
+) -> SelectedRows | None:
+    """Let the last layer leave out the rows that nothing reads, where that works."""
+    stage = unwrap_model(model)
+    if not stage.post_process or len(stage.decoder.layers) == 0:
+        return None
+    if model.training and config.recompute_granularity == "full":
+        return None  # the layer runs again in the backward pass, when this pass is long over
+    b, width = batch.tokens.shape
+    tp_group = stage.pg_collection.tp if config.sequence_parallel else None
+    multiple = (1 if tp_group is None else tp_group.size()) * (_FP8_ROWS if config.fp8 else 1)
+    if batch.rows.numel() + multiple > b * width:
+        return None
+    per_row = int(torch.bincount(batch.rows, minlength=b).max())
+    return select_positions(batch.rows, places, b, per_row, multiple, tp_group)
+
+
+@contextlib.contextmanager
+def _rotation_by_row(config: Any, needed: bool) -> Iterator[None]:
+    """Rotate without Megatron's fused kernel, which knows one position for all rows only."""
+    fused = config.apply_rope_fusion
+    config.apply_rope_fusion = fused and not needed
+    try:
+        yield
+    finally:
+        config.apply_rope_fusion = fused
 
 
 def select_rows(
@@ -99,12 +165,12 @@ def select_rows(
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[RowBatch, LogitsFunction, bool],
+    context: tuple[RowBatch, LogitsFunction, Tensor | None],
     scale_logits: Callable[[Tensor], Tensor],
     **_: Any,
 ) -> Tensor:
     """Run the output head on the rows of a :class:`RowBatch` (GPTModel's output processor)."""
-    batch, logits_function, logit_shift = context
+    batch, logits_function, index = context
     sequence_parallel = output_layer.sequence_parallel
     if sequence_parallel:
         # The head's copy-to-region sums the gradient over the tensor-parallel ranks; the gather
@@ -112,9 +178,10 @@ def select_rows(
         hidden_states = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
         )
-    b = hidden_states.size(1)
-    index = (batch.positions - int(logit_shift)) * b + batch.rows
-    chosen = hidden_states.flatten(0, 1).index_select(0, index)[:, None, :]
+    if index is None:
+        chosen = hidden_states[: batch.rows.numel()]
+    else:
+        chosen = hidden_states.flatten(0, 1).index_select(0, index)[:, None, :]
     output_layer.sequence_parallel = False
     try:
         logits, _bias = output_layer(chosen, weight=output_weight)

@@ -1,0 +1,203 @@
+"""Passes that compute less: rows that the last layer leaves out, windows with a key/value cache."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training.global_vars import destroy_global_vars
+from torch import Tensor
+
+from megatron_espo.arguments import initialize_arguments
+from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
+from megatron_espo.model.provider import model_provider
+from megatron_espo.parallel import pipeline
+from megatron_espo.parallel.passes import KeyValueCache, select_positions
+from megatron_espo.parallel.pipeline import RowBatch, run_model
+
+FLAGS = (
+    "--preset tiny --hidden-size 32 --ffn-hidden-size 48 --group-query-attention "
+    "--num-query-groups 2 --make-vocab-size-divisible-by 8 --init-method-std 0.3 --seq-length 64 "
+    "--max-position-embeddings 64 --micro-batch-size 1 --train-iters 1"
+)
+S = 24
+LENGTHS = torch.tensor([24, 17, 20])
+
+
+def build(tokenizer: str, *flags: str) -> torch.nn.Module:
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+    argv = [*FLAGS.split(), "--tokenizer-model", tokenizer, *flags]
+    initialize_arguments(argv, lambda args: None)
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(3)
+    torch.manual_seed(3)
+    return model_provider()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("model") / "tokenizer"
+    save_tokenizer(byte_tokenizer(), folder)
+    yield str(folder)
+    mpu.destroy_model_parallel()
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+
+
+@pytest.fixture(scope="module")
+def deep(tokenizer: str) -> torch.nn.Module:
+    return build(tokenizer, "--num-layers", "3")
+
+
+@pytest.fixture(scope="module", params=["rope", "learned_absolute"])
+def shallow(tokenizer: str, request: pytest.FixtureRequest) -> torch.nn.Module:
+    return build(tokenizer, "--num-layers", "1", "--position-embedding-type", request.param).eval()
+
+
+def random_batch(rows: Sequence[int], positions: Sequence[int]) -> RowBatch:
+    tokens = torch.randint(0, 256, (3, S), generator=torch.Generator().manual_seed(1))
+    return RowBatch(tokens, LENGTHS, torch.tensor(rows), torch.tensor(positions))
+
+
+UNEVEN = random_batch([0, 0, 0, 2, 2, 2, 2, 2], [3, 9, 23, 1, 2, 3, 12, 19])
+
+
+def logits_of(model: torch.nn.Module, batch: RowBatch, shift: bool = False) -> Tensor:
+    return run_model(model, batch, lambda logits, _: logits, shift)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_leaving_out_rows_changes_neither_logits_nor_gradients(
+    deep: torch.nn.Module, shift: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> tuple[Tensor, dict[str, Tensor]]:
+        deep.zero_grad()
+        logits = logits_of(deep.train(), UNEVEN, shift)
+        (logits.sin() * torch.arange(1.0, 9.0)[:, None]).sum().backward()
+        return logits.detach(), {n: p.grad for n, p in deep.named_parameters()}
+
+    lean = run()
+    monkeypatch.setattr(pipeline, "_select", lambda *_: None)
+    full = run()
+    torch.testing.assert_close(lean[0], full[0], atol=1e-5, rtol=1e-5)
+    for name, gradient in full[1].items():
+        scale = gradient.abs().max()
+        assert scale > 0, name
+        assert (lean[1][name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+def test_last_layer_computes_just_the_rows_that_are_read(deep: torch.nn.Module) -> None:
+    seen: list[torch.Size] = []
+    hooks = [
+        layer.mlp.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+        for layer in deep.decoder.layers
+    ]
+    logits_of(deep.eval(), UNEVEN)
+    for hook in hooks:
+        hook.remove()
+    assert [tuple(shape) for shape in seen] == [(S, 3, 32), (S, 3, 32), (8, 1, 32)]
+
+
+def test_full_recomputation_keeps_all_rows_and_gives_the_same_logits(
+    deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean = logits_of(deep.train(), UNEVEN)
+    config: Any = deep.config
+    monkeypatch.setattr(config, "recompute_granularity", "full")
+    monkeypatch.setattr(config, "recompute_method", "uniform")
+    monkeypatch.setattr(config, "recompute_num_layers", 1)
+    full = logits_of(deep, UNEVEN)
+    torch.testing.assert_close(lean, full, atol=1e-5, rtol=1e-5)
+    deep.zero_grad()
+    full.sum().backward()
+    assert deep.decoder.layers[2].mlp.linear_fc1.weight.grad.abs().sum() > 0
+
+
+def test_selected_rows_are_filled_up_to_the_multiple() -> None:
+    rows, places = torch.tensor([0, 0, 2]), torch.tensor([4, 1, 0])
+    selected = select_positions(
+        rows, places, num_rows=3, per_row=2, multiple=4, sequence_group=None
+    )
+    hidden = torch.arange(15.0).view(5, 3, 1)  # [w, b, h]: entry 3 w + b
+    assert selected.of_hidden(hidden).flatten().tolist() == [12, 3, 2, 12]
+    queries = selected.of_queries(hidden[..., None])
+    assert queries[..., 0, 0].tolist() == [[12, 1, 2], [3, 1, 2]]
+    assert selected.of_attention(queries.flatten(2)).flatten().tolist() == [12, 3, 2, 12]
+
+
+def window(batch: RowBatch, offsets: Sequence[int], width: int, cache: KeyValueCache) -> RowBatch:
+    """Cut a window out of each row; reads the first and last position of each."""
+    starts = torch.tensor(offsets)
+    index = starts[:, None] + torch.arange(width)
+    positions = torch.stack((starts + 1, starts + width - 1), dim=1)
+    return replace(
+        batch,
+        tokens=batch.tokens.gather(1, index),
+        rows=torch.arange(len(offsets)).repeat_interleave(2),
+        positions=positions.flatten(),
+        cache=cache,
+        offsets=starts,
+    )
+
+
+OFFSETS, WIDTH = [16, 3, 11], 7
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shift", [False, True])
+def test_window_of_unchanged_tokens_equals_the_full_pass(
+    deep: torch.nn.Module, shift: bool
+) -> None:
+    cache = KeyValueCache()
+    logits_of(deep.eval(), replace(UNEVEN, cache=cache), shift)
+    part = window(UNEVEN, OFFSETS, WIDTH, cache)
+    full = replace(UNEVEN, rows=part.rows, positions=part.positions)
+    torch.testing.assert_close(
+        logits_of(deep, part, shift), logits_of(deep, full, shift), atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def test_window_of_changed_tokens_is_exact_where_one_layer_makes_keys_local(
+    shallow: torch.nn.Module,
+) -> None:
+    cache = KeyValueCache()
+    logits_of(shallow, replace(UNEVEN, cache=cache))
+    tokens = UNEVEN.tokens.clone()
+    for row, start in enumerate(OFFSETS):
+        tokens[row, start : start + WIDTH] = torch.arange(40, 40 + WIDTH) + row
+    part = window(replace(UNEVEN, tokens=tokens), OFFSETS, WIDTH, cache)
+    full = replace(UNEVEN, tokens=tokens, rows=part.rows, positions=part.positions)
+    expected = logits_of(shallow, full)
+    torch.testing.assert_close(logits_of(shallow, part), expected, atol=1e-5, rtol=1e-5)
+    # The window's keys and values stay: another window sees the new tokens.
+    other = window(replace(UNEVEN, tokens=tokens), [2, 12, 2], 4, cache)
+    full = replace(full, rows=other.rows, positions=other.positions)
+    expected = logits_of(shallow, full)
+    torch.testing.assert_close(logits_of(shallow, other), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_some_rows_of_a_cache_are_filled_and_used_alone(deep: torch.nn.Module) -> None:
+    cache = KeyValueCache()
+    deep.eval()
+    stale = replace(UNEVEN, tokens=torch.zeros_like(UNEVEN.tokens), cache=cache)
+    logits_of(deep, stale)
+    some = torch.tensor([2, 0])
+    batch = replace(
+        random_batch([0, 1], [5, 6]),
+        tokens=UNEVEN.tokens[some],
+        lengths=LENGTHS[some],
+        cache=cache,
+        cache_rows=some,
+    )
+    logits_of(deep, batch)
+    part = window(batch, [OFFSETS[i] for i in some.tolist()], WIDTH, cache)
+    full = replace(part, tokens=batch.tokens, cache=None, offsets=None, cache_rows=None)
+    torch.testing.assert_close(logits_of(deep, part), logits_of(deep, full), atol=1e-5, rtol=1e-5)
