@@ -43,7 +43,7 @@ class BidirectionalAttention(MegatronModule):
                 "out --softmax-type and --window-size."
             )
         self.layer_number = layer_number
-        self.softmax_scale = softmax_scale
+        self.score_scale = softmax_scale
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.dropout_probability: float = dropout
 
@@ -87,7 +87,7 @@ def _attend(
     # Megatron's tracker keeps the draws of tensor-parallel ranks apart.
     tracked = dropout > 0.0 and not module.config.sequence_parallel
     with get_cuda_rng_tracker().fork() if tracked else nullcontext():
-        output = fused_attention(query, key, value, attention_mask, module.softmax_scale, dropout)
+        output = fused_attention(query, key, value, attention_mask, module.score_scale, dropout)
     return output if selected is None else selected.of_attention(output)
 
 
@@ -106,8 +106,9 @@ def transformer_engine_attention() -> type:
             self, config: TransformerConfig, layer_number: int, *args: Any, **kw: Any
         ) -> None:
             super().__init__(config, layer_number, *args, **kw)
+            self.layer_number = layer_number
             self.dropout_probability = config.attention_dropout
-            self.softmax_scale = config.softmax_scale
+            self.score_scale = config.softmax_scale
 
         def forward(
             self,

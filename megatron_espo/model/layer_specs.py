@@ -70,7 +70,7 @@ def bidirectional_block_spec(
             attention.submodules.core_attention = BidirectionalAttention
             layer.submodules.input_layernorm = RMSNorm
             layer.submodules.pre_mlp_layernorm = RMSNorm
-    if is_last_stage:
+    if is_last_stage and block.layer_specs:
         block.layer_specs[-1].submodules.self_attn_bda = selecting_bias_dropout_add
     if not use_transformer_engine:
         block.layer_norm = RMSNorm
