@@ -84,12 +84,17 @@ def measure_rollouts(
     exact = results["exact"].completions
     # Sampled tokens come from other random numbers on each side.
     assert temperature > 0.0 or torch.equal(exact, results[BASELINE]), "greedy tokens differ"
-    report = {BASELINE: _row(seconds, BASELINE, work, work.rollout.denoising_steps)}
+    report = {BASELINE: _row(seconds, BASELINE, work)}
+    report[BASELINE]["model evaluations"] = work.rollout.denoising_steps
     for name in variants:
         result = results[name]
-        evaluations = float(result.num_evaluations.double().mean())
-        report[name] = _row(seconds, name, work, evaluations)
-        report[name]["equal tokens"] = float((result.completions == exact).float().mean())
+        report[name] = {
+            **_row(seconds, name, work),
+            "model evaluations": float(result.num_evaluations.float().mean()),
+            "tokens per evaluation": float(result.tokens_per_step.mean()),
+            "mean confidence": float(result.mean_confidence.mean()),
+            "equal tokens": float((result.completions == exact).float().mean()),
+        }
     if memory:
         report[BASELINE]["peak memory"] = peak_memory(workloads.prepare_their_rollout, work)
         for name, config in variants.items():
@@ -98,16 +103,12 @@ def measure_rollouts(
     return report
 
 
-def _row(
-    seconds: dict[str, list[float]], name: str, work: Workload, evaluations: float
-) -> dict[str, Any]:
+def _row(seconds: dict[str, list[float]], name: str, work: Workload) -> dict[str, Any]:
     tokens = work.rows * work.rollout.completion_length
     return {
         "seconds": spread(seconds[name]),
         "times as fast": ratios(seconds[BASELINE], seconds[name]),
         "tokens per second": tokens / spread(seconds[name]).median,
-        "model evaluations": evaluations,
-        "tokens per evaluation": work.rollout.completion_length / evaluations,
     }
 
 
@@ -171,33 +172,39 @@ def measure_updates(
 
 
 def print_report(title: str, report: dict[str, Any]) -> None:
-    """Print the table of one comparison."""
-    print(f"\n{title}")
+    """Print the table of one comparison; columns that no side has are left out.
+
+    Args:
+        title: stands above it.
+        report: by side.
+    """
     base = report[BASELINE].get("peak memory")
-    header = ["", "seconds", "times as fast", "per second", "evaluations", "tokens per evaluation"]
-    header += ["equal tokens", "peak memory, MiB", "share of memory"]
-    rows = []
-    for name, row in report.items():
-        rate = row.get("tokens per second") or row.get("sequences per second")
-        evaluations, equal, peak = (
-            row.get(k) for k in ("model evaluations", "equal tokens", "peak memory")
-        )
-        per_evaluation = row.get("tokens per evaluation")
-        rows.append(
-            [
-                name,
-                str(row["seconds"]),
-                str(row["times as fast"]),
-                f"{rate:.2f}",
-                "" if evaluations is None else f"{evaluations:g}",
-                "" if per_evaluation is None else f"{per_evaluation:.2f}",
-                "" if equal is None else f"{equal:.3f}",
-                "" if peak is None else f"{peak / MIB:.0f}",
-                "" if peak is None else f"1/{base / peak:.1f}",
-            ]
-        )
-    keep = [i for i in range(len(header)) if i == 0 or any(row[i] for row in rows)]
-    print_table([header[i] for i in keep], [[row[i] for i in keep] for row in rows])
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "seconds": lambda row: str(row["seconds"]),
+        "times as fast": lambda row: str(row["times as fast"]),
+        "tokens/s": lambda row: f"{row['tokens per second']:.1f}",
+        "sequences/s": lambda row: f"{row['sequences per second']:.2f}",
+        "evaluations": lambda row: f"{row['model evaluations']:g}",
+        "tokens/evaluation": lambda row: f"{row['tokens per evaluation']:.2f}",
+        "confidence": lambda row: f"{row['mean confidence']:.3f}",
+        "equal tokens": lambda row: f"{row['equal tokens']:.3f}",
+        "peak memory": lambda row: f"{row['peak memory'] / MIB:.0f} MiB",
+        "share": lambda row: f"1/{base / row['peak memory']:.1f}",
+    }
+    header, cells = [""], [[name] for name in report]
+    for title_of_column, write in columns.items():
+        texts = []
+        for row in report.values():
+            try:
+                texts.append(write(row))
+            except KeyError:
+                texts.append("")
+        if any(texts):
+            header.append(title_of_column)
+            for line, text in zip(cells, texts, strict=True):
+                line.append(text)
+    print(f"\n{title}")
+    print_table(header, cells)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:

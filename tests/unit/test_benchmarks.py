@@ -42,6 +42,7 @@ def test_both_sides_give_equal_tokens_elbos_and_gradients(tmp_path: Path) -> Non
     assert rollout["exact"]["equal tokens"] == 1.0
     assert rollout["exact"]["model evaluations"] == 8
     assert rollout["exact"]["tokens per evaluation"] == 2.0
+    assert 0.0 < rollout["exact"]["mean confidence"] < 1.0
     for name in ("joint", "two-pass"):
         difference = update[name]["largest difference"]
         assert 0.0 <= max(difference.values()) < 1e-5, (name, difference)
