@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.measure import KEEP_MEMORY
 from benchmarks.models import SHAPES
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 
@@ -125,7 +126,7 @@ def train(shape: str, folder: Path, threads: int) -> None:
         "--lr-decay-style cosine --lr-warmup-iters 2 --adam-beta2 0.98 --weight-decay 0.0 "
         f"--clip-grad 1.0 --log-interval 20 --save-interval 1000000 --save {folder}/checkpoint"
     ).split()
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
     with (folder / "train.log").open("w") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
     if done.returncode != 0:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,20 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""Environment in which glibc keeps freed memory for the next allocation."""
+
+
+def keep_freed_memory() -> None:
+    """Start this process again so that glibc's allocator keeps what is freed.
+
+    By default glibc returns every large block to the system and asks for it anew, zeroed page by
+    page. A step with whole-sequence logits then waits for the kernel longer than it computes (on a
+    virtual machine by a factor), which would flatter the side that allocates less.
+    """
+    if any(name not in os.environ for name in KEEP_MEMORY):
+        os.environ.update(KEEP_MEMORY)
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 @dataclass(frozen=True)
@@ -85,10 +100,10 @@ def ratios(slow: Sequence[float], fast: Sequence[float]) -> Spread:
 def peak_memory(prepare: Callable[..., Callable[[bool], Any]], *arguments: Any) -> int:
     """Measure how much memory a piece of work takes above what is there before it.
 
-    Runs in a fresh process, so that no memory which another side freed is used again unseen. The
-    process builds the weights and runs the work once at a small size (for what libraries load when
-    they are first used), hands free memory back to the system, resets the kernel's record of its
-    largest resident size, and runs the work. Linux only.
+    Runs in a fresh process with the default allocator, so that no memory which another side freed
+    is used again unseen. The process builds the weights and runs the work once at a small size (for
+    what libraries load when they are first used), hands free memory back to the system, resets the
+    kernel's record of its largest resident size, and runs the work. Linux only.
 
     Args:
         prepare: a function at the top level of a module: called with ``arguments``, it builds
@@ -103,7 +118,9 @@ def peak_memory(prepare: Callable[..., Callable[[bool], Any]], *arguments: Any) 
     process = context.Process(
         target=_measure, args=(sender, torch.get_num_threads(), prepare, arguments)
     )
+    kept = {name: os.environ.pop(name, None) for name in KEEP_MEMORY}
     process.start()
+    os.environ.update({name: value for name, value in kept.items() if value is not None})
     sender.close()
     try:
         return int(receiver.recv())
@@ -146,6 +163,7 @@ def machine() -> dict[str, Any]:
         "cpu": model,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "freed memory": "kept" if "MALLOC_MMAP_MAX_" in os.environ else "returned",
         "capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -24,6 +24,7 @@ from benchmarks.measure import (
     MIB,
     as_json,
     interleaved,
+    keep_freed_memory,
     largest_difference,
     machine,
     peak_memory,
@@ -35,7 +36,6 @@ from benchmarks.models import SHAPES, llama_twin, llama_weights
 from benchmarks.workloads import Workload
 from megatron_espo.config import RolloutConfig
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.training.verification import quiet
 
 BASELINE = "straightforward"
 # Relative to the largest entry; two orders of adding in float32.
@@ -234,8 +234,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--denoising-steps", type=int, default=default.rollout.denoising_steps)
     add("--temperature", type=float, default=0.0, help="of the rollouts")
     add("--no-memory", action="store_true", help="leave out the memory of fresh processes")
+    add("--default-allocator", action="store_true", help="see measure.keep_freed_memory")
     add("--out", type=Path, help="JSON to write")
     options = parser.parse_args(argv)
+    if argv is None and not options.default_allocator:
+        keep_freed_memory()
     torch.set_num_threads(options.threads)
     rollout = replace(
         default.rollout,
@@ -255,9 +258,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rollout=rollout,
         trained=options.trained,
     )
-    with quiet():
-        model = work.build()
-        llama = llama_twin(model, work.shape)
+    model = work.build()
+    llama = llama_twin(model, work.shape)
     report: dict[str, Any] = {"machine": machine(), "work": asdict(work)}
     print(json.dumps(report["machine"]))
     memory = not options.no_memory

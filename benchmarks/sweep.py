@@ -32,13 +32,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.measure import machine, print_table
+from benchmarks.measure import keep_freed_memory, machine, print_table
 from benchmarks.models import Shape
 from benchmarks.workloads import Workload, our_rollout, our_update
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import commit_counts
 from megatron_espo.monitor.flops import ModelDimensions, elbo_flops, forward_flops
-from megatron_espo.training.verification import quiet
 
 Kind = Literal["exact", "dual cache", "update"]
 TERMS = ("constant", "tokens", "scores", "logits", "vocabulary")
@@ -186,8 +185,7 @@ def measure(all_points: Sequence[Point], repeats: int, threads: int) -> dict[Poi
 
 def _measure(mine: Sequence[Point], repeats: int, threads: int) -> list[float]:
     torch.set_num_threads(threads)
-    with quiet():
-        model = Workload(mine[0].shape).build()
+    model = Workload(mine[0].shape).build()
     seconds: list[list[float]] = [[] for _ in mine]
     for number in range(repeats + 1):
         for point, times in zip(mine, seconds, strict=True):
@@ -395,9 +393,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--most", type=int, help="leave out larger values (vocabularies apart)")
     add("--repeats", type=int, default=3, help="runs of each point (default: 3)")
     add("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    add("--default-allocator", action="store_true", help="see measure.keep_freed_memory")
     add("--out", type=Path, help="JSON to write")
     add("--figure", type=Path, help="PNG to write")
     options = parser.parse_args(argv)
+    if argv is None and not options.default_allocator:
+        keep_freed_memory()
     cached = "cache" in {field.name for field in fields(RolloutConfig)}
     kinds: list[Kind] = ["exact", *(["dual cache"] if cached else []), "update"]  # type: ignore[list-item]
     chosen: dict[str, Sequence[int]] = {

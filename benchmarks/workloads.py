@@ -19,6 +19,7 @@ from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.random import stream
 from megatron_espo.rl.update import accumulate_gradient
+from megatron_espo.training.verification import quiet
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,11 @@ class Workload:
     trained: str | None = None
 
     def build(self) -> DiffusionModel:
-        """Build this project's model."""
-        return build_random(self.shape) if self.trained is None else build_trained(self.trained)
+        """Build this project's model, without what Megatron prints meanwhile."""
+        with quiet():
+            if self.trained is None:
+                return build_random(self.shape)
+            return build_trained(self.trained)
 
     def prompts(self, count: int) -> Sequence[Sequence[int]]:
         """Draw prompts; a trained model gets held-out ones of its own language."""
