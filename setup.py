@@ -39,6 +39,8 @@ setup(
         "nvidia-ml-py>=12.535",
         "numpy>=1.26",
         "matplotlib>=3.8",
+        "pillow>=10",
+        "rich>=13",
     ],
     extras_require={
         "data": ["huggingface_hub>=0.30", "pyarrow>=17"],

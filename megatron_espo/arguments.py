@@ -23,7 +23,13 @@ from megatron_espo.checkpoint.tracker import (
     repair_tracker,
     tokenizer_folder,
 )
-from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
+from megatron_espo.config import (
+    DiffusionConfig,
+    EspoConfig,
+    MonitorConfig,
+    RolloutConfig,
+    SftConfig,
+)
 from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
 
@@ -33,6 +39,7 @@ _PREFIXES: dict[type, str] = {
     SftConfig: "sft",
     RolloutConfig: "rollout",
     EspoConfig: "espo",
+    MonitorConfig: "monitor",
 }
 
 # Model settings that a checkpoint decides, as they are stored in its arguments.

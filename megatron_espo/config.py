@@ -152,6 +152,27 @@ class RolloutConfig:
 
 
 @dataclass(frozen=True)
+class MonitorConfig:
+    """What a run reports."""
+
+    peak_tflops: float | None = None
+    """Peak of one device in TFLOP/s, against which MFU is measured. Default: from a table by the
+    GPU's name (monitor/throughput.py); unknown devices, CPUs and float32 get no MFU."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if self.peak_tflops is not None and not 0.0 < self.peak_tflops < math.inf:
+            raise ValueError(
+                f"--monitor-peak-tflops {self.peak_tflops} is no speed; give a device's peak in "
+                "TFLOP/s or leave it out."
+            )
+
+
+@dataclass(frozen=True)
 class EspoConfig:
     """ESPO: ELBO-based sequence-level policy optimization (arXiv 2512.03759)."""
 

@@ -28,11 +28,9 @@ from megatron_espo.checkpoint.compare import (
     latest_iteration,
     unequal_tensors,
 )
-from megatron_espo.monitor.curves import Curve, read_scalars
+from megatron_espo.monitor.curves import TIME_DEPENDENT, Curve, read_scalars
 
 ROOT = Path(__file__).parents[1]
-# What legitimately differs between two runs.
-_TIMES = ("time/", "performance/")
 _UPDATES = 3
 _SHOWN = ("reward/mean", "policy/loss", "elbo/per_token/mean", "policy/grad_norm")
 
@@ -186,7 +184,7 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
 def scalars(run: Run) -> dict[str, Curve]:
     """A run's TensorBoard scalars, times aside."""
     curves = read_scalars(run.folder / "tensorboard")
-    return {name: curve for name, curve in curves.items() if not name.startswith(_TIMES)}
+    return {name: curve for name, curve in curves.items() if not name.startswith(TIME_DEPENDENT)}
 
 
 def check_kills(options: argparse.Namespace, flags: list[str]) -> bool:

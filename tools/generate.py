@@ -1,11 +1,15 @@
-"""Completes prompts with a checkpoint.
+"""Completes prompts with a checkpoint, or chats; a terminal shows the text filling in.
 
-python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once" \
+    python tools/generate.py --load CHECKPOINTS --tokenizer-model DIR --prompt "Once" \
         --rollout-completion-length 64 --rollout-denoising-steps 64 --rollout-temperature 0.7
+    python tools/generate.py --hf GSAI-ML/LLaDA-8B-Instruct --chat --bf16
+    python tools/generate.py ... --prompt "Once" --save-frames once.gif
 
-With --chat each prompt is a user's message, written in the tokenizer's chat format.
+With --chat each prompt is a user's message, written in the tokenizer's chat format. Without
+--prompt the tool reads what is typed in. See docs/evaluation.md.
 """
 
+<<<<<<< HEAD
 import argparse
 import sys
 from collections.abc import Sequence
@@ -61,5 +65,10 @@ def main(argv: Sequence[str]) -> None:
             )
 
 
+=======
+from megatron_espo.training.generate import main
+from megatron_espo.training.setup import run_entry_point
+
+>>>>>>> 4d9f099 (Dashboard: grouped charts, histograms, warnings, hardware, MFU; comparison of runs; generation that shows text filling in)
 if __name__ == "__main__":
     run_entry_point(main)

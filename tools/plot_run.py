@@ -1,6 +1,7 @@
-"""Draws an ESPO run into a PNG and, beside a demo's test logs, prints the table of accuracies.
+"""Draws an ESPO run into a PNG, or compares several; prints the table of a demo's accuracies.
 
 python tools/plot_run.py runs/sudoku-seed1 --title "ESPO on sudoku"
+python tools/plot_run.py runs/lr3e-6 runs/lr1e-5 --out compared.png
 """
 
 import argparse
@@ -8,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from megatron_espo.monitor.curves import draw_run, read_scalars
+from megatron_espo.monitor.curves import draw_runs, find_events, read_scalars, run_names
 
 _ROWS = {"base": "before (fine-tuned base)", "espo": "after ESPO", "control": "control (more SFT)"}
 
@@ -23,18 +24,26 @@ def read_evaluation(log: Path) -> dict[str, float] | None:
 
 def main() -> None:
     """Draw and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--title", default="ESPO")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, nargs="+", help="folders of runs or of their events")
+    parser.add_argument("--title", help="heading (default: the folders' names)")
     parser.add_argument("--out", type=Path, help="PNG to write (default: curves.png in the run)")
     options = parser.parse_args()
-    folder = options.run / "tensorboard" / "espo"
-    draw_run(
-        read_scalars(folder if folder.is_dir() else options.run),
-        options.title,
-        options.out or options.run / "curves.png",
-    )
-    results = {name: read_evaluation(options.run / f"test-{name}.log") for name in _ROWS}
+    runs = {
+        name: read_scalars(find_events(folder))
+        for name, folder in zip(run_names(options.run), options.run, strict=True)
+    }
+    title = options.title or ", ".join(runs)
+    draw_runs(runs, title, options.out or options.run[0] / "curves.png")
+    for folder in options.run:
+        print_table(folder)
+
+
+def print_table(folder: Path) -> None:
+    """Print what the evaluations of a demo found, and keep it in results.json."""
+    results = {name: read_evaluation(folder / f"test-{name}.log") for name in _ROWS}
     if not any(results.values()):
         return
     print(f"\n{'held-out test split, greedy':30}  exact accuracy  mean reward  problems")
@@ -45,7 +54,7 @@ def main() -> None:
                 f"{label:30}  {100 * row['accuracy']:13.1f}%  {row['reward']:11.3f}  "
                 f"{row['num_problems']:8d}"
             )
-    (options.run / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

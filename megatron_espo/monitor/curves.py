@@ -1,15 +1,23 @@
 """Draws a run's TensorBoard scalars into a picture."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Curve = tuple[list[int], list[float]]
+
+TIME_DEPENDENT = ("time/", "performance/", "hardware/")
+"""Groups of scalars that differ between two runs of the same thing."""
 
 # Title, unit, and the scalars drawn in it with their labels.
 PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
@@ -35,7 +43,54 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("KL to the reference", "nats per token", {"policy/kl_per_token": "KL"}),
     ("ELBO of sampled completions", "nats per token", {"elbo/per_token/mean": "mean ELBO"}),
     ("Gradient norm", "norm before clipping", {"policy/grad_norm": "norm"}),
+    (
+        "Completion length",
+        "tokens before the end",
+        {
+            "rollout/completion_length/max": "largest",
+            "rollout/completion_length/mean": "mean",
+            "rollout/completion_length/min": "smallest",
+        },
+    ),
+    (
+        "Tokens per second",
+        "completion tokens / s",
+        {
+            "performance/rollout_tokens_per_second": "sampling",
+            "performance/tokens_per_second": "all phases",
+        },
+    ),
+    (
+        "Seconds of a rollout",
+        "s",
+        {
+            "time/rollout": "sampling",
+            "time/reward": "reward",
+            "time/old_elbo": "old ELBO",
+            "time/ref_elbo": "reference ELBO",
+            "time/update": "updates",
+        },
+    ),
 )
+# Within a panel colours tell curves of one run apart; of several runs, lines do.
+_LINES = ("-", "--", ":", "-.", (0, (1, 3)))
+
+
+def find_events(run: Path) -> Path:
+    """Find the event files of a run: ``tensorboard/espo`` or ``tensorboard`` in it, or itself."""
+    for folder in (run / "tensorboard" / "espo", run / "tensorboard"):
+        if folder.is_dir():
+            return folder
+    return run
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """Name runs by their folders, with as much of the path as tells them apart."""
+    for parts in range(1, max(len(folder.resolve().parts) for folder in folders) + 1):
+        names = ["/".join(folder.resolve().parts[-parts:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{folders[0]}: is given twice; give different runs.")
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
@@ -62,27 +117,54 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
     return curves
 
 
-def draw_run(curves: dict[str, Curve], title: str, path: Path) -> None:
-    """Draw the curves that a person looks at first.
+def draw_runs(runs: Mapping[str, Mapping[str, Curve]], title: str, path: Path) -> None:
+    """Draw the curves that a person looks at first, of one run or of several to compare.
 
     Args:
-        curves: scalars of an ESPO run.
+        runs: scalars of ESPO runs by the name to show.
         title: heading.
         path: PNG to write.
     """
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    figure, axes = plt.subplots(3, 3, figsize=(13, 9.5), constrained_layout=True)
+    several = len(runs) > 1
     for axis, (heading, unit, labels) in zip(axes.flat, PANELS, strict=True):
-        drawn = [name for name in labels if name in curves]
-        for name in drawn:
-            steps, values = curves[name]
-            marker = "o" if len(steps) < 12 else None
-            axis.plot(steps, values, label=labels[name], linewidth=1.6, marker=marker)
+        drawn = 0
+        for colour, (run, curves) in enumerate(runs.items()):
+            for place, (name, label) in enumerate(labels.items()):
+                if name not in curves:
+                    continue
+                steps, values = curves[name]
+                axis.plot(
+                    steps,
+                    values,
+                    label=f"{run}: {label}" if several else label,
+                    color=f"C{colour % 10}" if several else None,
+                    linestyle=_LINES[place] if several else "-",
+                    linewidth=1.6,
+                    marker="o" if len(steps) < 12 else None,
+                    markersize=4,
+                )
+                drawn += 1
         axis.set_title(heading, fontsize=11)
         axis.set_xlabel("optimizer step")
         axis.set_ylabel(unit)
         axis.grid(alpha=0.3)
-        if len(drawn) > 1:
+        if drawn > 1 and not several:
             axis.legend(fontsize=8, framealpha=0.6)
+        if not drawn:
+            axis.text(0.5, 0.5, "not recorded", transform=axis.transAxes, ha="center", color="gray")
+    if several:
+        _legends(figure, axes, list(runs))
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _legends(figure: Figure, axes: NDArray[Any], runs: list[str]) -> None:
+    """Say once which colour is which run, and in each panel which line is which curve."""
+    for axis, (_, _, labels) in zip(axes.flat, PANELS, strict=True):
+        if len(labels) > 1:
+            lines = [Line2D([], [], color="gray", linestyle=style) for style in _LINES]
+            axis.legend(lines[: len(labels)], labels.values(), fontsize=8, framealpha=0.6)
+    colours = [Line2D([], [], color=f"C{place % 10}", linewidth=3) for place in range(len(runs))]
+    figure.legend(colours, runs, loc="outside lower center", ncols=min(len(runs), 4))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.monitor.metrics import gather_columns, statistics
+from megatron_espo.monitor.metrics import Columns, gather_columns, statistics
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.losses import EspoTerms
 from megatron_espo.rl.types import Rollout
@@ -29,30 +29,19 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
-def update_scalars(
-    terms: EspoTerms,
-    draws: Tensor,
-    length: int,
-    grad_norm: float | None,
-    succeeded: bool,
-    learning_rate: float,
-    layout: Layout,
-) -> dict[str, float]:
-    """Summarise an optimizer step over all completions of the global batch.
+def update_columns(terms: EspoTerms, draws: Tensor, length: int, layout: Layout) -> Columns:
+    """Gather what an optimizer step says of each completion of the global batch.
 
     Args:
         terms: loss terms of this rank's completions.
         draws: float32 ``[n, m]``, their ELBO draws under the current policy.
         length: completion length.
-        grad_norm: norm before clipping, or None where Megatron gives none.
-        succeeded: whether the optimizer made the step.
-        learning_rate: of the step.
         layout: process groups.
 
     Returns:
-        Named numbers, equal on all ranks.
+        Columns, equal on all ranks.
     """
-    columns = gather_columns(
+    return gather_columns(
         {
             "loss": terms.loss.tolist(),
             "ratio": terms.ratio.tolist(),
@@ -63,6 +52,22 @@ def update_scalars(
         },
         layout,
     )
+
+
+def update_scalars(
+    columns: Columns, grad_norm: float | None, succeeded: bool, learning_rate: float
+) -> dict[str, float]:
+    """Summarise an optimizer step.
+
+    Args:
+        columns: from :func:`update_columns`.
+        grad_norm: norm before clipping, or None where Megatron gives none.
+        succeeded: whether the optimizer made the step.
+        learning_rate: of the step.
+
+    Returns:
+        Named numbers, equal on all ranks.
+    """
     return {
         "policy/loss": float(columns["loss"].mean()),
         **statistics(columns, "ratio", "policy/ratio"),
@@ -97,32 +102,38 @@ def elbo_noise_scalars(
     return {"elbo/mc_variance_per_token": float(gathered["variance"].mean())}
 
 
-def rollout_scalars(
-    rollout: Rollout, espo: EspoConfig, length: int, clock: Clock, layout: Layout
-) -> dict[str, float]:
-    """Summarise a rollout over all its completions.
+def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Columns:
+    """Gather what a rollout says of each of its completions.
 
     Args:
         rollout: this rank's completions.
         espo: ESPO settings.
-        length: completion length.
-        clock: seconds of the rollout's phases.
         layout: process groups.
 
     Returns:
-        Named numbers; those under ``time/`` and ``performance/`` are this rank's.
+        Columns, equal on all ranks.
     """
     groups = rollout.rewards.view(-1, espo.group_size)
     metrics = sorted({name for score in rollout.scores for name in score.metrics})
-    columns = gather_columns(
+    return gather_columns(
         {
             "reward": rollout.rewards.tolist(),
+            "advantage": rollout.advantages.double().tolist(),
             "correct": [float(score.correct) for score in rollout.scores],
             "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
             "length": rollout.completion_lengths.double().tolist(),
+<<<<<<< HEAD
             "nfe": rollout.num_evaluations.double().tolist(),
             "committed": rollout.num_committed.double().tolist(),
             "confidence": rollout.mean_confidence.double().tolist(),
+=======
+            "nfe": (
+                torch.as_tensor(rollout.num_evaluations)
+                .double()
+                .expand(len(rollout.rewards))
+                .tolist()
+            ),
+>>>>>>> 4d9f099 (Dashboard: grouped charts, histograms, warnings, hardware, MFU; comparison of runs; generation that shows text filling in)
             **{
                 f"metric/{name}": [s.metrics[name] for s in rollout.scores if name in s.metrics]
                 for name in metrics
@@ -130,12 +141,32 @@ def rollout_scalars(
         },
         layout,
     )
+
+
+def rollout_scalars(
+    columns: Columns, task: str, espo: EspoConfig, length: int, clock: Clock
+) -> dict[str, float]:
+    """Summarise a rollout over all its completions.
+
+    Args:
+        columns: from :func:`rollout_columns`.
+        task: the task's name.
+        espo: ESPO settings.
+        length: completion length.
+        clock: seconds of the rollout's phases.
+
+    Returns:
+        Named numbers; those under ``time/`` and ``performance/`` are this rank's.
+    """
     seconds = clock.seconds
     generated = espo.completions_per_rollout * length
     return {
         "reward/mean": float(columns["reward"].mean()),
         "reward/std": float(columns["reward"].std()),
         "reward/correct": float(columns["correct"].mean()),
+        # Runs of several tasks in one TensorBoard stay apart.
+        f"reward/by_task/{task}/mean": float(columns["reward"].mean()),
+        f"reward/by_task/{task}/correct": float(columns["correct"].mean()),
         "reward/zero_std_groups": float(columns["no_spread"].mean()),
         **{
             f"reward/{name.removeprefix('metric/')}": float(values.mean())
@@ -144,8 +175,11 @@ def rollout_scalars(
         },
         **statistics(columns, "length", "rollout/completion_length"),
         "rollout/nfe": float(columns["nfe"].mean()),
+<<<<<<< HEAD
         "rollout/tokens_per_step": float(columns["committed"].sum() / columns["nfe"].sum()),
         "rollout/confidence": float(columns["confidence"].mean()),
+=======
+>>>>>>> 4d9f099 (Dashboard: grouped charts, histograms, warnings, hardware, MFU; comparison of runs; generation that shows text filling in)
         "performance/tokens_per_second": generated / sum(seconds.values()),
         **(
             {"performance/rollout_tokens_per_second": generated / max(seconds["rollout"], 1e-9)}

@@ -18,8 +18,10 @@ from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.generation.sampler import Interrupted
 from megatron_espo.model.fp8 import Phase, fp8_phase
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.progress import Progress
-from megatron_espo.monitor.tensorboard import write_samples, write_scalars
+from megatron_espo.monitor.tensorboard import write_samples
+from megatron_espo.monitor.watch import WatchState
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.evaluate import evaluate_task
@@ -30,7 +32,9 @@ from megatron_espo.rl.report import (
     Clock,
     console_line,
     elbo_noise_scalars,
+    rollout_columns,
     rollout_scalars,
+    update_columns,
     update_scalars,
 )
 from megatron_espo.rl.resume import RolloutRecord, record_rollout, restore_rollout
@@ -70,11 +74,13 @@ class Position:
         step: optimizer steps done.
         rollout: the rollout in hand when ``step`` lies inside one, else None.
         evaluation_due: whether the evaluation that belongs to this step is still to be done.
+        watch: what the warnings remember, or None at the start.
     """
 
     step: int
     rollout: RolloutRecord | None = None
     evaluation_due: bool = False
+    watch: WatchState | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ class Trainer:
         rollout: sampling settings.
         seed: the run's seed.
         rows_per_batch: views per model pass.
-        writer: TensorBoard writer on the reporting rank, else None.
+        dashboard: where reports go.
         inference: context in which the policy is evaluated without gradients.
         is_due: asked after every optimizer step whether it is time to save.
         save: saves the run at a position.
@@ -115,7 +121,7 @@ class Trainer:
     rollout: RolloutConfig
     seed: int
     rows_per_batch: int
-    writer: Any
+    dashboard: Dashboard
     inference: Callable[[], AbstractContextManager[None]]
     is_due: Callable[[int], bool]
     save: Callable[[Position], None]
@@ -145,7 +151,7 @@ def train(trainer: Trainer, start: Position) -> None:
         if record is None:
             rollout = _make_rollout(trainer, prompts, clock)
             if rollout is None:
-                trainer.save(Position(number * mu))
+                trainer.save(Position(number * mu, watch=trainer.dashboard.watch.state()))
                 return
             noise = _draw_noise(trainer, number, rollout)
             prepared = _evaluate_frozen_policies(trainer, rollout, noise, clock)
@@ -160,13 +166,14 @@ def train(trainer: Trainer, start: Position) -> None:
                 position = Position(done)
                 stop = trainer.should_stop(done)
             else:
-                _report(trainer, number, prepared, scalars, clock, progress)
+                _report(trainer, number, prepared, scalars, clock, progress, mu - first)
                 stop = _evaluation_follows(trainer, number + 1) and _evaluate(trainer, done)
                 position = Position(done, evaluation_due=stop)
                 stop = stop or trainer.should_stop(done)
             if stop or trainer.is_due(done):
                 inside = record_rollout(prepared, trainer.model.layout) if place + 1 < mu else None
-                trainer.save(replace(position, rollout=inside))
+                watch = trainer.dashboard.watch.state()
+                trainer.save(replace(position, rollout=inside, watch=watch))
             if stop:
                 return
 
@@ -316,12 +323,15 @@ def _update(
         assert old is not None
         terms = espo_terms(draws, old, elbo_ref, rollout.advantages, length, espo)
     rate = float(trainer.optimizer.param_groups[0]["lr"])
-    scalars = update_scalars(terms, draws, length, grad_norm, bool(succeeded), rate, model.layout)
+    columns = update_columns(terms, draws, length, model.layout)
+    scalars = update_scalars(columns, grad_norm, bool(succeeded), rate)
     if place == 0:
         # The ratio of a rollout's first update must be 1.
         ends = (scalars["policy/ratio/min"], scalars["policy/ratio/max"])
         scalars["policy/ratio_first_update/max_deviation"] = max(abs(end - 1.0) for end in ends)
-    write_scalars(trainer.writer, scalars, step)
+    trainer.dashboard.report(scalars, step)
+    if place + 1 == espo.updates_per_rollout:
+        trainer.dashboard.histograms({"policy/ratio": columns["ratio"]}, step)
     interval = espo.reference_mix_interval
     if trainer.reference is not None and interval and step % interval == 0:
         # With overlapped parameter gathers, this rank holds the others' shards only from here on.
@@ -337,18 +347,30 @@ def _report(
     scalars: dict[str, float],
     clock: Clock,
     progress: Progress,
+    updates: int,
 ) -> None:
-    """Write what a rollout did to TensorBoard and the console."""
+    """Write what a rollout did, ``updates`` of its updates in this process."""
     espo, rollout, layout = trainer.espo, prepared.rollout, trainer.model.layout
+    board = trainer.dashboard
     length = rollout.sequences.completion_length
     done = (number + 1) * espo.updates_per_rollout
     mine = elbo_noise_scalars(prepared.elbo_old, length, layout)
-    mine |= rollout_scalars(rollout, espo, length, clock, layout)
-    write_scalars(trainer.writer, mine, done)
-    if trainer.writer is not None:
+    columns = rollout_columns(rollout, espo, layout)
+    mine |= rollout_scalars(columns, trainer.task.name, espo, length, clock)
+    width = rollout.sequences.tokens.size(1)
+    mine |= board.throughput(width, espo, trainer.rollout, clock.seconds, updates)
+    mine |= board.hardware()
+    board.report(mine, done)
+    names = {
+        "reward": "reward/completions",
+        "advantage": "reward/advantage",
+        "length": "rollout/completion_length",
+    }
+    board.histograms({name: columns[column] for column, name in names.items()}, done)
+    if board.writer is not None:
         rows = zip(rollout.sequences.tokens, rollout.sequences.prompt_lengths, strict=True)
         prompts = [trainer.tokenizer.decode(row[:end].tolist()) for row, end in rows]
-        write_samples(trainer.writer, rollout, prompts, done, espo.samples_to_log)
+        write_samples(board.writer, rollout, prompts, done, espo.samples_to_log)
     if layout.is_reporter:
         left = progress.time_left(done)
         print(console_line(number + 1, espo.num_rollouts, scalars | mine, left), flush=True)
@@ -378,9 +400,7 @@ def _evaluate(trainer: Trainer, step: int) -> bool:
         )
     if result is None:
         return True
-    write_scalars(
-        trainer.writer, {"eval/accuracy": result.accuracy, "eval/reward": result.reward}, step
-    )
+    trainer.dashboard.report({"eval/accuracy": result.accuracy, "eval/reward": result.reward}, step)
     if trainer.model.layout.is_reporter:
         mu, last = trainer.espo.updates_per_rollout, trainer.espo.num_rollouts
         number = step // mu

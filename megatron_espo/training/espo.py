@@ -13,11 +13,16 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training import training as megatron_training
 
 from megatron_espo.arguments import config_from_args, initialize_arguments
-from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
 from megatron_espo.data.tokenizer import load_tokenizer
 from megatron_espo.model.fp8 import check_policy_arguments
 from megatron_espo.model.provider import model_provider
-from megatron_espo.monitor.tensorboard import begin_events
+from megatron_espo.monitor.dashboard import Dashboard
+from megatron_espo.monitor.flops import ModelDimensions
+from megatron_espo.monitor.hardware import open_gpu
+from megatron_espo.monitor.tensorboard import begin_events, write_layout
+from megatron_espo.monitor.throughput import own_peak_tflops
+from megatron_espo.monitor.watch import Watch
 from megatron_espo.rl.prompts import encode_examples
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import TaskData, Trainer, train
@@ -42,6 +47,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     """
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
+    config_from_args(MonitorConfig, args).validate()
     rollout.validate(args.logit_shift)
     if args.attention_dropout or args.hidden_dropout:
         raise ValueError(
@@ -158,6 +164,7 @@ def main(argv: Sequence[str]) -> None:
     start = load_position(args.load, args.iteration, espo, reference)
     writer = get_tensorboard_writer()
     begin_events(writer, start.step)
+    write_layout(writer)
     checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, espo, writer)
     model = diffusion_model(chunks)
     stop = StopRequest(model.layout)
@@ -175,7 +182,19 @@ def main(argv: Sequence[str]) -> None:
             rollout=rollout,
             seed=args.seed,
             rows_per_batch=args.espo_rows_per_batch,
-            writer=writer,
+            dashboard=Dashboard(
+                writer=writer,
+                is_reporter=model.layout.is_reporter,
+                watch=Watch(start.watch),
+                gpu=open_gpu(),
+                dimensions=ModelDimensions.from_args(args),
+                devices=args.world_size,
+                peak=own_peak_tflops(
+                    config_from_args(MonitorConfig, args).peak_tflops,
+                    bits16=args.bf16 or args.fp16,
+                    fp8=bool(args.fp8),
+                ),
+            ),
             inference=partial(inference_mode, chunks, optimizer),
             is_due=checkpoints.is_due,
             save=checkpoints.save,

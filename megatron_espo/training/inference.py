@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import TextIO
 
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
@@ -84,20 +86,30 @@ def prepare_arguments(args: argparse.Namespace) -> None:
 
 
 def load_model(
-    argv: Sequence[str], prepare: Callable[[argparse.Namespace], None] = prepare_arguments
+    argv: Sequence[str],
+    prepare: Callable[[argparse.Namespace], None] = prepare_arguments,
+    log: TextIO | None = None,
 ) -> tuple[DiffusionModel, argparse.Namespace]:
     """Build the model that the command line describes and load its checkpoint.
 
-    The shape comes from the checkpoint. What Megatron prints meanwhile goes to stderr.
+    The shape comes from the checkpoint.
 
     Args:
         argv: flags.
         prepare: checks and completes the parsed arguments.
+        log: gets what is printed and warned of meanwhile; stderr if None.
 
     Returns:
         The model in evaluation mode, and Megatron's arguments.
     """
-    with contextlib.redirect_stdout(sys.stderr):  # Megatron's start-up is not the result
+    log = log or sys.stderr
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setStream(log)  # Megatron's own
+    with (
+        contextlib.redirect_stdout(log),
+        contextlib.redirect_stderr(log),
+    ):  # Megatron's start-up is not the result
         args = initialize_arguments(["--use-checkpoint-args", *argv], prepare)
         store = initialize_process_groups(args)
         megatron_training.initialize_megatron(store=store)

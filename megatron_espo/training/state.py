@@ -84,6 +84,7 @@ class Checkpoints:
             state = {
                 "evaluation_due": position.evaluation_due,
                 "rollout": position.rollout,
+                "watch": position.watch,
                 **_shape(self._espo),
             }
             torch.save(state, os.path.join(folder, "state.pt"))
@@ -130,7 +131,7 @@ def load_position(
             )
     if reference is not None:
         reference.load(reference_folder(root, step))
-    return Position(step, state["rollout"], state["evaluation_due"])
+    return Position(step, state["rollout"], state["evaluation_due"], state.get("watch"))
 
 
 def _shape(espo: EspoConfig) -> dict[str, int | str]:

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_espo.monitor.curves import PANELS, draw_run, read_scalars
+from megatron_espo.monitor.curves import PANELS, draw_runs, read_scalars, run_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,19 +40,48 @@ def test_picture_changes_with_every_curve(tmp_path: Path) -> None:
     names = [name for _, _, labels in PANELS for name in labels]
     curves = {name: ([0, 1], [0.5, 0.25]) for name in names}
 
-    def picture(curves: dict) -> bytes:
-        draw_run(curves, "a run", tmp_path / "curves.png")
-        return matplotlib.image.imread(tmp_path / "curves.png").tobytes()
+    def picture(curves: dict) -> np.ndarray:
+        draw_runs({"a": curves}, "a run", tmp_path / "curves.png")
+        return matplotlib.image.imread(tmp_path / "curves.png")
+
+    def panels(image: np.ndarray) -> list[np.ndarray]:
+        """Cut the picture into its nine panels, without the heading."""
+        rows = np.array_split(image[40:], 3)
+        return [part for row in rows for part in np.array_split(row, 3, axis=1)]
 
     whole = picture(curves)
-    assert whole == picture(curves)
-    for name in names:
-        assert picture({**curves, name: ([0, 1], [0.5, 0.75])}) != whole, name
+    assert (whole == picture(curves)).all()
+    for place in range(max(len(labels) for _, _, labels in PANELS)):
+        # The curve at this place in every panel at once: each panel must look different.
+        chosen = [list(labels)[place] if place < len(labels) else None for *_, labels in PANELS]
+        changed = {name: ([0, 1], [0.5, 0.75]) for name in chosen if name is not None}
+        pieces = zip(panels(whole), panels(picture({**curves, **changed})), strict=True)
+        for name, (before, after) in zip(chosen, pieces, strict=True):
+            assert (before != after).any() == (name is not None), name
     picture({})  # A run that was killed early still has a picture.
 
 
-def plot_run(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/plot_run.py", str(folder)]
+def test_picture_of_several_runs_changes_with_each(tmp_path: Path) -> None:
+    runs = {run: {"reward/mean": ([0, 1, 2], [0.1, 0.2, 0.3])} for run in "abc"}
+
+    def picture(runs: dict) -> bytes:
+        draw_runs(runs, "runs", tmp_path / "curves.png")
+        return matplotlib.image.imread(tmp_path / "curves.png").tobytes()
+
+    whole = picture(runs)
+    for run in runs:
+        assert picture({**runs, run: {"reward/mean": ([0, 1, 2], [0.1, 0.9, 0.3])}}) != whole
+
+
+def test_runs_are_named_by_what_tells_them_apart() -> None:
+    assert run_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert run_names([Path("/x/1/a"), Path("/x/2/a")]) == ["1/a", "2/a"]
+    with pytest.raises(ValueError, match="/x/a: is given twice"):
+        run_names([Path("/x/a"), Path("/x/a")])
+
+
+def plot_run(*folders: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/plot_run.py", *map(str, folders)]
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
 
 
@@ -70,6 +100,14 @@ def test_tool_prints_the_table_of_a_demo(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").stat().st_size > 1000
     stored = json.loads((tmp_path / "results.json").read_text())
     assert stored == {"base": base, "espo": espo, "control": None}
+
+
+def test_tool_compares_runs(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        write_events(tmp_path / run / "tensorboard", {"reward/mean": [0.25, 0.5]})
+    done = plot_run(tmp_path / "one", tmp_path / "two", Path("--out"), tmp_path / "both.png")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "both.png").stat().st_size > 1000
 
 
 def test_tool_names_a_folder_without_a_run(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
-from megatron_espo.monitor.curves import PANELS, Curve, read_scalars
+from megatron_espo.monitor.curves import PANELS, TIME_DEPENDENT, Curve, read_scalars
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -136,9 +136,7 @@ def final_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 def scalars(folder: Path, name: str) -> dict[str, Curve]:
     curves = read_scalars(folder / f"{name}-events")
-    return {
-        tag: curve for tag, curve in curves.items() if not tag.startswith(("time/", "performance/"))
-    }
+    return {tag: curve for tag, curve in curves.items() if not tag.startswith(TIME_DEPENDENT)}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +162,25 @@ def test_espo_trains_and_reports(folder: Path, whole: str) -> None:
         "rollout/completion_length/mean",
     }  # fmt: skip
     drawn = {name for _, _, labels in PANELS for name in labels}
-    assert wanted | drawn <= curves.keys()
+    written = read_scalars(folder / "whole-events").keys()
+    assert wanted | drawn <= written
+    missing = {tag for tag in written if not documented(tag)}
+    assert not missing, f"docs/monitoring.md does not explain {missing}"
+    assert not documented("policy/surprise") and not documented("hardware/fan")
+
+
+def documented(tag: str) -> bool:
+    """Whether the table of docs/monitoring.md explains a scalar."""
+    table = (ROOT / "docs/monitoring.md").read_text().split("## Histograms")[0]
+    rows = [line.split("|") for line in table.splitlines() if line.startswith("| `")]
+    assert all(cell.strip() for row in rows for cell in row[1:4]), "a cell is empty"
+    names = [name for row in rows for name in re.findall("`([^`]*)`", row[1])]
+    patterns = [
+        re.sub(r"\\{(.*?)\\}", lambda m: f"({m[1].replace(',', '|')})", re.escape(name))
+        .replace("\\*", ".*")
+        for name in names
+    ]  # fmt: skip
+    return any(re.fullmatch(pattern, tag) for pattern in patterns)
 
 
 def assert_same_run(folder: Path, name: str) -> None:

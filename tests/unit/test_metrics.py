@@ -12,6 +12,7 @@ from megatron_espo.monitor.progress import Progress, format_duration
 from megatron_espo.monitor.tensorboard import write_samples, write_scalars
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.types import Rollout
+from megatron_espo.tasks.base import Score
 
 
 class ThreeRanks:
@@ -119,7 +120,14 @@ def test_scalars_are_written_by_name_and_only_where_there_is_a_writer() -> None:
 def rollout(rewards: list[float], texts: list[str]) -> Rollout:
     values = torch.tensor(rewards, dtype=torch.float64)
     fields = dict.fromkeys(Rollout.__dataclass_fields__)
-    return Rollout(**{**fields, "rewards": values, "advantages": values - 0.5, "texts": texts})
+    made = {
+        "rewards": values,
+        "advantages": values - 0.5,
+        "texts": texts,
+        "scores": [Score(reward, reward > 0.8, {}) for reward in rewards],
+        "completion_lengths": torch.arange(len(texts)) + 7,
+    }
+    return Rollout(**{**fields, **made})
 
 
 @pytest.mark.parametrize(
@@ -132,17 +140,18 @@ def test_sample_table_shows_the_best_and_the_worst_once(count: int, shown: str) 
     ((name, table, step),) = writer.texts
     assert (name, step) == ("samples", 5)
     rows = table.split("\n")
-    assert rows[:2] == ["| reward | advantage | prompt | completion |", "|---|---|---|---|"]
+    header = "| reward | correct | advantage | tokens | prompt | completion |"
+    assert rows[:2] == [header, "|---|---|---|---|---|---|"]
     assert "".join(row.split("`")[3] for row in rows[2:]) == shown
-    assert rows[2] == "| 0.900 | +0.400 | `S` | `d` |"
+    assert rows[2] == "| 0.900 | yes | +0.400 | 10 | `S` | `d` |"
 
 
 def test_sample_table_keeps_its_shape_for_any_text() -> None:
     writer = Writer()
     write_samples(writer, rollout([1.0, 0.0], ["a|b\nc", ""]), ["x\n\ny", "|"], 1, 2)
     rows = writer.texts[0][1].split("\n")
-    assert rows[2] == "| 1.000 | +0.500 | `x⏎⏎y` | `a\\|b⏎c` |"
-    assert rows[3] == "| 0.000 | -0.500 | `\\|` | *(empty)* |"
+    assert rows[2] == "| 1.000 | yes | +0.500 | 7 | `x⏎⏎y` | `a\\|b⏎c` |"
+    assert rows[3] == "| 0.000 | no | -0.500 | 8 | `\\|` | *(empty)* |"
 
 
 def test_no_samples_are_written_unless_asked_for() -> None:

@@ -1,0 +1,173 @@
+"""Pictures of a completion filling in: an animation, a sheet to print, or a file per step."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from PIL import Image, ImageDraw, ImageFont
+
+from megatron_espo.monitor.denoising import Piece
+
+_WIDTH, _NARROWEST, _MARGIN, _SIZE = 76, 32, 18, 17
+_PAPER, _INK, _PALE, _NEW = "#ffffff", "#1b1f24", "#8b949e", "#b7ebc0"
+# An animation longer than this is thinned out; nobody watches it otherwise.
+_MOST_FRAMES, _SECONDS, _HOLD_MS = 150, 8.0, 2500
+_SHEET = 6
+
+Story = Sequence[tuple[int, Sequence[Piece]]]
+"""Denoising steps and the completion after each."""
+
+
+def save_frames(path: Path, prompt: str, story: Story) -> int:
+    """Draw a completion as it fills in.
+
+    Args:
+        path: ``.gif`` for an animation, ``.png`` for a sheet of six moments, a folder name
+            otherwise, for a PNG per step.
+        prompt: shown above the completion.
+        story: the frames.
+
+    Returns:
+        Pictures drawn.
+
+    Raises:
+        ValueError: the path cannot be written.
+    """
+    # Equal sizes, so that an animation does not jump.
+    layouts = [_lines(pieces) for _, pieces in story]
+    rows = max(map(len, layouts))
+    widest = max(len(line) for lines in layouts for line in lines)
+    columns = min(_WIDTH, max(_NARROWEST, widest, *map(len, prompt.splitlines() or [""])))
+    size = (columns, rows)
+    try:
+        if path.suffix.lower() == ".gif":
+            chosen = _spread(story, _MOST_FRAMES)
+            images = [_draw(prompt, step, story[-1][0], pieces, size) for step, pieces in chosen]
+            pause = int(min(max(1000 * _SECONDS / len(images), 40), 300))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            images[0].save(
+                path,
+                save_all=True,
+                append_images=images[1:],
+                duration=[pause] * (len(images) - 1) + [_HOLD_MS],
+                loop=0,
+            )
+            return len(images)
+        if path.suffix.lower() == ".png":
+            chosen = _spread(story, _SHEET)
+            images = [_draw(prompt, step, story[-1][0], pieces, size) for step, pieces in chosen]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sheet(images).save(path)
+            return len(images)
+        path.mkdir(parents=True, exist_ok=True)
+        for step, pieces in story:
+            image = _draw(prompt, step, story[-1][0], pieces, size)
+            image.save(path / f"step{step:04d}.png")
+        return len(story)
+    except OSError as error:
+        raise ValueError(f"--save-frames {path}: cannot be written ({error.strerror}).") from error
+
+
+def check_frames_path(path: Path) -> None:
+    """Refuse a name whose kind of picture is not known.
+
+    Raises:
+        ValueError: the name ends like another kind of file.
+    """
+    if path.suffix.lower() not in ("", ".gif", ".png"):
+        raise ValueError(
+            f"--save-frames {path}: give a name that ends in .gif (animation) or .png (sheet), or "
+            "a folder (a picture per step)."
+        )
+
+
+def _spread(story: Story, most: int) -> Story:
+    """Take at most so many frames at equal distances, the first and the last among them."""
+    if len(story) <= most:
+        return story
+    return [story[round(i * (len(story) - 1) / (most - 1))] for i in range(most)]
+
+
+def _cells(text: str) -> list[str]:
+    """Cut text into what takes one place: control characters become visible or go."""
+    return ["\n" if c == "\n" else "    " if c == "\t" else c for c in text if c != "\r"]
+
+
+def _lines(pieces: Sequence[Piece]) -> list[list[tuple[str, int]]]:
+    """Break a completion into lines of characters with their steps."""
+    lines: list[list[tuple[str, int]]] = [[]]
+    for piece in pieces:
+        for character in _cells(piece.text):
+            if character == "\n" or len(lines[-1]) >= _WIDTH:
+                lines.append([])
+            if character != "\n":
+                lines[-1].append((character, piece.step))
+    return lines
+
+
+def _draw(
+    prompt: str, step: int, last: int, pieces: Sequence[Piece], cells: tuple[int, int]
+) -> Image.Image:
+    """Draw one frame, so many columns and rows of text: prompt, completion, progress."""
+    columns, rows = cells
+    font = _font()
+    wide, high = font.getlength("M"), int(_SIZE * 1.4)
+    above = [line for part in prompt.splitlines() for line in _wrapped(part)][-8:]
+    size = (
+        int(2 * _MARGIN + columns * wide),
+        2 * _MARGIN + high * (len(above) + rows) + (10 if above else 0) + 26,
+    )
+    image = Image.new("RGB", size, _PAPER)
+    draw = ImageDraw.Draw(image)
+    y = _MARGIN
+    for given in above:
+        draw.text((_MARGIN, y), given, font=font, fill=_PALE)
+        y += high
+    y += 10 if above else 0
+    for line in _lines(pieces):
+        for place, (character, born) in enumerate(line):
+            x = _MARGIN + place * wide
+            box = (x, y + 2, x + wide - 1, y + high - 3)
+            if born == 0:
+                draw.rectangle((box[0] + 1, box[1] + 3, box[2] - 1, box[3] - 3), fill="#d0d7de")
+            elif born == step > 0:
+                draw.rectangle(box, fill=_NEW)
+            if born != 0:
+                draw.text((x, y), character, font=font, fill=_PALE if born < 0 else _INK)
+        y += high
+    _progress(draw, size, step, last)
+    return image
+
+
+def _progress(draw: ImageDraw.ImageDraw, size: tuple[int, int], step: int, last: int) -> None:
+    """Draw the bar at the bottom."""
+    left, right, y = _MARGIN, size[0] - _MARGIN - 90, size[1] - 22
+    draw.rectangle((left, y, right, y + 5), fill="#eaeef2")
+    if step:
+        draw.rectangle(
+            (left, y, left + (right - left) * step / max(last, 1), y + 5), fill="#2da44e"
+        )
+    small = _font(13)
+    draw.text((right + 12, y - 6), f"{step}/{last}", font=small, fill=_PALE)
+
+
+def _sheet(images: Sequence[Image.Image]) -> Image.Image:
+    """Put pictures side by side in two columns."""
+    columns = min(2, len(images))
+    wide, high = images[0].size
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * wide + columns + 1, rows * high + rows + 1), "#d0d7de")
+    for place, image in enumerate(images):
+        row, column = divmod(place, columns)
+        sheet.paste(image, (1 + column * (wide + 1), 1 + row * (high + 1)))
+    return sheet
+
+
+def _wrapped(line: str) -> list[str]:
+    return [line[i : i + _WIDTH] for i in range(0, max(len(line), 1), _WIDTH)]
+
+
+def _font(size: int = _SIZE) -> ImageFont.FreeTypeFont:
+    """Load the fixed-width font that comes with matplotlib."""
+    folder = Path(matplotlib.get_data_path(), "fonts/ttf")
+    return ImageFont.truetype(str(folder / "DejaVuSansMono.ttf"), size)
