@@ -5,8 +5,9 @@
 
 kill: a run of two ranks that is never disturbed, and one that is killed at random moments (SIGKILL
 of one rank, SIGTERM of all, SIGKILL of all while a checkpoint is being written) and started anew
-each time. The final weights, optimizer state, reference policy and TensorBoard scalars (times
-aside) of both must be equal. Flags after ``--`` go to both runs, for example a layout.
+each time. The final weights, optimizer state, reference policy and TensorBoard's scalars (times
+aside), histograms and texts of both must be equal. Flags after ``--`` go to both runs, for example
+a layout.
 
 relayout: a run of four ranks with pp=2, dp=2, and the same run that stops half-way and goes on with
 two ranks and tp=2; prints rewards and losses of both.
@@ -28,7 +29,7 @@ from megatron_espo.checkpoint.compare import (
     latest_iteration,
     unequal_tensors,
 )
-from megatron_espo.monitor.curves import TIME_DEPENDENT, Curve, read_scalars
+from megatron_espo.monitor.curves import TIME_DEPENDENT, Curve, read_details, read_scalars
 
 ROOT = Path(__file__).parents[1]
 _UPDATES = 3
@@ -208,15 +209,19 @@ def check_kills(options: argparse.Namespace, flags: list[str]) -> bool:
     names = sorted(curves[0].keys() | curves[1].keys())
     apart = [name for name in names if curves[0].get(name) != curves[1].get(name)]
     points = sum(len(curve[0]) for curve in curves[0].values())
+    details = [read_details(run.folder / "tensorboard") for run in (whole, killed)]
+    tags = sorted(details[0].keys() | details[1].keys())
+    blurred = [tag for tag in tags if details[0].get(tag) != details[1].get(tag)]
     print(
         f"{kills} kills: {len(tensors[0]) - len(unequal)} of {len(tensors[0])} tensors and "
-        f"{len(names) - len(apart)} of {len(names)} scalars ({points} points) equal to the bit"
+        f"{len(names) - len(apart)} of {len(names)} scalars ({points} points) and "
+        f"{len(tags) - len(blurred)} of {len(tags)} histograms and texts equal to the bit"
     )
-    for name in unequal + apart:
+    for name in unequal + apart + blurred:
         print(f"  differs: {name}")
     if kills < options.kills:
         print(f"error: the run ended after {kills} kills; raise --rollouts.")
-    return not unequal and not apart and kills == options.kills
+    return not (unequal or apart or blurred) and kills == options.kills
 
 
 def check_relayout(options: argparse.Namespace, flags: list[str]) -> bool:

@@ -12,6 +12,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 Curve = tuple[list[int], list[float]]
@@ -115,6 +116,28 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
         points = events.Scalars(name)
         curves[name] = ([point.step for point in points], [point.value for point in points])
     return curves
+
+
+def read_details(folder: Path) -> dict[str, list[tuple[int, bytes]]]:
+    """Read all histograms and texts of a TensorBoard folder, as its server shows them.
+
+    Args:
+        folder: holds event files.
+
+    Returns:
+        Steps and serialized contents by tag, to be compared.
+    """
+    events = plugin_event_accumulator.EventAccumulator(str(folder), size_guidance={"tensors": 0})
+    events.Reload()
+    plugins = {
+        tag: events.SummaryMetadata(tag).plugin_data.plugin_name
+        for tag in events.Tags().get("tensors", [])
+    }
+    return {
+        tag: [(e.step, e.tensor_proto.SerializeToString()) for e in events.Tensors(tag)]
+        for tag, plugin in plugins.items()
+        if plugin in ("histograms", "text")
+    }
 
 
 def draw_runs(runs: Mapping[str, Mapping[str, Curve]], title: str, path: Path) -> None:

@@ -326,8 +326,10 @@ def test_a_converted_model_is_sampled_trained_and_exported(
     assert load_tokenizer(moved / "tokenizer").chat_template
     sampling = "--rollout-completion-length 8 --rollout-block-length 8 --rollout-denoising-steps 4"
     printed = run(
-        "tools/generate.py", "--load", str(moved), "--chat", "--prompt", "a", *sampling.split()
-    )
+        "tools/generate.py", "--load", str(moved), "--chat", "--prompt", "a", *sampling.split(),
+        "--save-frames", str(tmp_path / "frames"),
+    )  # fmt: skip
+    assert len(list((tmp_path / "frames").iterdir())) == 5
     assert printed.splitlines()[-2] == "a" and "\033" not in printed.splitlines()[-1]
     assert f"{moved}/tokenizer" in printed
     printed = run(

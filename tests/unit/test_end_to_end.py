@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
-from megatron_espo.monitor.curves import PANELS, TIME_DEPENDENT, Curve, read_scalars
+from megatron_espo.monitor.curves import PANELS, TIME_DEPENDENT, Curve, read_details, read_scalars
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -187,6 +187,8 @@ def assert_same_run(folder: Path, name: str) -> None:
     """The run ended as the undisturbed one did, to the bit."""
     assert not unequal_tensors(final_tensors(folder, "whole"), final_tensors(folder, name))
     assert scalars(folder, "whole") == scalars(folder, name)
+    details = [read_details(folder / f"{run}-events") for run in ("whole", name)]
+    assert details[0] == details[1] and len(details[0]) >= 5
 
 
 def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> None:
