@@ -117,14 +117,16 @@ def _complete(
         model, task, data.examples, data.encoded, share, tokenizer, config, seed
     )
     rows: list[tuple[Any, ...]] = [
-        (problem, sample, text, ids, score, tokens, evaluations)
-        for (problem, sample), text, ids, score, tokens, evaluations in zip(
+        (*item, *row)
+        for item, *row in zip(
             share,
             scored.texts,
             scored.completions.tolist(),
             scored.scores,
             scored.lengths.tolist(),
             scored.num_evaluations.tolist(),
+            scored.num_committed.tolist(),
+            scored.mean_confidence.tolist(),
             strict=True,
         )
     ]
@@ -146,10 +148,12 @@ def _complete(
             metrics={name: float(value) for name, value in score.metrics.items()},
             num_tokens=tokens,
             num_evaluations=evaluations,
+            num_committed=committed,
+            confidence=confidence,
             seconds=seconds,
         )
         for _, part in parts
-        for problem, sample, text, ids, score, tokens, evaluations in part
+        for problem, sample, text, ids, score, tokens, evaluations, committed, confidence in part
     ]
 
 

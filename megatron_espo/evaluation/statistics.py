@@ -72,6 +72,8 @@ class Record:
         metrics: the task's other numbers.
         num_tokens: effective tokens: those before the end of sequence.
         num_evaluations: model evaluations (NFE).
+        num_committed: tokens that the model decided; the rest was filled in after the end.
+        confidence: their mean probability when they were committed.
         seconds: its share of the wall clock of all ranks.
     """
 
@@ -86,6 +88,8 @@ class Record:
     metrics: dict[str, float]
     num_tokens: int
     num_evaluations: int
+    num_committed: int
+    confidence: float
     seconds: float
 
     @property
@@ -109,6 +113,8 @@ class Summary:
         num_samples: completions per problem.
         length: tokens generated per completion.
         num_evaluations: mean model evaluations per completion.
+        tokens_per_step: tokens that a model evaluation committed on average.
+        confidence: mean probability of the tokens when they were committed.
         tokens_per_second: effective tokens per second of all ranks together, scoring included.
         pass_at_k: unbiased pass@k by k.
         metrics: means of the task's other numbers.
@@ -123,6 +129,8 @@ class Summary:
     num_samples: int
     length: int
     num_evaluations: float
+    tokens_per_step: float
+    confidence: float
     tokens_per_second: float
     pass_at_k: dict[int, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -163,6 +171,9 @@ def summarize(records: Sequence[Record], ks: Sequence[int] = ()) -> Summary:
         num_samples=samples,
         length=records[0].length,
         num_evaluations=_mean([float(record.num_evaluations) for record in records]),
+        tokens_per_step=sum(record.num_committed for record in records)
+        / max(sum(record.num_evaluations for record in records), 1),
+        confidence=_mean([record.confidence for record in records]),
         tokens_per_second=tokens / max(seconds, 1e-9),
         pass_at_k={
             k: _mean([pass_at_k(samples, sum(each), k) for each in correct.values()]) for k in ks

@@ -122,18 +122,9 @@ def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Colum
             "correct": [float(score.correct) for score in rollout.scores],
             "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
             "length": rollout.completion_lengths.double().tolist(),
-<<<<<<< HEAD
             "nfe": rollout.num_evaluations.double().tolist(),
             "committed": rollout.num_committed.double().tolist(),
             "confidence": rollout.mean_confidence.double().tolist(),
-=======
-            "nfe": (
-                torch.as_tensor(rollout.num_evaluations)
-                .double()
-                .expand(len(rollout.rewards))
-                .tolist()
-            ),
->>>>>>> 4d9f099 (Dashboard: grouped charts, histograms, warnings, hardware, MFU; comparison of runs; generation that shows text filling in)
             **{
                 f"metric/{name}": [s.metrics[name] for s in rollout.scores if name in s.metrics]
                 for name in metrics
@@ -175,11 +166,8 @@ def rollout_scalars(
         },
         **statistics(columns, "length", "rollout/completion_length"),
         "rollout/nfe": float(columns["nfe"].mean()),
-<<<<<<< HEAD
         "rollout/tokens_per_step": float(columns["committed"].sum() / columns["nfe"].sum()),
         "rollout/confidence": float(columns["confidence"].mean()),
-=======
->>>>>>> 4d9f099 (Dashboard: grouped charts, histograms, warnings, hardware, MFU; comparison of runs; generation that shows text filling in)
         "performance/tokens_per_second": generated / sum(seconds.values()),
         **(
             {"performance/rollout_tokens_per_second": generated / max(seconds["rollout"], 1e-9)}

@@ -259,6 +259,13 @@ class Session:
             ]
             count = save_frames(self.options.save_frames, shown[0], story)
             print(f"{self.options.save_frames}: {count} frames", file=sys.stderr)
+        if self._shows and self.options.prompt is not None:
+            print(
+                f"{result.num_evaluations.double().mean():.1f} model evaluations per completion, "
+                f"{result.tokens_per_step.mean():.2f} tokens per evaluation, "
+                f"mean confidence {result.mean_confidence.mean():.3f}",
+                file=sys.stderr,
+            )
         return [
             decode_completion(self.tokenizer, ids, model.stop_token_ids)
             for ids in result.completions.tolist()

@@ -65,7 +65,7 @@ def record(problem: int, sample: int = 0, correct: bool = True, **fields: Any) -
     made = Record(
         length=16, problem=problem, sample=sample, prompt="p", completion="ä\nb", token_ids=[1, 2],
         reward=float(correct), correct=correct, metrics={"m": float(problem)}, num_tokens=2,
-        num_evaluations=8, seconds=0.25,
+        num_evaluations=8, num_committed=16, confidence=0.5, seconds=0.25,
     )  # fmt: skip
     return replace(made, **fields)
 
@@ -81,6 +81,7 @@ def test_summary_of_several_samples_per_problem() -> None:
     # Three problems are three trials, not six.
     assert (summary.accuracy_low, summary.accuracy_high) == wilson_interval(1.5, 3)
     assert (summary.num_problems, summary.num_samples, summary.num_evaluations) == (3, 2, 8)
+    assert (summary.tokens_per_step, summary.confidence) == (2.0, 0.5)
     assert summary.tokens_per_second == pytest.approx(12 / 1.5)
     assert summary.metrics == {"m": pytest.approx(1.0)}
     table = markdown_table([summary]).splitlines()
