@@ -81,6 +81,28 @@ def update_scalars(
     }
 
 
+def first_ratio_scalars(
+    draws: Tensor, again: Tensor | None, length: int, layout: Layout
+) -> dict[str, float]:
+    """Measure how far the ratio of a rollout's first update is off 1.
+
+    There the sampling policy is the current one, whose ELBO the loss takes for both. What can
+    differ is a second evaluation of it: the pass with gradients.
+
+    Args:
+        draws: float32 ``[n, m]``, ELBO draws without gradients.
+        again: float32 ``[n, m]``, the same draws with gradients, or None with one pass only.
+        length: completion length.
+        layout: process groups.
+
+    Returns:
+        The largest distance over all completions.
+    """
+    apart = torch.zeros(len(draws)) if again is None else (again - draws).mean(dim=1) / length
+    columns = gather_columns({"deviation": apart.double().expm1().abs().tolist()}, layout)
+    return {"policy/ratio_first_update/max_deviation": float(columns["deviation"].max())}
+
+
 def elbo_noise_scalars(
     elbo_old: Sequence[Tensor | None], length: int, layout: Layout
 ) -> dict[str, float]:

@@ -32,6 +32,7 @@ from megatron_espo.rl.report import (
     Clock,
     console_line,
     elbo_noise_scalars,
+    first_ratio_scalars,
     rollout_columns,
     rollout_scalars,
     update_columns,
@@ -301,6 +302,7 @@ def _update(
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         elbo_ref = prepared.elbo_ref[place]
+        passes: list[Tensor] = []
         with _fp8(trainer, "elbo"):
             draws = accumulate_gradient(
                 model,
@@ -312,6 +314,7 @@ def _update(
                 length,
                 espo,
                 espo.completions_per_rollout,
+                passes.append,
             )
         succeeded, grad_norm, _ = trainer.optimizer.step()
         if succeeded:
@@ -327,8 +330,8 @@ def _update(
     scalars = update_scalars(columns, grad_norm, bool(succeeded), rate)
     if place == 0:
         # The ratio of a rollout's first update must be 1.
-        ends = (scalars["policy/ratio/min"], scalars["policy/ratio/max"])
-        scalars["policy/ratio_first_update/max_deviation"] = max(abs(end - 1.0) for end in ends)
+        again = passes[0] if passes else None
+        scalars |= first_ratio_scalars(draws, again, length, model.layout)
     trainer.dashboard.report(scalars, step)
     if place + 1 == espo.updates_per_rollout:
         trainer.dashboard.histograms({"policy/ratio": columns["ratio"]}, step)

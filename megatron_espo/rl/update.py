@@ -38,6 +38,7 @@ def accumulate_gradient(
     length: int,
     config: EspoConfig,
     global_batch_size: int,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Add the gradient of the mean loss over the global batch to the model's gradient buffers.
 
@@ -52,6 +53,8 @@ def accumulate_gradient(
         length: completion length.
         config: ESPO settings.
         global_batch_size: sequences over all data-parallel ranks.
+        observe: with two_pass, gets the draws as the pass with gradients computes them: a second
+            evaluation of the same policy under the same masks, float32 ``[n, m]`` on the host.
 
     Returns:
         float32 ``[n, m]`` on the host of the current policy's ELBO draws, on every rank.
@@ -66,7 +69,9 @@ def accumulate_gradient(
         gradient, _ = elbo_gradient(draws, old, elbo_ref, advantages, length, config)
         # d ELBO / d (summed cross entropy of a view) = -weight.
         factors = -(gradient[..., None] * views.weights).flatten() * scale
-        _forward_backward(model, batches, partial(_linear_loss, factors=factors))
+        sums = _forward_backward(model, batches, partial(_linear_loss, factors=factors))
+        if observe is not None:
+            observe(elbo_draws(sums.view(n, m, v), views.weights))
         return draws
 
     def joint_loss(batch: ViewBatch, sums: Tensor) -> Tensor:
