@@ -84,7 +84,8 @@ class RolloutConfig:
     length."""
 
     denoising_steps: int = 128
-    """Model evaluations per completion, split evenly over the blocks."""
+    """Model evaluations per completion, split evenly over the blocks. Not read with
+    --rollout-threshold or --rollout-factor."""
 
     temperature: float = 1.0
     """Sampling temperature; 0 takes the most likely token."""
@@ -101,11 +102,33 @@ class RolloutConfig:
     micro_batch_size: int = 32
     """Completions per model pass."""
 
-    def validate(self, logit_shift: bool = False) -> None:
+    threshold: float | None = None
+    """Parallel decoding (Fast-dLLM, arXiv 2505.22618): a step commits the most confident token and
+    every other whose confidence is at least this. Above 1: one token per step. Default: off."""
+
+    factor: float | None = None
+    """Parallel decoding: a step commits the n most confident tokens, n the largest with
+    (n + 1) (1 - confidence of the n-th) < factor, and at least one. Default: off."""
+
+    cache: Literal["none", "prefix", "dual"] = "none"
+    """Reuse keys and values within a block (Fast-dLLM, approximate): prefix computes the block and
+    what follows it anew, dual the block alone. Every block starts with a whole pass."""
+
+    cache_refresh_steps: int = 0
+    """Denoising steps from one whole pass to the next within a block; 0: only at its start, 1: at
+    every step, which is exact."""
+
+    early_stop: bool = False
+    """End a completion with the first block that holds a stop token; what follows is filled with
+    end-of-sequence tokens instead of being sampled."""
+
+    def validate(self, logit_shift: bool = False, window_multiple: int = 1) -> None:
         """Check the values against each other.
 
         Args:
             logit_shift: whether the model shifts its logits.
+            window_multiple: positions of a pass must be a multiple of this (sequence parallelism,
+                FP8).
 
         Raises:
             ValueError: naming the flag.
@@ -117,17 +140,8 @@ class RolloutConfig:
                 f"--rollout-block-length {self.block_length}; change one of them."
             )
         blocks = self.completion_length // self.block_length
-        if self.denoising_steps < blocks or self.denoising_steps % blocks:
-            raise ValueError(
-                f"--rollout-denoising-steps {self.denoising_steps} cannot be split evenly over "
-                f"{blocks} blocks; use a multiple of {blocks}."
-            )
-        if self.denoising_steps > self.completion_length:
-            raise ValueError(
-                f"--rollout-denoising-steps {self.denoising_steps} exceeds "
-                f"--rollout-completion-length {self.completion_length}; a step commits at least "
-                "one token."
-            )
+        if not self.is_parallel:
+            self._validate_steps(blocks)
         if not 0.0 <= self.temperature < math.inf:
             raise ValueError(
                 f"--rollout-temperature {self.temperature} is no temperature; use 0 for greedy "
@@ -144,10 +158,84 @@ class RolloutConfig:
             )
         if self.micro_batch_size < 1:
             raise ValueError("--rollout-micro-batch-size must be at least 1.")
+        self._validate_parallel_decoding()
+        self._validate_cache(logit_shift, window_multiple)
+
+    def _validate_steps(self, blocks: int) -> None:
+        if self.denoising_steps < blocks or self.denoising_steps % blocks:
+            raise ValueError(
+                f"--rollout-denoising-steps {self.denoising_steps} cannot be split evenly over "
+                f"{blocks} blocks; use a multiple of {blocks}."
+            )
+        if self.denoising_steps > self.completion_length:
+            raise ValueError(
+                f"--rollout-denoising-steps {self.denoising_steps} exceeds "
+                f"--rollout-completion-length {self.completion_length}; a step commits at least "
+                "one token."
+            )
+
+    def _validate_parallel_decoding(self) -> None:
+        if not self.is_parallel:
+            return
+        flag = "--rollout-factor" if self.threshold is None else "--rollout-threshold"
+        value = self.factor if self.threshold is None else self.threshold
+        if self.threshold is not None and self.factor is not None:
+            raise ValueError(
+                "--rollout-threshold and --rollout-factor both say how many tokens a step commits; "
+                "pass one of them."
+            )
+        if value is None or not 0.0 < value < math.inf:
+            raise ValueError(f"{flag} {value} must be a positive number; leave it out for none.")
+        if self.remasking not in ("low_confidence", "maskgit_plus"):
+            raise ValueError(
+                f"{flag} compares probabilities of tokens, by which --rollout-remasking "
+                f"{self.remasking} does not rank; use low_confidence or maskgit_plus."
+            )
+
+    def _validate_cache(self, logit_shift: bool, window_multiple: int) -> None:
+        if self.cache_refresh_steps < 0:
+            raise ValueError(
+                f"--rollout-cache-refresh-steps {self.cache_refresh_steps} must be 0 (at the start "
+                "of a block only) or positive."
+            )
+        if self.cache == "none":
+            if self.cache_refresh_steps:
+                raise ValueError(
+                    "--rollout-cache-refresh-steps has no effect without --rollout-cache prefix or "
+                    "dual."
+                )
+            return
+        if self.guidance_scale > 0.0:
+            raise ValueError(
+                f"--rollout-cache {self.cache} keeps no cache of the branch without the prompt; "
+                "use --rollout-guidance-scale 0."
+            )
+        if self.remasking == "origin":
+            raise ValueError(
+                f"--rollout-cache {self.cache} fills caches at a block's first step, which "
+                "--rollout-remasking origin may leave out; use another order."
+            )
+        window = self.block_length + int(logit_shift)
+        if window % window_multiple or (
+            self.cache == "prefix" and self.block_length % window_multiple
+        ):
+            raise ValueError(
+                f"--rollout-cache {self.cache} passes {window} positions of a block"
+                f"{' (one before it, for --logit-shift)' if logit_shift else ''}, which this "
+                f"layout (--sequence-parallel, FP8) wants in multiples of {window_multiple}; "
+                f"change --rollout-block-length {self.block_length} or leave them out."
+            )
+
+    @property
+    def is_parallel(self) -> bool:
+        """Whether confidence decides how many tokens a step commits."""
+        return self.threshold is not None or self.factor is not None
 
     @property
     def steps_per_block(self) -> int:
-        """Denoising steps of one block."""
+        """Denoising steps of one block, at most."""
+        if self.is_parallel:
+            return self.block_length
         return self.denoising_steps // (self.completion_length // self.block_length)
 
 

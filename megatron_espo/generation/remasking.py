@@ -68,7 +68,12 @@ def dream_commit_shares(steps: int, epsilon: float = 1e-3) -> Tensor:
 
 
 def commit_schedule(config: RolloutConfig) -> Tensor:
-    """Tokens that each step of a block commits, by the schedule of the order: int64 ``[steps]``."""
+    """Tokens that each step of a block commits, by the schedule of the order: int64 ``[steps]``.
+
+    With parallel decoding: the one that every step commits at least.
+    """
+    if config.is_parallel:
+        return torch.ones(config.block_length, dtype=torch.int64)
     counts = dream_commit_counts if config.remasking in DREAM_ORDERS else commit_counts
     return torch.tensor(counts(config.block_length, config.steps_per_block))
 
@@ -90,6 +95,35 @@ def rank_by(order: Remasking, draw: TokenDraw) -> Tensor:
     score = draw.margin if order == "topk_margin" else draw.negative_entropy
     assert order in ("topk_margin", "entropy") and score is not None, order
     return score
+
+
+def select_confident(
+    log_confidence: Tensor, threshold: float | None, factor: float | None
+) -> Tensor:
+    """Choose what a step of parallel decoding commits (Fast-dLLM, arXiv 2505.22618, section 3.3).
+
+    ``threshold``: the most confident candidate, and every other whose confidence is at least the
+    threshold. ``factor``: the n most confident, n the largest number with
+    (n + 1) (1 - confidence of the n-th) < factor, and at least one. Ties go to the earlier
+    position.
+
+    Args:
+        log_confidence: float ``[b, c]``, -inf where there is no candidate.
+        threshold: the threshold, or None for the factor's rule.
+        factor: the factor, or None.
+
+    Returns:
+        bool ``[b, c]``; in a row without candidates nothing.
+    """
+    ranks = descending_ranks(log_confidence)
+    confidence = log_confidence.double().exp()
+    if threshold is not None:
+        confident = confidence >= threshold
+    else:
+        assert factor is not None
+        # The left side grows with n, so what holds for the n-th holds for those before it.
+        confident = (ranks + 2) * (1 - confidence) < factor
+    return (confident | (ranks == 0)) & (log_confidence > -torch.inf)
 
 
 def select_highest(scores: Tensor, counts: Tensor | int) -> Tensor:

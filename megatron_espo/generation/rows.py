@@ -31,7 +31,9 @@ class Rows:
         masked: bool ``[n, k]``, masked positions of each row's block.
         block: int64 ``[n]`` on the host, the block that the row is in.
         step: int64 ``[n]`` on the host, the denoising step of that block.
+        complete: bool ``[n]`` on the host, whether nothing in that block is masked.
         num_evaluations: int64 ``[n]`` on the host.
+        num_committed: int64 ``[n]`` on the host, tokens that the model decided.
         confidence: float64 ``[n]``, summed probabilities of the committed tokens.
     """
 
@@ -43,7 +45,9 @@ class Rows:
     masked: Tensor
     block: Tensor
     step: Tensor
+    complete: Tensor
     num_evaluations: Tensor
+    num_committed: Tensor
     confidence: Tensor
 
     def places(self, index: Tensor) -> Tensor:
@@ -88,23 +92,45 @@ class Rows:
         self.tokens[rows, places] = torch.where(committed, chosen, self.tokens[rows, places])
         self.masked[index] &= ~committed
         self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
+        self.num_committed[index.cpu()] += committed.sum(1).cpu()
 
-    def advance(self, index: Tensor, num_blocks: int) -> Tensor:
-        """Count a step of some rows, and go to the next block where one is complete.
+    def end_step(self, index: Tensor, num_blocks: int, stops: Tensor | None, fill: int) -> Tensor:
+        """Count a step of some rows and find those that are final.
 
         Args:
-            index: int64 ``[a]`` on the host.
+            index: int64 ``[a]`` on the host, rows whose block was not complete.
             num_blocks: blocks of a completion.
+            stops: int64, tokens that end a completion with the block that holds them; None: none.
+            fill: what follows such a block.
 
         Returns:
-            int64 ``[f]`` on the host: those whose last block is complete.
+            int64 ``[f]`` on the host.
         """
         self.step[index] += 1
-        complete = index[~self.masked[index.to(self.masked.device)].any(1).cpu()]
-        self.block[complete] += 1
-        self.step[complete] = 0
-        self.masked[complete.to(self.masked.device)] = True
-        return complete[self.block[complete] == num_blocks]
+        self.complete[index] = ~self.masked[index.to(self.masked.device)].any(1).cpu()
+        done = index[self.complete[index]]
+        final = self.block[done] == num_blocks - 1
+        if stops is not None and len(done):
+            rows = done.to(self.tokens.device)
+            places = self.places(rows)
+            stopped = torch.isin(self.tokens[rows[:, None], places], stops).any(1)
+            self._fill_after(rows[stopped], places[stopped, -1], num_blocks, fill)
+            final |= stopped.cpu()
+        return done[final]
+
+    def _fill_after(self, rows: Tensor, last: Tensor, num_blocks: int, fill: int) -> None:
+        """Fill the completions of some rows after position ``last``, int64 ``[f]``."""
+        ends = self.prompt_lengths[rows] + num_blocks * self.masked.size(1)
+        position = torch.arange(self.tokens.size(1), device=self.tokens.device)
+        rest = (position > last[:, None]) & (position < ends[:, None])
+        self.tokens[rows] = self.tokens[rows].masked_fill(rest, fill)
+
+    def enter_next_block(self, index: Tensor) -> None:
+        """Let some rows, int64 ``[a]`` on the host, begin their next block."""
+        self.block[index] += 1
+        self.step[index] = 0
+        self.complete[index] = False
+        self.masked[index.to(self.masked.device)] = True
 
 
 def lay_out_rows(
@@ -143,6 +169,8 @@ def lay_out_rows(
         masked=torch.ones(n, config.block_length, dtype=torch.bool, device=device),
         block=torch.zeros(n, dtype=torch.int64),
         step=torch.zeros(n, dtype=torch.int64),
+        complete=torch.zeros(n, dtype=torch.bool),
         num_evaluations=torch.zeros(n, dtype=torch.int64),
+        num_committed=torch.zeros(n, dtype=torch.int64),
         confidence=torch.zeros(n, dtype=torch.float64, device=device),
     )

@@ -10,8 +10,8 @@ Symbols: n rows, a rows in flight, b rows of a micro-batch, s positions, l compl
 k block length, r candidates of a step.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,20 +20,20 @@ from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.data.batch import round_up
+from megatron_espo.generation.flight import Flight, MicroBatch
 from megatron_espo.generation.remasking import (
     commit_schedule,
     dream_commit_shares,
     rank_by,
+    select_confident,
     select_highest,
 )
 from megatron_espo.generation.rows import Rows, lay_out_rows
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import broadcast_from_last_stage
+from megatron_espo.parallel.passes import KeyValueCache
 from megatron_espo.parallel.pipeline import RowBatch, forward_only
 from megatron_espo.parallel.vocab import draw_tokens
-
-# Micro-batches in flight per pipeline stage: of p stages each waits for p - 1 passes in 4p + p - 1.
-_BATCHES_PER_STAGE = 4
 
 
 class Interrupted(Exception):
@@ -103,82 +103,52 @@ def generate(
     rows = lay_out_rows(model, prompts, sample_ids, config)
     # Back to the caller's order.
     back = rows.order.argsort().to(model.device)
-    waiting = deque(range(n))
-    batches = _empty_batches(n, config.micro_batch_size, model.layout.pp_size)
-    while _admit(waiting, batches):
-        finished = _denoise(model, rows, batches, config, seed, purpose)
+    flight = Flight.of(n, config, model.layout.pp_size)
+    while flight.admit():
+        final = _denoise(model, rows, flight, seed, purpose)
         if on_step is not None:
             on_step(rows.completions(back, length))
-        if len(finished):
-            left = set(finished.tolist())
-            for batch in batches:
-                batch.rows[:] = [row for row in batch.rows if row not in left]
-            if on_finished is not None:
-                found = rows.completions(finished.to(model.device), length).cpu()
-                on_finished(rows.order[finished], found)
+        if len(final) and on_finished is not None:
+            found = rows.completions(final.to(model.device), length).cpu()
+            on_finished(rows.order[final], found)
+        flight.leave(final.tolist())
+        rows.enter_next_block(torch.tensor(flight.to_next_block(rows.complete.tolist())).long())
     host = back.cpu()
-    num_committed = torch.full((n,), length)
     return Generation(
         rows.completions(back, length).cpu(),
         rows.num_evaluations[host],
-        num_committed,
-        (rows.confidence[back].cpu() / num_committed).float(),
+        rows.num_committed[host],
+        (rows.confidence[back].cpu() / rows.num_committed[host]).float(),
     )
 
 
-class _MicroBatch(NamedTuple):
-    """Places of a micro-batch and the rows that have them."""
-
-    size: int
-    rows: list[int]
-
-
-def _empty_batches(n: int, micro_batch_size: int, pp_size: int) -> list[_MicroBatch]:
-    """Make the micro-batches that are in flight together: enough to keep every stage busy."""
-    size = min(micro_batch_size, -(-n // pp_size))
-    most = 1 if pp_size == 1 else _BATCHES_PER_STAGE * pp_size
-    return [_MicroBatch(size, []) for _ in range(min(most, -(-n // size)))]
-
-
-def _admit(waiting: deque[int], batches: Sequence[_MicroBatch]) -> bool:
-    """Give free places to waiting rows; False when no row is left."""
-    for batch in batches:
-        while waiting and len(batch.rows) < batch.size:
-            batch.rows.append(waiting.popleft())
-    return any(batch.rows for batch in batches)
-
-
-def _denoise(
-    model: DiffusionModel,
-    rows: Rows,
-    batches: Sequence[_MicroBatch],
-    config: RolloutConfig,
-    seed: int,
-    purpose: str,
-) -> Tensor:
-    """Make one denoising step with all rows in flight.
+def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpose: str) -> Tensor:
+    """Make one denoising step with all rows in flight whose block is not complete.
 
     Returns:
         int64 ``[f]`` on the host: the rows that are final now.
     """
-    host = torch.tensor([row for batch in batches for row in batch.rows])
+    config = flight.config
+    host = torch.tensor(flight.rows)
+    host = host[~rows.complete[host]]
     index = host.to(model.device)
     noise = rows.noise(index, seed, purpose)
     counts = commit_schedule(config)[rows.step[host]].to(model.device)
-    picked = _candidates(rows.masked[index], noise[:, 1], rows.step[index.cpu()], config, counts)
+    picked = _candidates(rows.masked[index], noise[:, 1], rows.step[host], config, counts)
     evaluated = picked.any(1).cpu()
     if evaluated.any():
-        parts, start = [], 0
-        for batch in batches:
-            own = torch.arange(start, start + len(batch.rows))
-            own, start = own[evaluated[own]], start + len(batch.rows)
-            if len(own):
-                parts.append(own)
-        draws = _evaluate(model, rows, index, parts, picked, noise[:, 0], config)
+        place = {row: i for i, row in enumerate(host.tolist()) if evaluated[i]}
+        parts = [[place[row] for row in batch.rows if row in place] for batch in flight.batches]
+        draws = _evaluate(model, rows, flight, index, parts, picked, noise[:, 0])
+        flight.passes += 1
         chosen, confidence = _choose(model, draws, picked, config, counts)
         rows.commit(index, chosen, confidence)
         rows.num_evaluations[host] += evaluated
-    return rows.advance(host, config.completion_length // config.block_length)
+    stops = None
+    if config.early_stop:
+        stops = torch.tensor(model.stop_token_ids, device=model.device)
+    blocks = config.completion_length // config.block_length
+    return rows.end_step(host, blocks, stops, model.eos_token_id)
 
 
 def _candidates(
@@ -210,49 +180,55 @@ def _candidates(
 def _evaluate(
     model: DiffusionModel,
     rows: Rows,
+    flight: Flight,
     index: Tensor,
-    parts: Sequence[Tensor],
+    parts: Sequence[list[int]],
     picked: Tensor,
     uniforms: Tensor,
-    config: RolloutConfig,
 ) -> Tensor:
     """Run the model and draw a token for every candidate.
 
     Args:
         model: the model.
         rows: the rows.
-        index: int64 ``[a]``, the rows in flight.
-        parts: micro-batches, as places in ``index``.
+        flight: the micro-batches; their caches are filled by whole passes and used by others.
+        index: int64 ``[a]``, the rows of this step.
+        parts: places in ``index`` of the rows of each micro-batch that have candidates.
         picked: bool ``[a, k]``, the candidates.
         uniforms: float64 ``[a, k]``.
-        config: sampling settings.
 
     Returns:
         float64 ``[3, a, k]``: token, score and log-probability of each candidate; on the last
         pipeline stage only.
     """
-    uneven = model.layout.pp_size == 1  # a pipeline passes micro-batches of one shape
-    b = max(len(part) for part in parts)
-    widths = [max(rows.widths[row] for row in index[part].tolist()) for part in parts]
+    config = flight.config
+    one_shape = model.layout.pp_size > 1  # pipeline stages pass hidden states of one shape
+    most = max(len(part) for part in parts)
+    widths = [max((rows.widths[row] for row in batch.rows), default=0) for batch in flight.batches]
     made, found = [], []
-    for part, width in zip(parts, widths, strict=True):
-        width = round_up(width if uneven else max(widths), model.pad_multiple)
-        own = part.to(model.device)
-        row, column = picked[own].nonzero(as_tuple=True)
+    for batch, part, width in zip(flight.batches, parts, widths, strict=True):
+        if not part:
+            continue
+        # Copies of a row, of which nothing is read, make micro-batches equally long.
+        extra = most - len(part) if one_shape else 0
+        own = torch.tensor(part + part[-1:] * extra, device=model.device)
+        row, column = picked[own[: len(part)]].nonzero(as_tuple=True)
         found.append((own[row], column))
-        if not uneven:
-            own = torch.cat((own, own[-1:].expand(b - len(own))))
-        made.append(
-            _row_batch(
-                model,
-                rows.tokens[index[own], :width],
-                rows.prompt_lengths[index[own]],
-                row,
-                rows.places(index[own])[row, column],
-                uniforms[own[row], column],
-                config,
-            )
+        tokens = rows.tokens[index[own]]
+        uncached = RowBatch(
+            tokens[:, : round_up(max(widths) if one_shape else width, model.pad_multiple)],
+            rows.prompt_lengths[index[own]] + config.completion_length,
+            row,
+            rows.places(index[own])[row, column],
+            uniforms[own[row], column],
         )
+        if config.guidance_scale > 0.0:
+            made.append(_add_unconditional(uncached, rows.prompt_lengths[index[own]], model))
+        elif config.cache == "none":
+            made.append(uncached)
+        else:
+            names, starts = index[own].tolist(), rows.places(index[own])[:, 0]
+            made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model))
     results = forward_only(
         model.chunks,
         made,
@@ -267,23 +243,64 @@ def _evaluate(
     return draws
 
 
-def _row_batch(
-    model: DiffusionModel,
+def _add_unconditional(batch: RowBatch, prompt_lengths: Tensor, model: DiffusionModel) -> RowBatch:
+    """Let the rows be followed by themselves without the prompt, for guidance."""
+    tokens = batch.tokens
+    is_prompt = torch.arange(tokens.size(1), device=tokens.device) < prompt_lengths[:, None]
+    return replace(
+        batch,
+        tokens=torch.cat((tokens, tokens.masked_fill(is_prompt, model.mask_token_id))),
+        lengths=batch.lengths.repeat(2),
+        rows=torch.cat((batch.rows, batch.rows + len(tokens))),
+        positions=batch.positions.repeat(2),
+    )
+
+
+def _use_cache(
+    whole: RowBatch,
     tokens: Tensor,
-    prompt_lengths: Tensor,
-    row: Tensor,
-    positions: Tensor,
-    uniforms: Tensor,
-    config: RolloutConfig,
+    batch: MicroBatch,
+    names: list[int],
+    starts: Tensor,
+    flight: Flight,
+    model: DiffusionModel,
 ) -> RowBatch:
-    """Make the micro-batch of some rows; with guidance, their unconditional twins follow them."""
-    lengths = prompt_lengths + config.completion_length
-    if config.guidance_scale > 0.0:
-        is_prompt = torch.arange(tokens.size(1), device=tokens.device) < prompt_lengths[:, None]
-        row, positions = torch.cat((row, row + len(tokens))), positions.repeat(2)
-        tokens = torch.cat((tokens, tokens.masked_fill(is_prompt, model.mask_token_id)))
-        lengths = lengths.repeat(2)
-    return RowBatch(tokens, lengths, row, positions, uniforms)
+    """Make a pass fill its micro-batch's cache, or pass only a window of its rows.
+
+    Args:
+        whole: the pass over whole rows.
+        tokens: int64 ``[b, s]``, the rows, not cut to the pass's width.
+        batch: the micro-batch.
+        names: its b rows of this pass.
+        starts: int64 ``[b]``, where their blocks start.
+        flight: says which of the two the pass is.
+        model: the model.
+
+    Returns:
+        The pass.
+    """
+    config = flight.config
+    if flight.passes == 0:
+        batch.cache, batch.cached = KeyValueCache(), names
+        return replace(whole, cache=batch.cache)
+    assert batch.cache is not None
+    rows = torch.tensor([batch.cached.index(name) for name in names], device=model.device)
+    if flight.passes_whole:
+        # The cache keeps its width when the longest of its rows have left.
+        whole = replace(whole, tokens=tokens[:, : batch.cache.width])
+        return replace(whole, cache=batch.cache, cache_rows=rows)
+    # The state that predicts a block's first token lies before it where logits are shifted.
+    offsets = starts - int(model.logit_shift)
+    # All rows are in the same block where windows reach to their ends.
+    end = starts + config.block_length if config.cache == "dual" else whole.lengths
+    window = torch.arange(int(end[0] - offsets[0]), device=model.device)
+    return replace(
+        whole,
+        tokens=tokens.gather(1, offsets[:, None] + window),
+        cache=batch.cache,
+        offsets=offsets,
+        cache_rows=rows,
+    )
 
 
 def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: RolloutConfig) -> Tensor:
@@ -328,7 +345,11 @@ def _choose(
         tokens, scores, log_confidence = draws
         kept = picked
         if config.remasking not in ("random", "origin"):
-            kept = picked & select_highest(scores.masked_fill(~picked, -torch.inf), counts)
+            scores = scores.masked_fill(~picked, -torch.inf)
+            if config.is_parallel:
+                kept = select_confident(scores, config.threshold, config.factor)
+            else:
+                kept = picked & select_highest(scores, counts)
         decision = torch.stack((torch.where(kept, tokens, -1.0), log_confidence.exp()))
     decision = broadcast_from_last_stage(decision, model.layout)
     return decision[0].long(), decision[1]

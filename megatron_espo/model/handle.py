@@ -18,6 +18,7 @@ class DiffusionModel:
         mask_token_id: the mask token.
         pad_token_id: fills right padding, which attention does not see.
         stop_token_ids: tokens that end a completion.
+        eos_token_id: end of sequence, which fills a completion after its end.
         vocab_size: tokens before padding.
         logit_shift: whether position i is predicted from the hidden state at i - 1 (Dream).
         pad_multiple: rows are padded to a multiple of this many positions.
@@ -29,6 +30,7 @@ class DiffusionModel:
     mask_token_id: int
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
+    eos_token_id: int
     vocab_size: int
     logit_shift: bool
     pad_multiple: int

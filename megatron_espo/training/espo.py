@@ -31,6 +31,7 @@ from megatron_espo.training.setup import (
     diffusion_model,
     inference_mode,
     initialize_process_groups,
+    pad_multiple,
     run_entry_point,
 )
 from megatron_espo.training.state import Checkpoints, StopRequest, load_position
@@ -48,7 +49,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
     config_from_args(MonitorConfig, args).validate()
-    rollout.validate(args.logit_shift)
+    rollout.validate(args.logit_shift, pad_multiple(args))
     if args.attention_dropout or args.hidden_dropout:
         raise ValueError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "

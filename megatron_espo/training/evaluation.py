@@ -24,6 +24,7 @@ from megatron_espo.training.inference import (
     load_model,
     prepare_arguments,
 )
+from megatron_espo.training.setup import pad_multiple
 
 # Of the sampling settings, what only decides how fast completions come.
 _SPEED = ("micro_batch_size",)
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
         nonlocal protocol
         protocol = read_protocol(options, config_from_args(RolloutConfig, args), rest)
         for config in protocol.configs.values():
-            config.validate(args.logit_shift)
+            config.validate(args.logit_shift, pad_multiple(args))
         # The longest decides how long a prompt may be.
         longest = protocol.configs[max(protocol.configs)]
         for name, value in asdict(longest).items():

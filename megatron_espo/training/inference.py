@@ -24,7 +24,7 @@ from megatron_espo.rl.trainer import TaskData
 from megatron_espo.tasks import Task, load_task
 from megatron_espo.training.espo import load_task_data
 from megatron_espo.training.hf_cache import converted_checkpoint
-from megatron_espo.training.setup import diffusion_model, initialize_process_groups
+from megatron_espo.training.setup import diffusion_model, initialize_process_groups, pad_multiple
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     Raises:
         ValueError: naming the flag.
     """
-    config_from_args(RolloutConfig, args).validate(args.logit_shift)
+    config_from_args(RolloutConfig, args).validate(args.logit_shift, pad_multiple(args))
     if args.load is None:
         raise ValueError("--load is missing: the folder of the checkpoint (or --hf).")
     if not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):

@@ -121,6 +121,7 @@ def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
         mask_token_id=args.mask_token_id,
         pad_token_id=ids.pad_token_id,
         stop_token_ids=tuple(args.stop_token_ids),
+        eos_token_id=ids.eos_token_id,
         vocab_size=args.vocab_size,
         logit_shift=args.logit_shift,
         pad_multiple=pad_multiple(args),

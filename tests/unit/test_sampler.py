@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.global_vars import destroy_global_vars
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import RolloutConfig
@@ -102,29 +103,87 @@ def log_probability(logits: Tensor, token: int) -> float:
     return float(logits[token] - logits.logsumexp(0))
 
 
+@torch.no_grad()
+def window_logits(llama: LlamaForCausalLM, x: Tensor, past: Any, window: range) -> Tensor:
+    """Logits of a window's positions; the others' keys and values are those of an older pass."""
+    others = [i for i in range(len(x)) if i not in window]
+    cache = DynamicCache()
+    for number, layer in enumerate(past.layers):
+        cache.update(layer.keys[:, :, others], layer.values[:, :, others], number)
+    places = torch.tensor(window)
+    return llama(
+        input_ids=x[None, places],
+        position_ids=places[None],
+        past_key_values=cache,
+        attention_mask=torch.zeros(1, 1, len(window), len(x)),
+    ).logits[0].double()  # fmt: skip
+
+
+def block_logits(
+    llama: LlamaForCausalLM, x: Tensor, start: int, end: int, step: int, past: Any,
+    config: RolloutConfig, shift: int,
+) -> tuple[dict[int, Tensor], Any]:  # fmt: skip
+    """Logits that predict each position of a block, and the keys and values to go on with."""
+    refresh = config.cache_refresh_steps
+    if config.cache == "none" or (step % refresh == 0 if refresh else step == 0):
+        with torch.no_grad():
+            mask = torch.zeros(1, 1, len(x), len(x))
+            output = llama(input_ids=x[None], attention_mask=mask, use_cache=True)
+        first, logits, past = 0, output.logits[0].double(), output.past_key_values
+    else:
+        first = start - shift
+        window = range(first, end if config.cache == "dual" else len(x))
+        logits = window_logits(llama, x, past, window)
+    return {place: logits[place - shift - first] for place in range(start, end)}, past
+
+
+def number_to_commit(scores: list[float], step: int, config: RolloutConfig) -> int:
+    """How many of the candidates with these descending log-probabilities a step commits."""
+    confidences = [math.exp(score) for score in scores]
+    if config.threshold is not None:
+        return max(1, sum(confidence >= config.threshold for confidence in confidences))
+    if config.factor is not None:
+        fits = [n for n, c in enumerate(confidences, 1) if (n + 1) * (1 - c) < config.factor]
+        return max(fits, default=1)
+    # n // s per step, the remainder to the early ones.
+    return config.block_length // config.steps_per_block + (
+        step < config.block_length % config.steps_per_block
+    )
+
+
 def sample_by_the_rules(
-    llama: LlamaForCausalLM, prompt: list[int], row: int, config: RolloutConfig, seed: int
-) -> list[int]:
-    """LLaDA's sampler for one row, position by position."""
+    llama: LlamaForCausalLM, prompt: list[int], row: int, config: RolloutConfig, seed: int,
+    shift: int = 0, stop: int = -1, end_of_sequence: int = -1,
+) -> tuple[list[int], int]:  # fmt: skip
+    """LLaDA's sampler and Fast-dLLM's for one row, position by position.
+
+    Returns:
+        The completion and the model evaluations.
+    """
     length, k = config.completion_length, config.block_length
-    steps = config.denoising_steps // (length // k)
+    steps, evaluations = config.steps_per_block, 0
     x = torch.tensor(prompt + [MASK] * length)
     for block in range(length // k):
         noise = uniform(stream(seed, "token/test", block), torch.tensor([row]), 2 * steps * k)
         noise = noise.view(steps, 2, k)
-        places = [len(prompt) + block * k + i for i in range(k)]
+        start, past = len(prompt) + block * k, None
         for step in range(steps):
-            logits = full_logits(llama, x)
+            predicted, past = block_logits(
+                llama, x, start, start + k, step, past, config, shift
+            )  # fmt: skip
+            candidates = {}
             if config.guidance_scale:
                 hidden = x.clone()
                 hidden[: len(prompt)] = MASK
                 un = full_logits(llama, hidden)
-                logits = un + (config.guidance_scale + 1) * (logits - un)
-            candidates = {}
-            for i, place in enumerate(places):
+                predicted = {
+                    place: un[place] + (config.guidance_scale + 1) * (logits - un[place])
+                    for place, logits in predicted.items()
+                }
+            for i, (place, logits) in enumerate(predicted.items()):
                 if x[place] != MASK:
                     continue
-                allowed = logits[place].clone()
+                allowed = logits.clone()
                 allowed[MASK] = -math.inf
                 if config.temperature == 0:
                     token = int(allowed.argmax())
@@ -134,14 +193,19 @@ def sample_by_the_rules(
                 if config.remasking == "random":
                     score = float(noise[step, 1, i])
                 else:
-                    score = log_probability(logits[place], token)
+                    score = log_probability(logits, token)
                 candidates[place] = (score, token)
-            # n // s per step, the remainder to the early ones.
-            count = k // steps + (step < k % steps)
-            best = sorted(candidates, key=lambda place: -candidates[place][0])[:count]
-            for place in best:
+            if not candidates:
+                break
+            evaluations += 1
+            best = sorted(candidates, key=lambda place: -candidates[place][0])
+            count = number_to_commit([candidates[place][0] for place in best], step, config)
+            for place in best[:count]:
                 x[place] = candidates[place][1]
-    return x[len(prompt) :].tolist()
+        if config.early_stop and stop in x[start : start + k]:
+            x[start + k :] = end_of_sequence
+            break
+    return x[len(prompt) :].tolist(), evaluations
 
 
 CONFIGS = {
@@ -150,6 +214,15 @@ CONFIGS = {
     "cold": RolloutConfig(12, 6, 12, 0.3),
     "random": RolloutConfig(12, 4, 6, 1.0, "random"),
     "guidance": RolloutConfig(8, 4, 4, 1.0, "low_confidence", 0.7),
+    "threshold": RolloutConfig(12, 6, threshold=0.5),
+    "factor": RolloutConfig(12, 6, temperature=0.5, factor=1.2),
+    "guided threshold": RolloutConfig(8, 4, guidance_scale=0.7, threshold=0.6),
+    "prefix": RolloutConfig(12, 4, 12, cache="prefix"),
+    "dual": RolloutConfig(12, 4, 12, 0.0, cache="dual"),
+    "dual, refreshed": RolloutConfig(12, 6, 12, cache="dual", cache_refresh_steps=2),
+    "dual, random": RolloutConfig(12, 4, 6, remasking="random", cache="dual"),
+    "prefix, factor": RolloutConfig(12, 6, factor=1.2, cache="prefix"),
+    "dual, threshold": RolloutConfig(12, 6, threshold=0.5, cache="dual"),
 }
 
 
@@ -158,13 +231,105 @@ def test_sampler_follows_the_written_rules(
     model: DiffusionModel, llama: LlamaForCausalLM, name: str
 ) -> None:
     """Batched with right padding, the tokens are those of each row alone under the rules."""
-    config = CONFIGS[name]
+    config = replace(CONFIGS[name], micro_batch_size=3)
+    config.validate()
     result = generate(model, PROMPTS, torch.arange(len(PROMPTS)), config, 17, "test")
-    assert result.num_evaluations.tolist() == [config.denoising_steps] * len(PROMPTS)
     for row, prompt in enumerate(PROMPTS):
-        expected = sample_by_the_rules(llama, prompt, row, config, 17)
+        expected, evaluations = sample_by_the_rules(llama, prompt, row, config, 17)
         assert result.completions[row].tolist() == expected, row
+        assert int(result.num_evaluations[row]) == evaluations
+    if not config.is_parallel:
+        assert set(result.num_evaluations.tolist()) == {config.denoising_steps}
     assert MASK not in result.completions
+
+
+@pytest.mark.parametrize("name", ["blocks", "threshold", "prefix", "dual, threshold"])
+def test_shifted_logits_read_the_state_before_the_block(
+    model: DiffusionModel, llama: LlamaForCausalLM, name: str
+) -> None:
+    config = CONFIGS[name]
+    shifted = replace(model, logit_shift=True)
+    result = generate(shifted, PROMPTS, torch.arange(4), config, 17, "test")
+    for row, prompt in enumerate(PROMPTS):
+        expected, _ = sample_by_the_rules(llama, prompt, row, config, 17, shift=1)
+        assert result.completions[row].tolist() == expected, row
+
+
+@pytest.mark.parametrize("name", ["blocks", "threshold", "prefix", "dual, threshold"])
+@pytest.mark.parametrize("micro_batch_size", [2, 3])
+def test_a_block_with_a_stop_token_ends_the_completion(
+    model: DiffusionModel, llama: LlamaForCausalLM, name: str, micro_batch_size: int
+) -> None:
+    """Rows that are left over take the places of those that stop; their tokens do not change."""
+    plain = CONFIGS[name]
+    config = replace(plain, early_stop=True, micro_batch_size=micro_batch_size)
+    k, length = config.block_length, config.completion_length
+    whole = generate(model, PROMPTS, torch.arange(4), plain, 17, "test")
+    # Token of the first block of the longest row, which is sampled first.
+    stop = int(whole.completions[1, k - 1])
+    stopping = replace(model, stop_token_ids=(stop, MASK), eos_token_id=261)
+    reports: list[int] = []
+    result = generate(
+        stopping, PROMPTS, torch.arange(4), config, 17, "test",
+        on_finished=lambda rows, _: reports.extend(rows.tolist()),
+    )  # fmt: skip
+    for row, prompt in enumerate(PROMPTS):
+        expected, evaluations = sample_by_the_rules(
+            llama, prompt, row, config, 17, stop=stop, end_of_sequence=261
+        )
+        assert result.completions[row].tolist() == expected, row
+        assert int(result.num_evaluations[row]) == evaluations
+        assert int(result.num_committed[row]) == length - expected.count(261)
+    assert sorted(reports) == [0, 1, 2, 3]
+    # Up to the block with the stop token, what was sampled after it included, nothing changes.
+    assert torch.equal(result.completions[1, :k], whole.completions[1, :k])
+    assert result.completions[1, k:].tolist() == [261] * (length - k)
+    assert result.num_evaluations[1] < whole.num_evaluations[1]
+
+
+def test_threshold_above_one_decodes_one_token_per_step(model: DiffusionModel) -> None:
+    slow = RolloutConfig(12, 4, 12, threshold=1.01)
+    steps = RolloutConfig(12, 4, 12)
+    ids = torch.arange(4)
+    ours, theirs = (generate(model, PROMPTS, ids, c, 17, "test") for c in (slow, steps))
+    assert torch.equal(ours.completions, theirs.completions)
+    assert ours.num_evaluations.tolist() == [12] * 4
+    assert ours.tokens_per_step.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize(
+    "plain",
+    [RolloutConfig(12, 12, 6), RolloutConfig(12, 4, 12, 0.0), RolloutConfig(12, 6, factor=1.2)],
+)
+def test_a_cache_refreshed_at_every_step_changes_nothing(
+    model: DiffusionModel, cache: str, plain: RolloutConfig
+) -> None:
+    cached = replace(plain, cache=cache, cache_refresh_steps=1)  # type: ignore[arg-type]
+    ids = torch.arange(4)
+    ours, theirs = (generate(model, PROMPTS, ids, c, 17, "test") for c in (cached, plain))
+    assert torch.equal(ours.completions, theirs.completions)
+    assert torch.equal(ours.num_evaluations, theirs.num_evaluations)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("block", [4, 12])
+def test_blocks_of_one_step_never_use_the_cache(
+    model: DiffusionModel, cache: str, block: int
+) -> None:
+    plain = RolloutConfig(12, block, 12 // block)
+    cached = replace(plain, cache=cache)  # type: ignore[arg-type]
+    ids = torch.arange(4)
+    ours, theirs = (generate(model, PROMPTS, ids, c, 17, "test") for c in (cached, plain))
+    assert torch.equal(ours.completions, theirs.completions)
+
+
+def test_caches_are_approximate(model: DiffusionModel) -> None:
+    """Otherwise the tests of caches would show nothing."""
+    plain = RolloutConfig(12, 6, 12)
+    configs = [plain, replace(plain, cache="prefix"), replace(plain, cache="dual")]
+    tokens = [generate(model, PROMPTS, torch.arange(4), c, 17, "test").completions for c in configs]
+    assert len({str(t.tolist()) for t in tokens}) == 3
 
 
 def test_sample_does_not_depend_on_its_batch(model: DiffusionModel) -> None:
