@@ -132,7 +132,10 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
     host = torch.tensor(flight.rows)
     host = host[~rows.complete[host]]
     index = host.to(model.device)
-    noise = rows.noise(index, seed, purpose)
+    if config.temperature > 0.0 or config.remasking in ("random", "origin"):
+        noise = rows.noise(index, seed, purpose)
+    else:
+        noise = torch.zeros(len(index), 2, config.block_length, device=index.device)
     counts = commit_schedule(config)[rows.step[host]].to(model.device)
     picked = _candidates(rows.masked[index], noise[:, 1], rows.step[host], config, counts)
     evaluated = picked.any(1).cpu()

@@ -67,6 +67,17 @@ def test_defaults_are_valid() -> None:
         (RolloutConfig(guidance_scale=-1.0), "--rollout-guidance-scale"),
         (RolloutConfig(guidance_scale=float("nan")), "--rollout-guidance-scale"),
         (RolloutConfig(micro_batch_size=0), "--rollout-micro-batch-size"),
+        (RolloutConfig(threshold=0.0), "--rollout-threshold"),
+        (RolloutConfig(threshold=float("nan")), "--rollout-threshold"),
+        (RolloutConfig(factor=-1.0), "--rollout-factor"),
+        (RolloutConfig(factor=float("inf")), "--rollout-factor"),
+        (RolloutConfig(threshold=0.9, factor=1.0), "--rollout-factor"),
+        (RolloutConfig(threshold=0.9, remasking="random"), "--rollout-remasking"),
+        (RolloutConfig(factor=1.0, remasking="entropy"), "--rollout-remasking"),
+        (RolloutConfig(cache_refresh_steps=-1), "--rollout-cache-refresh-steps"),
+        (RolloutConfig(cache_refresh_steps=2), "--rollout-cache-refresh-steps"),
+        (RolloutConfig(cache="dual", guidance_scale=1.0), "--rollout-guidance-scale"),
+        (RolloutConfig(cache="prefix", remasking="origin"), "--rollout-remasking"),
         (EspoConfig(group_size=1), "--espo-group-size"),
         (EspoConfig(num_rollouts=0), "--espo-num-rollouts"),
         (EspoConfig(prompts_per_rollout=0), "--espo-prompts-per-rollout"),
@@ -104,6 +115,18 @@ def test_guidance_is_refused_only_for_models_with_shifted_logits() -> None:
         config.validate(logit_shift=True)
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_windows_of_cached_sampling_must_fit_the_layout(cache) -> None:
+    """A window is a block, and with shifted logits one position more."""
+    config = RolloutConfig(block_length=32, cache=cache)
+    config.validate(logit_shift=False, window_multiple=16)
+    config.validate(logit_shift=True, window_multiple=1)
+    RolloutConfig(block_length=32).validate(logit_shift=True, window_multiple=5)
+    for shift, multiple in ((False, 3), (True, 2)):
+        with pytest.raises(ValueError, match=rf"{32 + shift} positions .*--rollout-block-length"):
+            config.validate(logit_shift=shift, window_multiple=multiple)
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -112,6 +135,11 @@ def test_guidance_is_refused_only_for_models_with_shifted_logits() -> None:
         RolloutConfig(completion_length=256, block_length=256, denoising_steps=1),
         RolloutConfig(completion_length=256, block_length=1, denoising_steps=256),
         RolloutConfig(temperature=0.0, micro_batch_size=1),
+        # Parallel decoding does not read the steps.
+        RolloutConfig(completion_length=16, block_length=16, threshold=1.5),
+        RolloutConfig(factor=0.5, remasking="maskgit_plus", guidance_scale=1.0, early_stop=True),
+        RolloutConfig(cache="dual", cache_refresh_steps=1, remasking="random"),
+        RolloutConfig(cache="prefix", threshold=0.9),
         EspoConfig(group_size=2, num_rollouts=1, prompts_per_rollout=1, updates_per_rollout=1),
         EspoConfig(clip_eps_low=0.0, clip_eps_high=0.0, kl_coef=0.0, num_mc=1),
         EspoConfig(kl_estimator="k2_unbiased", num_mc=2, reference_mix=0.0),

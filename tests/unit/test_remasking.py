@@ -1,8 +1,13 @@
 """How many masked positions a step commits, and which."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from megatron_espo.generation.remasking import (
     REMASKING_ORDERS,
@@ -10,6 +15,7 @@ from megatron_espo.generation.remasking import (
     dream_commit_counts,
     dream_commit_shares,
     rank_by,
+    select_confident,
     select_highest,
 )
 from megatron_espo.parallel.vocab import TokenDraw
@@ -115,3 +121,48 @@ def test_each_order_ranks_by_its_own_quantity() -> None:
     for order in ("random", "origin"):
         with pytest.raises(AssertionError):
             rank_by(order, draw)
+
+
+def row_of(confidences: list[float | None]) -> Tensor:
+    """Log-probabilities of one row; None is no candidate."""
+    logs = [-math.inf if c is None else math.log(c) for c in confidences]
+    return torch.tensor([logs], dtype=torch.float64)
+
+
+# Multiples of 1/64: ties are common, and the comparison with a threshold is exact.
+CONFIDENCES = st.lists(st.none() | st.integers(1, 64).map(lambda n: n / 64), min_size=1, max_size=9)
+
+
+@settings(max_examples=150, deadline=None)
+@given(confidences=CONFIDENCES, threshold=st.integers(1, 70).map(lambda n: (n - 0.5) / 64))
+def test_threshold_commits_the_best_and_what_reaches_it(confidences, threshold: float) -> None:
+    chosen = select_confident(row_of(confidences), threshold, None)[0].tolist()
+    candidates = [i for i, c in enumerate(confidences) if c is not None]
+    best = max(candidates, key=lambda i: (confidences[i], -i), default=None)
+    for i, c in enumerate(confidences):
+        assert chosen[i] == (c is not None and (i == best or c >= threshold))
+    assert any(chosen) == bool(candidates)
+
+
+@settings(max_examples=150, deadline=None)
+@given(confidences=CONFIDENCES, factor=st.integers(1, 400).map(lambda n: (n - 0.5) / 64))
+def test_factor_commits_the_largest_number_that_its_rule_allows(confidences, factor) -> None:
+    chosen = select_confident(row_of(confidences), None, factor)[0].tolist()
+    order = sorted(
+        (i for i, c in enumerate(confidences) if c is not None), key=lambda i: -confidences[i]
+    )
+    fits = [n for n, i in enumerate(order, 1) if (n + 1) * (1 - confidences[i]) < factor]
+    count = max(fits, default=1)
+    assert {i for i, kept in enumerate(chosen) if kept} == set(order[:count])
+
+
+def test_threshold_itself_is_confident_enough_and_rows_are_independent() -> None:
+    rows = torch.cat([row_of([0.5, 0.25, 0.5]), row_of([0.125, None, 0.25])])
+    chosen = select_confident(rows, 0.5, None)
+    assert chosen.tolist() == [[True, False, True], [False, False, True]]
+
+
+def test_rows_may_have_counts_of_their_own() -> None:
+    scores = torch.tensor([[0.1, 0.3, 0.2], [0.3, 0.1, 0.2], [0.1, 0.1, 0.1]])
+    chosen = select_highest(scores, torch.tensor([1, 0, 2]))
+    assert chosen.tolist() == [[False, True, False], [False] * 3, [True, True, False]]
