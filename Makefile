@@ -6,7 +6,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300
 
-.PHONY: setup demo demo-seeds test test-unit test-dist layouts pretrain-tiny bench format lint type smoke check clean
+.PHONY: setup demo demo-seeds test test-unit test-gpu test-dist layouts pretrain-tiny bench format lint type smoke check clean
 
 setup: $(VENV)/.installed
 
@@ -33,6 +33,9 @@ test: test-unit test-dist
 test-unit: setup
 	$(RUN) -m pytest tests/unit -q --timeout 300
 	$(RUN) -m pytest tests/te -q --timeout 300
+
+test-gpu:  ## on a machine with a GPU and Transformer Engine, in the Python that has them (PYTHON=)
+	$(PYTHON) -m pytest tests/gpu -q --timeout 600
 
 test-dist: setup
 	@mkdir -p runs

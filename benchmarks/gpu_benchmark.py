@@ -1,6 +1,6 @@
 """What one GPU does with a model's layers: speed and memory of ELBOs and rollouts, error of FP8.
 
-    python benchmarks/gpu_benchmark.py --preset llada_8b
+    python -m benchmarks.gpu_benchmark --preset llada_8b
 
 builds four layers with embedding and output head, measures them in bf16 and in each FP8 recipe
 that the GPU runs, and extrapolates to all layers of the preset from the time of half of the layers.
@@ -16,15 +16,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-
-from megatron_espo import device  # noqa: E402
+from megatron_espo import device
 
 device.prepare()
 
 import torch  # noqa: E402
-from gpu_model import (  # noqa: E402
+
+from benchmarks.gpu_model import (  # noqa: E402
     build,
     computing_in,
     float32_twin,
@@ -32,14 +30,13 @@ from gpu_model import (  # noqa: E402
     layers_of,
     usable_recipes,
 )
-from gpu_passes import (  # noqa: E402
+from benchmarks.gpu_passes import (  # noqa: E402
     Row,
     elbo_passes,
     matmul_ceiling,
     rollout_pass,
     views_of,
 )
-
 from megatron_espo.model.fp8 import STATELESS_RECIPES  # noqa: E402
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
 from megatron_espo.model.presets import PRESETS  # noqa: E402

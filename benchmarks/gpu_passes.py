@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from gpu_model import half_of_the_layers, layers_of
 from megatron.training import get_args
 from torch import Tensor
 
+from benchmarks.gpu_model import half_of_the_layers, layers_of
 from megatron_espo import device
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.batch import ViewBatch, pack_sequences, view_batches

@@ -49,20 +49,28 @@ class ReferencePolicy:
             self._swap()
 
     def _swap(self) -> None:
-        for ours, theirs in zip(self._parameters(), self._weights, strict=True):
+        parameters = self._parameters()
+        for ours, theirs in zip(parameters, self._weights, strict=True):
             kept = ours.clone()
-            ours.copy_(theirs)
-            theirs.copy_(kept)
+            # The copies between host and device follow each other on one stream: the host need not
+            # wait for each.
+            ours.copy_(theirs, non_blocking=True)
+            theirs.copy_(kept, non_blocking=True)
+        if any(ours.is_cuda for ours in parameters):
+            torch.cuda.current_stream().synchronize()
 
     def mix(self, share: float) -> None:
         """Move towards the policy: ref <- share * policy + (1 - share) * ref, in float32.
+
+        The distributed optimizer's parameter-gather hooks must be off, here as for a swap.
 
         Args:
             share: the policy's share a (0.6 in ESPO).
         """
         for ours, theirs in zip(self._parameters(), self._weights, strict=True):
-            policy = ours.to(theirs.device, torch.float32)
-            theirs.copy_(share * policy + (1.0 - share) * theirs.float())
+            # On the model's device: a host's cores would take seconds for billions of weights.
+            reference = theirs.to(ours.device, torch.float32)
+            theirs.copy_(share * ours.float() + (1.0 - share) * reference)
 
     def save(self, folder: str) -> None:
         """Write the weights as a torch_dist checkpoint that any layout can read.

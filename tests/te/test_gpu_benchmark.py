@@ -11,7 +11,7 @@ from conftest import TE, forget
 from megatron.core import mpu
 from transformer_engine.pytorch import fp8 as te_fp8
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2]))
 
 SMALL = (
     "--preset tiny --layers 2 --rows 4 --rollout-rows 2 --prompt 8 --completion 16 --block 8 "
@@ -20,8 +20,7 @@ SMALL = (
 
 
 def test_benchmark_measures_every_recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import gpu_benchmark
-    import gpu_model
+    from benchmarks import gpu_benchmark, gpu_model
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
