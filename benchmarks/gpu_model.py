@@ -84,10 +84,10 @@ def layers_of(model: DiffusionModel) -> Any:
 
 @contextmanager
 def half_of_the_layers(model: DiffusionModel) -> Iterator[None]:
-    """Run only the first half of the layers inside the context."""
+    """Run only half of the layers inside the context: the first ones and the last, which differs."""
     decoder = unwrap_model(list(model.chunks))[0].decoder
     layers = decoder.layers
-    decoder.layers = layers[: len(layers) // 2]
+    decoder.layers = torch.nn.ModuleList([*layers[: len(layers) // 2 - 1], layers[-1]])
     try:
         yield
     finally:

@@ -238,6 +238,8 @@ def _evaluate(
         partial(_draw, model=model, config=config),
         model.logit_shift,
         model.layout,
+        # Only before the first step of a call; the next ones use the same FP8 copy of the weights.
+        new_weights=not rows.num_evaluations.any(),
     )
     draws = torch.zeros(3, *picked.shape, dtype=torch.float64, device=model.device)
     if model.layout.is_last_stage:

@@ -138,8 +138,10 @@ def _select(
     stage = unwrap_model(model)
     if not stage.post_process or len(stage.decoder.layers) == 0:
         return None
-    if model.training and config.recompute_granularity == "full":
-        return None  # the layer runs again in the backward pass, when this pass is long over
+    if config.recompute_granularity == "full" and (model.training or config.fp8):
+        # The layer runs again in the backward pass, when this pass is long over. FP8 scales may
+        # depend on all rows of a product, so that policies without gradients keep them, too.
+        return None
     b, width = batch.tokens.shape
     tp_group = stage.pg_collection.tp if config.sequence_parallel else None
     multiple = (1 if tp_group is None else tp_group.size()) * (_FP8_ROWS if config.fp8 else 1)

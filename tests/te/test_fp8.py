@@ -21,8 +21,9 @@ from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.batch import pack_sequences, view_batches
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation.sampler import generate
+from megatron_espo.monitor import dashboard
 from megatron_espo.random import stream, uniform
-from megatron_espo.rl import report, trainer
+from megatron_espo.rl import report
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.update import accumulate_gradient
@@ -31,6 +32,7 @@ from megatron_espo.training import espo, pretrain
 N, LENGTH = 4, 8
 ESPO = EspoConfig(num_mc=1, prompts_per_rollout=2, group_size=2, kl_coef=0.0)
 RECIPES = ("tensorwise", "blockwise", "mxfp8")
+FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 def views_of(built: Built) -> tuple[Any, Any]:
@@ -120,11 +122,12 @@ def test_update_evaluates_the_weights_that_it_differentiates(build: Build) -> No
     assert torch.equal(gradient(built, "two_pass"), gradient(built, "joint"))
 
 
+@pytest.mark.parametrize("recompute", ["", FULL], ids=["stored", "recomputed"])
 @pytest.mark.parametrize("recipe", [*RECIPES, "delayed"])
 def test_ratio_of_unchanged_weights_is_one_exactly_if_the_recipe_is_stateless(
-    build: Build, recipe: str
+    build: Build, recipe: str, recompute: str
 ) -> None:
-    built = build(*FP8, "--fp8-recipe", recipe)
+    built = build(*FP8, "--fp8-recipe", recipe, *recompute.split())
     elbo(built)
     old = elbo(built)
     for mode in ("two_pass", "joint"):
@@ -180,7 +183,6 @@ PHASES = {
     "rollout": {"rollout"},
     "elbo": {"old_elbo", "ref_elbo", "update"},
 }
-FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 @pytest.mark.parametrize(
@@ -212,7 +214,7 @@ def test_espo_trains_with_fp8_in_the_chosen_phases(
             scalars[name].append(value)
 
     monkeypatch.setattr(report.Clock, "__call__", phase)
-    monkeypatch.setattr(trainer, "write_scalars", write)
+    monkeypatch.setattr(dashboard, "write_scalars", write)
     # The process group is there already.
     one_rank = lambda args: mpu.initialize_model_parallel(1, 1)  # noqa: E731
     monkeypatch.setattr(espo, "initialize_process_groups", one_rank)
