@@ -84,7 +84,7 @@ def layers_of(model: DiffusionModel) -> Any:
 
 @contextmanager
 def half_of_the_layers(model: DiffusionModel) -> Iterator[None]:
-    """Run only half of the layers inside the context: the first ones and the last, which differs."""
+    """Run only half of the layers: the first ones, and the last one, which differs from them."""
     decoder = unwrap_model(list(model.chunks))[0].decoder
     layers = decoder.layers
     decoder.layers = torch.nn.ModuleList([*layers[: len(layers) // 2 - 1], layers[-1]])
