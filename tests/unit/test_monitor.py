@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -27,6 +28,8 @@ from megatron_espo.monitor.hardware import (
 from megatron_espo.monitor.tensorboard import begin_events, write_histograms, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops, peak_tflops, throughput_scalars
 from megatron_espo.monitor.watch import RULES, Watch
+from megatron_espo.parallel.layout import Layout
+from megatron_espo.rl.report import first_ratio_scalars
 
 
 class NvmlError(Exception):
@@ -163,6 +166,18 @@ def test_dashboard_counts_the_runs_own_operations() -> None:
 def test_a_peak_that_is_no_speed_is_named(peak: float) -> None:
     with pytest.raises(ValueError, match="--monitor-peak-tflops"):
         MonitorConfig(peak_tflops=peak).validate()
+
+
+def test_first_ratio_is_that_of_the_two_passes(one_rank) -> None:
+    layout = Layout(one_rank, one_rank, one_rank, one_rank)
+    draws = torch.tensor([[-3.0, -5.0], [-2.0, -2.0]])
+    name = "policy/ratio_first_update/max_deviation"
+    assert first_ratio_scalars(draws, draws.clone(), 8, layout) == {name: 0.0}
+    assert first_ratio_scalars(draws, None, 8, layout) == {name: 0.0}
+    # The second completion's mean ELBO is 0.4 lower in the pass with gradients.
+    again = draws - torch.tensor([[0.1, -0.1], [0.8, 0.0]])
+    found = first_ratio_scalars(draws, again, 8, layout)
+    assert found == {name: pytest.approx(1 - math.exp(-0.4 / 8), rel=1e-6)}
 
 
 RATIO, SPREAD = "policy/ratio_first_update/max_deviation", "reward/zero_std_groups"
