@@ -11,7 +11,7 @@ of each side, measured in fresh processes.
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,33 +37,35 @@ from benchmarks.workloads import Workload
 from megatron_espo.config import RolloutConfig
 from megatron_espo.model.handle import DiffusionModel
 
+Report = dict[str, dict[str, Any]]
+
 BASELINE = "straightforward"
 # Relative to the largest entry; two orders of adding in float32.
 TOLERANCE = 1e-4
 
 
-def rollout_variants(config: RolloutConfig, trained: bool) -> dict[str, RolloutConfig]:
+def rollout_variants(work: Workload) -> dict[str, RolloutConfig]:
     """Choose how this project samples: exactly, with the caches, and with parallel decoding."""
-    settings: dict[str, dict[str, Any]] = {"exact": {}}
-    if "cache" in {field.name for field in fields(RolloutConfig)}:
-        settings |= {"prefix cache": {"cache": "prefix"}, "dual cache": {"cache": "dual"}}
-        if trained:
-            settings["threshold 0.9"] = {"threshold": 0.9}
-            settings["dual cache, threshold 0.9"] = {"cache": "dual", "threshold": 0.9}
-    return {name: replace(config, **each) for name, each in settings.items()}
+    config = work.rollout
+    variants = {
+        "exact": config,
+        "prefix cache": replace(config, cache="prefix"),
+        "dual cache": replace(config, cache="dual"),
+    }
+    if work.trained is not None:
+        variants["threshold 0.9"] = replace(config, threshold=0.9)
+        variants["dual cache, threshold 0.9"] = replace(config, cache="dual", threshold=0.9)
+    return variants
 
 
-def measure_rollouts(
-    model: DiffusionModel, llama: Any, work: Workload, pairs: int, memory: bool
-) -> dict[str, Any]:
-    """Compare rollouts.
+def measure_rollouts(model: DiffusionModel, llama: Any, work: Workload, pairs: int) -> Report:
+    """Compare the speed of rollouts.
 
     Args:
         model: this project's model.
         llama: the same weights.
         work: sizes.
         pairs: rounds of interleaved runs.
-        memory: whether to measure memory, too.
 
     Returns:
         The report of each side.
@@ -72,7 +74,7 @@ def measure_rollouts(
         AssertionError: the exact greedy tokens differ.
     """
     temperature = work.rollout.temperature
-    variants = rollout_variants(work.rollout, work.trained is not None)
+    variants = rollout_variants(work)
     sides: dict[str, Callable[[], Any]] = {
         BASELINE: partial(workloads.their_rollout, llama, work, temperature)
     }
@@ -95,12 +97,15 @@ def measure_rollouts(
             "mean confidence": float(result.mean_confidence.mean()),
             "equal tokens": float((result.completions == exact).float().mean()),
         }
-    if memory:
-        report[BASELINE]["peak memory"] = peak_memory(workloads.prepare_their_rollout, work)
-        for name, config in variants.items():
-            peak = peak_memory(workloads.prepare_our_rollout, work, config)
-            report[name]["peak memory"] = peak
     return report
+
+
+def rollout_memory(work: Workload) -> dict[str, int]:
+    """Measure the peak memory of each side's rollouts in bytes."""
+    memory = {BASELINE: peak_memory(workloads.prepare_their_rollout, work)}
+    for name, config in rollout_variants(work).items():
+        memory[name] = peak_memory(workloads.prepare_our_rollout, work, config)
+    return memory
 
 
 def _row(seconds: dict[str, list[float]], name: str, work: Workload) -> dict[str, Any]:
@@ -112,17 +117,19 @@ def _row(seconds: dict[str, list[float]], name: str, work: Workload) -> dict[str
     }
 
 
-def measure_updates(
-    model: DiffusionModel, llama: Any, work: Workload, pairs: int, memory: bool
-) -> dict[str, Any]:
-    """Compare the forward and backward pass of an ESPO update.
+# Whether the straightforward side runs the model once per mask.
+THEIR_UPDATES = {BASELINE: False, "one pass per mask": True}
+OUR_UPDATES = {"joint": "joint", "two-pass": "two_pass"}
+
+
+def measure_updates(model: DiffusionModel, llama: Any, work: Workload, pairs: int) -> Report:
+    """Compare the speed of the forward and backward pass of an ESPO update.
 
     Args:
         model: this project's model.
         llama: the same weights.
         work: sizes.
         pairs: rounds of interleaved runs.
-        memory: whether to measure memory, too.
 
     Returns:
         The report of each side.
@@ -130,19 +137,19 @@ def measure_updates(
     Raises:
         AssertionError: ELBOs or gradients differ.
     """
-    views = 2 * work.num_mc
-    theirs: dict[str, bool] = {BASELINE: False, "one pass per mask": True}
-    # One sequence's views at a time; two passes may split them further.
-    ours = {"joint": ("joint", views), "two-pass": ("two_pass", views)}
     sides: dict[str, Callable[[], Any]] = {
-        name: partial(workloads.their_update, llama, work, each) for name, each in theirs.items()
+        name: partial(workloads.their_update, llama, work, each)
+        for name, each in THEIR_UPDATES.items()
     }
-    sides |= {name: partial(workloads.our_update, model, work, *how) for name, how in ours.items()}
+    sides |= {
+        name: partial(workloads.our_update, model, work, gradient)
+        for name, gradient in OUR_UPDATES.items()
+    }
     (chunk,) = unwrap_model(list(model.chunks))
     expected = sides[BASELINE]()
     reference = {name: p.grad.clone() for name, p in llama.named_parameters()}
     differences = {}
-    for name in ours:
+    for name in OUR_UPDATES:
         elbo = sides[name]()
         buffers = {n: p.main_grad for n, p in chunk.named_parameters()}
         gradients = llama_weights(model, work.shape, buffers)
@@ -153,7 +160,7 @@ def measure_updates(
         assert max(differences[name].values()) < TOLERANCE, (name, differences[name])
     del reference, gradients, buffers
     seconds, _ = interleaved(sides, pairs)
-    report: dict[str, Any] = {}
+    report: Report = {}
     for name in sides:
         report[name] = {
             "seconds": spread(seconds[name]),
@@ -162,23 +169,29 @@ def measure_updates(
         }
         if name in differences:
             report[name]["largest difference"] = differences[name]
-        if memory and name in ours:
-            peak = peak_memory(workloads.prepare_our_update, work, *ours[name])
-            report[name]["peak memory"] = peak
-        elif memory:
-            peak = peak_memory(workloads.prepare_their_update, work, theirs[name])
-            report[name]["peak memory"] = peak
     return report
 
 
-def print_report(title: str, report: dict[str, Any]) -> None:
+def update_memory(work: Workload) -> dict[str, int]:
+    """Measure the peak memory of each side's updates in bytes."""
+    theirs = {
+        name: peak_memory(workloads.prepare_their_update, work, each)
+        for name, each in THEIR_UPDATES.items()
+    }
+    return theirs | {
+        name: peak_memory(workloads.prepare_our_update, work, gradient)
+        for name, gradient in OUR_UPDATES.items()
+    }
+
+
+def print_report(title: str, report: Report) -> None:
     """Print the table of one comparison; columns that no side has are left out.
 
     Args:
         title: stands above it.
         report: by side.
     """
-    base = report[BASELINE].get("peak memory")
+    base = report[BASELINE].get("peak memory", 0)
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "seconds": lambda row: str(row["seconds"]),
         "times as fast": lambda row: str(row["times as fast"]),
@@ -234,6 +247,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--denoising-steps", type=int, default=default.rollout.denoising_steps)
     add("--temperature", type=float, default=0.0, help="of the rollouts")
     add("--no-memory", action="store_true", help="leave out the memory of fresh processes")
+    add("--only-memory", action="store_true", help="leave out times; may run beside other work")
     add("--default-allocator", action="store_true", help="see measure.keep_freed_memory")
     add("--out", type=Path, help="JSON to write")
     options = parser.parse_args(argv)
@@ -258,26 +272,39 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rollout=rollout,
         trained=options.trained,
     )
-    model = work.build()
-    llama = llama_twin(model, work.shape)
     report: dict[str, Any] = {"machine": machine(), "work": asdict(work)}
     print(json.dumps(report["machine"]))
-    memory = not options.no_memory
-    if options.only != "update":
-        report["rollout"] = measure_rollouts(model, llama, work, options.pairs, memory)
-        print_report(
-            f"Rollout, {options.shape}: {work.rows} rows, prompt {work.prompt_length}, completion "
-            f"{rollout.completion_length}, block {rollout.block_length}, "
-            f"{rollout.denoising_steps} steps",
-            report["rollout"],
-        )
-    if options.only != "rollout" and work.trained is None:
-        report["update"] = measure_updates(model, llama, work, options.pairs, memory)
-        print_report(
-            f"ESPO update, forward and backward, {options.shape}: {work.sequences} sequences, "
-            f"{work.num_mc} coupled draws, the same lengths",
-            report["update"],
-        )
+    if not options.only_memory:
+        model = work.build()
+        llama = llama_twin(model, work.shape)
+    sizes = (
+        f"{options.shape}, prompt {work.prompt_length}, completion {rollout.completion_length}, "
+        f"block {rollout.block_length}"
+    )
+    for part, title, measure, memory in (
+        (
+            "rollout",
+            f"{work.rows} rows, {rollout.denoising_steps} steps",
+            measure_rollouts,
+            rollout_memory,
+        ),
+        (
+            "update",
+            f"{work.sequences} sequences, {work.num_mc} coupled draws",
+            measure_updates,
+            update_memory,
+        ),
+    ):
+        if options.only not in (None, part) or (part == "update" and work.trained is not None):
+            continue
+        found: Report = {}
+        if not options.only_memory:
+            found = measure(model, llama, work, options.pairs)
+        if not options.no_memory:
+            for name, peak in memory(work).items():
+                found.setdefault(name, {})["peak memory"] = peak
+        report[part] = found
+        print_report(f"{part.capitalize()}: {sizes}, {title}", found)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1, default=as_json) + "\n")

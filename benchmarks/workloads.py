@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -111,8 +110,13 @@ def make_update(work: Workload) -> Update:
     return Update(work.prompts(n), completions, views, old, advantages)
 
 
-def our_update(model: DiffusionModel, work: Workload, gradient: str, rows_per_batch: int) -> Tensor:
-    """Add an update's gradient with this project; returns the ELBO draws, ``[n, m]``."""
+def our_update(
+    model: DiffusionModel, work: Workload, gradient: str, sequences_per_batch: int = 1
+) -> Tensor:
+    """Add an update's gradient with this project; returns the ELBO draws, ``[n, m]``.
+
+    A micro-batch holds all views of some sequences, by default of one.
+    """
     update = make_update(work)
     for chunk in model.chunks:
         chunk.train()
@@ -125,7 +129,7 @@ def our_update(model: DiffusionModel, work: Workload, gradient: str, rows_per_ba
         update.views,
         model.mask_token_id,
         model.vocab_size,
-        rows_per_batch,
+        2 * work.num_mc * sequences_per_batch,
         same_width=model.layout.pp_size > 1,
     )
     config = EspoConfig(num_mc=work.num_mc, kl_coef=0.0, gradient=gradient)  # type: ignore[arg-type]
@@ -189,26 +193,13 @@ def prepare_their_rollout(work: Workload) -> Callable[[bool], Any]:
     )
 
 
-def prepare_our_update(work: Workload, gradient: str, rows_per_batch: int) -> Callable[[bool], Any]:
+def prepare_our_update(work: Workload, gradient: str) -> Callable[[bool], Any]:
     """Build for updates; see measure.peak_memory."""
     model = work.build()
-    views = 2 * work.num_mc
-
-    def run(small: bool) -> None:
-        our_update(
-            model, work.small() if small else work, gradient, views if small else rows_per_batch
-        )
-
-    return run
+    return lambda small: our_update(model, work.small() if small else work, gradient)
 
 
 def prepare_their_update(work: Workload, pass_per_mask: bool) -> Callable[[bool], Any]:
     """Build for updates; see measure.peak_memory."""
     llama = llama_twin(work.build(), work.shape)
-    return partial(_their_update, llama, work, pass_per_mask)
-
-
-def _their_update(
-    llama: LlamaForCausalLM, work: Workload, pass_per_mask: bool, small: bool
-) -> None:
-    their_update(llama, work.small() if small else work, pass_per_mask)
+    return lambda small: their_update(llama, work.small() if small else work, pass_per_mask)

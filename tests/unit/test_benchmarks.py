@@ -43,6 +43,9 @@ def test_both_sides_give_equal_tokens_elbos_and_gradients(tmp_path: Path) -> Non
     assert rollout["exact"]["model evaluations"] == 8
     assert rollout["exact"]["tokens per evaluation"] == 2.0
     assert 0.0 < rollout["exact"]["mean confidence"] < 1.0
+    # Caches change what is attended to, not how many tokens a step commits.
+    for name in ("prefix cache", "dual cache"):
+        assert rollout[name]["model evaluations"] == 8
     for name in ("joint", "two-pass"):
         difference = update[name]["largest difference"]
         assert 0.0 <= max(difference.values()) < 1e-5, (name, difference)
