@@ -142,6 +142,21 @@ def test_unpadded_rows_do_not_fit_fp8_and_padded_rows_do(build: Build) -> None:
         elbo(replace(built, model=replace(built.model, pad_multiple=1)))
 
 
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_cached_windows_fit_fp8_for_any_number_of_rows(
+    build: Build, recipe: str, cache: Any
+) -> None:
+    built = build(*FP8, "--fp8-recipe", recipe)
+    for chunk in built.model.chunks:
+        chunk.eval()
+    config = RolloutConfig(64, 32, 8, 0.0, micro_batch_size=2, cache=cache)
+    config.validate(False, built.model.pad_multiple)
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]]
+    found = generate(built.model, prompts, torch.arange(3), config, 1, "test").completions
+    assert not (found == built.model.mask_token_id).any()
+
+
 def test_fp8_elbo_deviates_a_little_and_coarser_recipes_more(build: Build) -> None:
     exact = elbo(build(*TE))
     errors = {}
