@@ -1,7 +1,7 @@
 """Where the loop hands over what it has to report: TensorBoard, warnings, hardware."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import ArrayLike
@@ -66,6 +66,7 @@ class Dashboard:
         rollout: RolloutConfig,
         seconds: Mapping[str, float],
         updates: int,
+        nfe: float,
     ) -> dict[str, float]:
         """Count a rollout's operations and relate them to its seconds.
 
@@ -75,6 +76,8 @@ class Dashboard:
             rollout: sampling settings.
             seconds: of this rank, by phase.
             updates: optimizer steps that these seconds cover.
+            nfe: mean model evaluations per completion; counts where they do not follow from the
+                settings (parallel decoding, early stop).
 
         Returns:
             See :func:`megatron_espo.monitor.throughput.throughput_scalars`.
@@ -82,5 +85,8 @@ class Dashboard:
         if self.dimensions is None:
             return {}
         flops = rollout_flops(self.dimensions, positions, espo, rollout)
+        if rollout.is_parallel or rollout.early_stop:
+            evaluated = flops.generation * nfe / rollout.denoising_steps
+            flops = replace(flops, generation=evaluated)
         share = updates / espo.updates_per_rollout
         return throughput_scalars(flops, seconds, share, self.devices, self.peak)

@@ -361,7 +361,9 @@ def _report(
     columns = rollout_columns(rollout, espo, layout)
     mine |= rollout_scalars(columns, trainer.task.name, espo, length, clock)
     width = rollout.sequences.tokens.size(1)
-    mine |= board.throughput(width, espo, trainer.rollout, clock.seconds, updates)
+    mine |= board.throughput(
+        width, espo, trainer.rollout, clock.seconds, updates, mine["rollout/nfe"]
+    )
     mine |= board.hardware()
     board.report(mine, done)
     names = {

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -156,9 +157,17 @@ def test_dashboard_counts_the_runs_own_operations() -> None:
     model = ModelDimensions(2, 64, 96, 4, 2, 16, 262)
     espo, rollout = EspoConfig(), RolloutConfig()
     board = Dashboard(dimensions=model, devices=4, peak=0.5)
-    rates = board.throughput(300, espo, rollout, {"rollout": 2.0, "update": 3.0}, updates=2)
+    seconds = {"rollout": 2.0, "update": 3.0}
+    rates = board.throughput(300, espo, rollout, seconds, updates=2, nfe=32.0)
     flops = rollout_flops(model, 300, espo, rollout)
     assert rates["performance/rollout_mfu"] == pytest.approx(flops.generation / 2 / 4 / 0.5e12)
+    # Parallel decoding makes fewer evaluations than the settings allow for.
+    parallel = replace(rollout, threshold=0.9)
+    fewer = board.throughput(300, espo, parallel, seconds, updates=2, nfe=32.0)
+    share = 32 / rollout.denoising_steps
+    assert fewer["performance/rollout_mfu"] == pytest.approx(
+        rates["performance/rollout_mfu"] * share
+    )
     assert rates["performance/update_tflops"] == pytest.approx(flops.update / 4 / 3 / 4 / 1e12)
 
 
