@@ -265,7 +265,8 @@ class EspoConfig:
     """ESPO: ELBO-based sequence-level policy optimization (arXiv 2512.03759)."""
 
     task: str = "sudoku"
-    """Task with a verifiable reward: sudoku, countdown, or an import path of your own."""
+    """Task with a verifiable reward: sudoku, countdown, gsm8k, math, code, or an import path of
+    your own."""
 
     train_data: str | None = None
     """JSONL of the task's problems to train on."""
@@ -330,6 +331,13 @@ class EspoConfig:
     samples_to_log: int = 4
     """Sampled completions written to TensorBoard as text per rollout logged."""
 
+    reward_workers: int = 2
+    """Processes per copy of the model that score completions while others are sampled; 0 scores in
+    the trainer itself, where a reward that hangs stops the run."""
+
+    reward_timeout: float = 60.0
+    """Seconds a worker may take for one completion; a slower one scores 0 and is counted."""
+
     def validate(self) -> None:
         """Check the values against each other.
 
@@ -354,11 +362,16 @@ class EspoConfig:
             "eval_samples",
             "reference_mix_interval",
             "samples_to_log",
+            "reward_workers",
         ):
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"--espo-{name.replace('_', '-')} {getattr(self, name)} must be 0 or more."
                 )
+        if not 0.0 < self.reward_timeout < math.inf:
+            raise ValueError(
+                f"--espo-reward-timeout {self.reward_timeout} must be a positive number of seconds."
+            )
         if not 0.0 <= self.kl_coef < math.inf:
             raise ValueError(
                 f"--espo-kl-coef {self.kl_coef} must be 0 (no penalty) or a positive number."

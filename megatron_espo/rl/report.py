@@ -12,6 +12,7 @@ from megatron_espo.monitor.metrics import Columns, gather_columns, statistics
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.losses import EspoTerms
 from megatron_espo.rl.types import Rollout
+from megatron_espo.tasks.workers import Failures
 
 
 class Clock:
@@ -197,6 +198,21 @@ def rollout_scalars(
             else {}  # sampled before the run was resumed
         ),
         **{f"time/{name}": value for name, value in seconds.items()},
+    }
+
+
+def failure_scalars(failures: Failures) -> dict[str, float]:
+    """Name what went wrong in reward workers since the last report.
+
+    Args:
+        failures: counted over all ranks.
+
+    Returns:
+        Named numbers.
+    """
+    return {
+        "reward/timeouts": float(failures.timeouts),
+        "reward/crashes": float(failures.crashes),
     }
 
 

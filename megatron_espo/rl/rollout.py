@@ -1,6 +1,7 @@
 """Samples and scores the completions of a rollout on this data-parallel rank."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.advantages import leave_one_out
 from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.tasks.base import Example, Score, Task
+from megatron_espo.tasks.workers import Failures, RewardWorkers, collect
 
 
 def local_share(prompts: Sequence[Prompt], layout: Layout) -> list[Prompt]:
@@ -58,8 +60,49 @@ def sample(
     return generate(model, rows, ids, config, seed, "rollout", on_step, on_finished)
 
 
+class ScoringAhead:
+    """Hands completions to reward workers while others are still being sampled.
+
+    Args:
+        task: the task; without workers nothing is done ahead.
+        examples: the problem of each completion.
+        tokenizer: the tokenizer.
+        stop_token_ids: ids that end a completion.
+        layout: process groups; one rank of each model-parallel group scores.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerFast,
+        stop_token_ids: Sequence[int],
+        layout: Layout,
+    ) -> None:
+        self.futures: dict[int, Future[Score]] = {}
+        self._workers = task if isinstance(task, RewardWorkers) and layout.mp.rank() == 0 else None
+        self._examples, self._tokenizer, self._stops = examples, tokenizer, stop_token_ids
+
+    def __call__(self, rows: Tensor, completions: Tensor) -> None:
+        """Take finished rows: the sampler's ``on_finished`` hook."""
+        if self._workers is None:
+            return
+        texts = decode_completions(completions, self._tokenizer, self._stops)
+        for row, text in zip(rows.tolist(), texts, strict=True):
+            self.futures[row] = self._workers.submit(self._examples[row], text)
+
+    def cancel(self) -> None:
+        """Give up what was handed over: the rollout was broken off."""
+        for future in self.futures.values():
+            future.cancel()
+
+
 def score_completions(
-    task: Task, examples: Sequence[Example], texts: Sequence[str], layout: Layout
+    task: Task,
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    layout: Layout,
+    ahead: ScoringAhead | None = None,
 ) -> list[Score]:
     """Score completions.
 
@@ -67,22 +110,52 @@ def score_completions(
     one that depends on time must not differ between the ranks of one model.
 
     Args:
-        task: the task.
+        task: the task; with workers, completions are scored several at once.
         examples: the problem of each completion.
         texts: the completions.
         layout: process groups.
+        ahead: has handed some or all of these completions to the task's workers already.
 
     Returns:
         Their scores.
+
+    Raises:
+        RewardError: the task's score raised an exception in a worker.
     """
     scores: list[Score] = []
     if layout.mp.rank() == 0:
-        scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]
+        if isinstance(task, RewardWorkers):
+            known = ahead.futures if ahead is not None else {}
+            pairs = enumerate(zip(examples, texts, strict=True))
+            futures = [known.get(row) or task.submit(e, text) for row, (e, text) in pairs]
+            scores = collect(futures)
+        else:
+            scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]
     if layout.mp.size() > 1:
         box = [scores]
         dist.broadcast_object_list(box, dist.get_global_rank(layout.mp, 0), group=layout.mp)
         scores = box[0]
     return scores
+
+
+def take_failures(task: Task, layout: Layout) -> Failures:
+    """Count what went wrong in all reward workers of the run since the last call.
+
+    Args:
+        task: the task, with or without workers.
+        layout: process groups.
+
+    Returns:
+        The same numbers on every rank.
+    """
+    mine = task.take_failures() if isinstance(task, RewardWorkers) else Failures(0, 0)
+    if dist.get_world_size() > 1:
+        # Only one rank of a model-parallel group has workers.
+        for group in (layout.mp, layout.dp):
+            shares: list[Failures] = [mine] * group.size()
+            dist.all_gather_object(shares, mine, group=group)
+            mine = Failures(*(sum(column) for column in zip(*shares, strict=True)))
+    return mine
 
 
 def completion_lengths(completions: Tensor, stop_token_ids: Sequence[int]) -> Tensor:

@@ -32,6 +32,7 @@ from megatron_espo.rl.report import (
     Clock,
     console_line,
     elbo_noise_scalars,
+    failure_scalars,
     first_ratio_scalars,
     rollout_columns,
     rollout_scalars,
@@ -40,11 +41,13 @@ from megatron_espo.rl.report import (
 )
 from megatron_espo.rl.resume import RolloutRecord, record_rollout, restore_rollout
 from megatron_espo.rl.rollout import (
+    ScoringAhead,
     assemble_rollout,
     decode_completions,
     local_share,
     sample,
     score_completions,
+    take_failures,
 )
 from megatron_espo.rl.types import PreparedRollout, Prompt, Rollout
 from megatron_espo.rl.update import accumulate_gradient
@@ -208,26 +211,29 @@ def _look_out(trainer: Trainer) -> Callable[[Tensor], None]:
 
 def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Rollout | None:
     """Sample and score a rollout; None where the run is told to stop."""
-    espo, generation = trainer.espo, None
+    espo, generation, model = trainer.espo, None, trainer.model
+    examples = [prompt.example for prompt in prompts for _ in range(espo.group_size)]
+    ahead = ScoringAhead(
+        trainer.task, examples, trainer.tokenizer, model.stop_token_ids, model.layout
+    )
     with clock("rollout"), trainer.inference(), _fp8(trainer, "rollout"), suppress(Interrupted):
         generation = sample(
-            trainer.model,
+            model,
             prompts,
             trainer.rollout,
             espo.group_size,
             trainer.seed,
             _look_out(trainer),
+            ahead,
         )
     # One copy of the model may have seen the signal while another finished: they agree here.
     if trainer.should_stop(None) or generation is None:
+        ahead.cancel()
         return None
     with clock("reward"):
-        examples = [prompt.example for prompt in prompts for _ in range(espo.group_size)]
-        texts = decode_completions(
-            generation.completions, trainer.tokenizer, trainer.model.stop_token_ids
-        )
-        scores = score_completions(trainer.task, examples, texts, trainer.model.layout)
-        return assemble_rollout(trainer.model, prompts, generation, texts, scores, espo)
+        texts = decode_completions(generation.completions, trainer.tokenizer, model.stop_token_ids)
+        scores = score_completions(trainer.task, examples, texts, model.layout, ahead)
+        return assemble_rollout(model, prompts, generation, texts, scores, espo)
 
 
 class _Noise(NamedTuple):
@@ -360,6 +366,7 @@ def _report(
     mine = elbo_noise_scalars(prepared.elbo_old, length, layout)
     columns = rollout_columns(rollout, espo, layout)
     mine |= rollout_scalars(columns, trainer.task.name, espo, length, clock)
+    mine |= failure_scalars(take_failures(trainer.task, layout))
     width = rollout.sequences.tokens.size(1)
     mine |= board.throughput(
         width, espo, trainer.rollout, clock.seconds, updates, mine["rollout/nfe"]

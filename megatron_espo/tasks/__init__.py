@@ -4,7 +4,7 @@ import importlib
 import inspect
 from typing import cast
 
-from megatron_espo.tasks import countdown, gsm8k, math, sudoku
+from megatron_espo.tasks import code, countdown, gsm8k, math, sudoku
 from megatron_espo.tasks.base import (
     SPLITS,
     ChatMessage,
@@ -34,6 +34,7 @@ BUILT_IN: dict[str, Task] = {
     "countdown": countdown,
     "gsm8k": gsm8k,
     "math": math,
+    "code": code,
 }
 
 

@@ -290,3 +290,10 @@ def draw_distinct(
             records[drawn[0]] = drawn[1]
             misses = 0
     return list(records.values())
+
+
+def start_line(task: Task) -> str | None:
+    """Return what a task has to say when a run starts: its optional `start_line`, a function."""
+    say = getattr(task, "start_line", None)
+    line: str | None = say() if callable(say) else None
+    return line

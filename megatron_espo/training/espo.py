@@ -27,6 +27,8 @@ from megatron_espo.rl.prompts import encode_examples
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import TaskData, Trainer, train
 from megatron_espo.tasks import Task, load_task
+from megatron_espo.tasks.base import start_line
+from megatron_espo.tasks.workers import RewardWorkers
 from megatron_espo.training.setup import (
     diffusion_model,
     inference_mode,
@@ -117,6 +119,24 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--espo-train-data is missing: the task's problems as JSONL.")
 
 
+def load_workers(espo: EspoConfig) -> Task:
+    """Load the task, with reward workers if the settings ask for them; they start later.
+
+    Args:
+        espo: ESPO settings.
+
+    Returns:
+        The task, which says on a start line how it is guarded if it has to be.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    task = load_task(espo.task, flag="--espo-task")
+    if not espo.reward_workers:
+        return task
+    return RewardWorkers(task, espo.task, espo.reward_workers, espo.reward_timeout)
+
+
 def load_task_data(
     task: Task, path: str | None, tokenizer: Any, args: argparse.Namespace, count: int = 0
 ) -> TaskData | None:
@@ -148,7 +168,7 @@ def main(argv: Sequence[str]) -> None:
     """
     args = initialize_arguments(argv, prepare_arguments)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
-    task = load_task(espo.task, flag="--espo-task")
+    task = load_workers(espo)
     tokenizer = load_tokenizer(args.tokenizer_model)
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
@@ -168,6 +188,8 @@ def main(argv: Sequence[str]) -> None:
     write_layout(writer)
     checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, espo, writer)
     model = diffusion_model(chunks)
+    if model.layout.is_reporter and (line := start_line(task)):
+        print(line, flush=True)
     stop = StopRequest(model.layout)
     train(
         Trainer(
@@ -204,6 +226,8 @@ def main(argv: Sequence[str]) -> None:
         ),
         start,
     )
+    if isinstance(task, RewardWorkers):
+        task.close()
     if writer is not None:
         writer.flush()
 

@@ -21,8 +21,8 @@ from megatron_espo.data.tokenizer import load_tokenizer
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
 from megatron_espo.rl.trainer import TaskData
-from megatron_espo.tasks import Task, load_task
-from megatron_espo.training.espo import load_task_data
+from megatron_espo.tasks import Task
+from megatron_espo.training.espo import load_task_data, load_workers
 from megatron_espo.training.hf_cache import converted_checkpoint
 from megatron_espo.training.setup import diffusion_model, initialize_process_groups, pad_multiple
 
@@ -136,7 +136,7 @@ def load_eval_problems(
         ValueError: naming the flag or the line of the file.
     """
     espo = config_from_args(EspoConfig, args)
-    task, tokenizer = load_task(espo.task, flag="--espo-task"), load_tokenizer(args.tokenizer_model)
+    task, tokenizer = load_workers(espo), load_tokenizer(args.tokenizer_model)
     data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     if data is None:
         raise ValueError("--espo-eval-data is missing: the problems to evaluate on.")

@@ -285,7 +285,9 @@ def failing(tmp_path: Path, failure: str) -> tuple[list[str], dict[str, str]]:
     """Flags and environment of a run whose reward fails once, on rank 1."""
     (tmp_path / "failing_task.py").write_text(FAILING_TASK.format(failure=failure))
     environment = {"FAILED": str(tmp_path / "failed"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    return ["--espo-task", "failing_task", "--save-interval", "1"], environment
+    # In the trainer itself, so that it is the rank that fails.
+    flags = ["--espo-task", "failing_task", "--save-interval", "1", "--espo-reward-workers", "0"]
+    return flags, environment
 
 
 def test_exception_in_one_rank_ends_the_job_with_its_message(
@@ -307,6 +309,36 @@ def test_restart_after_a_killed_rank_is_the_same_run(
     espo(folder, "restarted", *flags, environment=environment, launch=launch)
     assert (tmp_path / "failed").exists()
     assert_same_run(folder, "restarted")
+
+
+KILLED_WORKER_TASK = """
+import os, signal
+from pathlib import Path
+from megatron_espo.tasks.sudoku import *
+from megatron_espo.tasks import sudoku
+flag, calls = Path(os.environ["FAILED"]), 0
+def score(example, completion):
+    global calls
+    calls += 1
+    if os.environ["RANK"] == "1" and calls == 5 and not flag.exists():
+        flag.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sudoku.score(example, completion)
+"""
+
+
+def test_killed_reward_worker_is_counted_and_the_run_is_the_same(
+    folder: Path, whole: str, tmp_path: Path
+) -> None:
+    (tmp_path / "killed_worker_task.py").write_text(KILLED_WORKER_TASK)
+    environment = {"FAILED": str(tmp_path / "failed"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    espo(folder, "worker", "--espo-task", "killed_worker_task", environment=environment)
+    assert (tmp_path / "failed").exists()
+    theirs, ours = scalars(folder, "whole"), scalars(folder, "worker")
+    assert sum(theirs.pop("reward/crashes")[1]) == 0.0
+    assert sum(ours.pop("reward/crashes")[1]) == 1.0
+    assert ours == theirs and sum(ours["reward/timeouts"][1]) == 0.0
+    assert not unequal_tensors(final_tensors(folder, "whole"), final_tensors(folder, "worker"))
 
 
 @pytest.mark.timeout(900)
