@@ -32,7 +32,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from megatron_espo.tasks.jail.channel import receive, send
 from megatron_espo.tasks.jail.limits import MIB
@@ -221,7 +221,9 @@ def _prefix(mode: Mode, limits: Limits, *, root: bool) -> list[str]:
     base = os.path.realpath(sys.base_prefix)
     binds = [(folder, folder) for folder in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")]
     binds += [(folder, folder) for folder in dict.fromkeys((base, *_library()))]
-    user: list[Any]
+    # bwrap would make the folders above them readable to root alone.
+    above = {str(folder) for path, _ in binds for folder in Path(path).parents} - {"/"}
+    user: list[str]
     if root:  # enough rights to become another user inside, and then none
         user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
     else:
@@ -231,6 +233,7 @@ def _prefix(mode: Mode, limits: Limits, *, root: bool) -> list[str]:
         "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
         *user, "--die-with-parent", "--as-pid-1", "--clearenv",
         *(part for name, value in _ENVIRONMENT.items() for part in ("--setenv", name, value)),
+        *(part for path in sorted(above) for part in ("--perms", "0755", "--dir", path)),
         *(part for pair in binds for part in ("--ro-bind-try", *pair)),
         "--ro-bind", str(_JAIL), "/jail", "--proc", "/proc", "--dev", "/dev",
         "--perms", "1777", "--size", str(limits.file), "--tmpfs", "/tmp",

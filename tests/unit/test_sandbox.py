@@ -63,6 +63,8 @@ HONEST = {
     "no shared state": ("n = []\ndef f(): n.append(1); return len(n)", ["assert f() == 1"] * 2, "11"),
     "numpy names": ("import math\ndef f(x): return math.pi", ["assert math.isclose(f(1), math.pi)"],
                     "1"),
+    "imports": ("import heapq, decimal\ndef f(x):\n    import random, difflib, statistics\n    return 5", [TEST], "1"),
+    "test imports": ("def f(x): return 5", ["import random, statistics\nassert f(2) == statistics.mean([5])"], "1"),
     "prints": ("def f(x):\n    print('x' * 10)\n    return 5", [TEST], "1"),
     "one test crashes": ("import os\ndef f(x):\n    return os._exit(0) if x == 1 else x",
                          ["assert f(0) == 0", "assert f(1) == 1", "assert f(2) == 2"], "101"),
@@ -79,7 +81,7 @@ def test_each_test_gets_its_own_verdict(case: str) -> None:
 
 @pytest.mark.parametrize("mode", WORKING)
 def test_every_mode_gives_the_same_verdicts(mode: str) -> None:
-    for case in ("function", "class", "one test crashes"):
+    for case in ("function", "class", "imports", "test imports", "one test crashes"):
         code, tests, verdicts = HONEST[case]
         assert run_tests([code], tests, Limits(test_seconds=3.0), mode) == [
             v == "1" for v in verdicts
