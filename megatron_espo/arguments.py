@@ -26,15 +26,18 @@ from megatron_espo.checkpoint.tracker import (
 from megatron_espo.config import (
     DiffusionConfig,
     EspoConfig,
+    LaunchConfig,
     MonitorConfig,
     RolloutConfig,
     SftConfig,
 )
 from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
+from megatron_espo.recipes import expand_recipes
 
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
 _PREFIXES: dict[type, str] = {
+    LaunchConfig: "",
     DiffusionConfig: "",
     SftConfig: "sft",
     RolloutConfig: "rollout",
@@ -141,7 +144,7 @@ def initialize_arguments(
         ValueError: one sentence that names the flag or file.
     """
     device.prepare()
-    program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(list(argv))]
+    program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(expand_recipes(argv))]
     try:
         args = parse_args(add_arguments)
     finally:

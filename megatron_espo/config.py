@@ -12,6 +12,41 @@ _OPTIONAL_INTS = {"argparse_meta": {"type": int, "nargs": "+"}}
 
 
 @dataclass(frozen=True)
+class LaunchConfig:
+    """Where flags come from, and whether to train or only to plan."""
+
+    recipe: str | None = None
+    """Recipe (examples/recipes/NAME.flags, or a file) that stands for its flags; what follows on
+    the command line wins, and several recipes may be given."""
+
+    dry_run: bool = False
+    """Check everything, print the memory and operations of the plan, start nothing; needs no
+    GPU."""
+
+    dry_run_world_size: int | None = None
+    """GPUs that a dry run plans for. Default: WORLD_SIZE under torchrun, else NNODES (1) x
+    GPUS_PER_NODE (8)."""
+
+    dry_run_gpu_memory: float = 80.0
+    """Memory of one GPU in a dry run's plan, in GB (10^9 bytes)."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: naming the flag.
+        """
+        if self.dry_run_world_size is not None and self.dry_run_world_size < 1:
+            raise ValueError(
+                f"--dry-run-world-size {self.dry_run_world_size}: a plan needs at least 1 GPU."
+            )
+        if not 0.0 < self.dry_run_gpu_memory < math.inf:
+            raise ValueError(
+                f"--dry-run-gpu-memory {self.dry_run_gpu_memory} must be a positive number of GB."
+            )
+
+
+@dataclass(frozen=True)
 class DiffusionConfig:
     """The masked-diffusion model and its training noise; stored in checkpoints."""
 

@@ -4,6 +4,8 @@ A flag given on the command line wins over the preset's. The published shapes ar
 models' config.json.
 """
 
+from megatron_espo.recipes import last_value
+
 _COMMON = (
     "--position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear "
     "--untie-embeddings-and-output-weights --attention-dropout 0.0 --hidden-dropout 0.0"
@@ -37,7 +39,8 @@ def expand_preset(argv: list[str]) -> list[str]:
     """Put a preset's flags in front of the command line that names it.
 
     Args:
-        argv: command-line arguments without the program name; ``--preset NAME`` is kept.
+        argv: command-line arguments without the program name; ``--preset NAME`` is kept, and the
+            last one counts.
 
     Returns:
         The preset's flags followed by ``argv``.
@@ -45,11 +48,9 @@ def expand_preset(argv: list[str]) -> list[str]:
     Raises:
         ValueError: for an unknown preset.
     """
-    for place, argument in enumerate(argv):
-        flag, _, value = argument.partition("=")
-        if flag == "--preset":
-            name = value or (argv[place + 1] if place + 1 < len(argv) else "")
-            if name not in PRESETS:
-                raise ValueError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}.")
-            return [*PRESETS[name].split(), *argv]
-    return argv
+    if not any(argument.partition("=")[0] == "--preset" for argument in argv):
+        return argv
+    name = last_value(argv, "--preset") or ""
+    if name not in PRESETS:
+        raise ValueError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}.")
+    return [*PRESETS[name].split(), *argv]

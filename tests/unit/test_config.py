@@ -8,10 +8,10 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_espo.arguments import add_arguments, config_from_args
-from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig, SftConfig
+from megatron_espo.config import DiffusionConfig, EspoConfig, LaunchConfig, RolloutConfig, SftConfig
 from megatron_espo.model.presets import PRESETS, expand_preset
 
-CONFIGS = (DiffusionConfig, SftConfig, RolloutConfig, EspoConfig)
+CONFIGS = (LaunchConfig, DiffusionConfig, SftConfig, RolloutConfig, EspoConfig)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+""":" # bash reads up to the closing quotes, Python what follows them
+# Supervised fine-tuning of LLaDA-8B or Dream-7B on JSONL of prompts and completions.
+#
+#   torchrun --nproc-per-node 8 examples/sft_8b.sh [FLAGS], or examples/sft_8b.sh [FLAGS]
+#
+# Flags as for run_espo_8b.sh; settings in examples/recipes/sft_8b.flags.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+launch "${BASH_SOURCE[0]}" "$@"
+":"""
+
+import os
+import sys
+
+# The checkout that the script lies in, installed or not.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+if __name__ == "__main__":
+    from megatron_espo.training.launch import start
+
+    start(__file__, "pretrain", ["llada_8b", "sft_8b"])

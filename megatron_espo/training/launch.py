@@ -1,0 +1,115 @@
+"""What the start scripts in examples/ share once they run in Python.
+
+A script is read twice: bash reads its first part, which calls torchrun; Python, called by
+torchrun, reads the second, which comes here. So ``bash SCRIPT`` and ``torchrun SCRIPT`` are one.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from megatron_espo.recipes import expand_recipes, last_value
+from megatron_espo.training.setup import run_entry_point
+
+# What torchrun tells its ranks; a torchrun that is started by a rank must not inherit it.
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+_RANK_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+
+
+def start(script: str, entry: str, recipes: Sequence[str]) -> None:
+    """Run a start script's job on this rank.
+
+    Args:
+        script: path of the script.
+        entry: module of megatron_espo.training to run.
+        recipes: recipes that hold where the command line says nothing else.
+    """
+
+    def run(argv: Sequence[str]) -> None:
+        flags = complete_flags(recipes, argv)
+        command = relaunch(script, argv, os.environ) if "--dry-run" not in flags else None
+        if command is not None:
+            print(f"one process, several GPUs: {' '.join(command[1:8])} ...", flush=True)
+            os.execve(command[0], command, _without_rank(os.environ))
+        warn_of_restarts(os.environ)
+        importlib.import_module(f"megatron_espo.training.{entry}").main(flags)
+
+    run_entry_point(run)
+
+
+def complete_flags(recipes: Sequence[str], argv: Sequence[str]) -> list[str]:
+    """Put the default recipes in front of the command line and name the run's folder.
+
+    Args:
+        recipes: names of recipes.
+        argv: the command line.
+
+    Returns:
+        Flags without recipes. Without --save, the run is kept in ``runs/JOB-MODEL``; it continues
+        from there (--load), and its curves lie in ``tensorboard`` inside it.
+    """
+    defaults = [word for name in recipes for word in ("--recipe", name)]
+    flags = expand_recipes([*defaults, *argv])
+    job = last_value(flags, "--espo-task") or recipes[-1].removesuffix("_8b")
+    save = last_value(flags, "--save") or f"runs/{job}-{last_value(flags, '--preset')}"
+    for flag, value in (
+        ("--save", save),
+        ("--load", save),
+        ("--tensorboard-dir", f"{save}/tensorboard"),
+    ):
+        if last_value(flags, flag) is None:
+            flags += [flag, value]
+    return flags
+
+
+def relaunch(script: str, argv: Sequence[str], environment: Mapping[str, str]) -> list[str] | None:
+    """Say how to start one rank per GPU where this process is alone although there are several.
+
+    ``torchrun SCRIPT`` starts one process unless it is told a number.
+
+    Args:
+        script: path of the script.
+        argv: its command line.
+        environment: GPUS_PER_NODE says how many ranks; without it, all visible GPUs.
+
+    Returns:
+        A command line, or None where the ranks are as they should be.
+
+    Raises:
+        ValueError: There are several nodes with one process each.
+    """
+    gpus = int(environment.get("GPUS_PER_NODE") or torch.cuda.device_count())
+    if gpus < 2 or environment.get("LOCAL_WORLD_SIZE", "1") != "1":
+        return None
+    if environment.get("WORLD_SIZE", "1") != "1":
+        raise ValueError(
+            f"torchrun started one process on a node with {gpus} GPUs; pass --nproc-per-node "
+            f"{gpus} to torchrun."
+        )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, "--nproc-per-node", str(gpus), script, *argv]
+
+
+def _without_rank(environment: Mapping[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in _RANK_VARIABLES and not name.startswith(_RANK_PREFIXES)
+    }
+
+
+def warn_of_restarts(environment: Mapping[str, str]) -> None:
+    """Warn where torchrun's restarts would meet stale addresses; see docs/cluster.md."""
+    nodes = environment.get("WORLD_SIZE", "1") != environment.get("LOCAL_WORLD_SIZE", "1")
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    shared = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+    if nodes and restarts and shared and environment.get("RANK") == "0":
+        print(
+            "warning: torchrun's restarts over several nodes need "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment.",
+            file=sys.stderr,
+            flush=True,
+        )
