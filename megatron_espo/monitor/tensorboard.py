@@ -19,6 +19,7 @@ LAYOUT: dict[str, dict[str, Chart]] = {
         "held-out, greedy": ("Multiline", ["eval/accuracy", "eval/reward"]),
         "by task": ("Multiline", ["reward/by_task/.*"]),
         "groups that teach nothing": ("Multiline", ["reward/zero_std_groups"]),
+        "failed rewards": ("Multiline", ["reward/timeouts", "reward/crashes"]),
     },
     "Policy": {
         "importance ratio": (
