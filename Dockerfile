@@ -1,4 +1,4 @@
-# NVIDIA's PyTorch image brings CUDA, NCCL, Transformer Engine and apex, built for each other.
+# NVIDIA's PyTorch image brings CUDA, NCCL, PyTorch, Transformer Engine and apex, built for each other.
 ARG BASE=nvcr.io/nvidia/pytorch:25.09-py3
 FROM ${BASE}
 
@@ -10,7 +10,11 @@ RUN pip install --no-cache-dir --no-build-isolation "megatron-core==0.19.*" \
         "transformers>=5.0" "tokenizers>=0.21" safetensors tensorboard nvidia-ml-py matplotlib \
         omegaconf flask-restful sentencepiece tiktoken wandb accelerate \
     && pip install --no-cache-dir --no-build-isolation --no-deps -e . \
-    && python -c "import megatron.core, megatron.training, transformer_engine, megatron_espo"
+    && python -c "import megatron.core, megatron.training, transformer_engine, megatron_espo" \
+    && chown espo:espo .
 USER espo
 ENV CUDA_DEVICE_MAX_CONNECTIONS=1
+# NVIDIA's entry point sets up CUDA's compatibility libraries; then the machine is checked, and the
+# command runs if nothing is wrong.
+ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python", "-m", "megatron_espo.doctor", "--then"]
 CMD ["bash"]

@@ -32,12 +32,13 @@ launch() {
   # Ranks that restart must not read the addresses of those that are gone.
   export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-900}
-  "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
+  # In a session of its own: what is sent to this script's process group must not reach torchrun.
+  setsid "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
     --max-restarts "${MAX_RESTARTS:-0}" "$script" "$@" &
   child=$!
   # The ranks themselves get the signal: they save and leave with status 0, however long it takes,
   # and torchrun does not take it for a failure.
-  trap 'pkill -TERM -P "$child" || kill -TERM "$child"' TERM INT USR1
+  trap 'pkill -TERM -P "$child" || kill -TERM "$child" || true' TERM INT USR1
   while true; do
     status=0
     wait "$child" || status=$?

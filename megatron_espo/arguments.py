@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from megatron.training.argument_utils import ArgumentGroupFactory
@@ -87,11 +88,21 @@ class _PrefixedGroup(ArgumentGroupFactory):
         return kwargs
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the project's flag groups and, without CUDA, the defaults a CPU run needs."""
+def add_arguments(
+    parser: argparse.ArgumentParser, on_gpus: bool = False
+) -> argparse.ArgumentParser:
+    """Add the project's flag groups and, without CUDA, the defaults a CPU run needs.
+
+    Args:
+        parser: Megatron's parser.
+        on_gpus: keep the defaults of GPUs although there may be none (a dry run).
+
+    Returns:
+        The parser.
+    """
     for config, prefix in _PREFIXES.items():
         _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
-    if not device.has_cuda():
+    if not (on_gpus or device.has_cuda()):
         parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
     parser.set_defaults(
         tokenizer_type="HuggingFaceTokenizer",
@@ -143,12 +154,7 @@ def initialize_arguments(
     Raises:
         ValueError: one sentence that names the flag or file.
     """
-    device.prepare()
-    program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(expand_recipes(argv))]
-    try:
-        args = parse_args(add_arguments)
-    finally:
-        sys.argv = program
+    args = _parse(argv, add_arguments)
     for path in (args.load, args.pretrained_checkpoint):
         if path is not None:
             repair_tracker(path)
@@ -161,6 +167,59 @@ def initialize_arguments(
             f"--tokenizer-model {args.tokenizer_model}: pass a folder with a Hugging Face "
             "tokenizer (tools/make_tokenizer.py makes one)."
         )
+    _validate(args)
+    set_global_variables(args)
+    _complete_from_tokenizer(args)
+    _check_checkpoint(args)
+    return args
+
+
+def plan_arguments(
+    argv: Sequence[str], prepare: Callable[[argparse.Namespace], None], world_size: int
+) -> argparse.Namespace:
+    """Parse and check the arguments of a run on GPUs that this machine need not have.
+
+    Checked is what the command line alone decides; nothing is read but a checkpoint's arguments
+    where --use-checkpoint-args asks for them, and nothing becomes global.
+
+    Args:
+        argv: the command line without the program name.
+        prepare: see :func:`initialize_arguments`.
+        world_size: ranks of the run.
+
+    Returns:
+        Megatron's arguments.
+
+    Raises:
+        ValueError: one sentence that names the flag.
+    """
+    args = _parse(argv, partial(add_arguments, on_gpus=True))
+    args.rank, args.world_size = 0, world_size
+    _load_model_settings(args)
+    config_from_args(DiffusionConfig, args).validate()
+    _check_precision(args)
+    prepare(args)
+    if args.vocab_size is None:
+        raise ValueError("--vocab-size is missing; a dry run reads no tokenizer: pass it.")
+    _validate(args)
+    return args
+
+
+def _parse(
+    argv: Sequence[str], add: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+) -> argparse.Namespace:
+    device.prepare()
+    program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(expand_recipes(argv))]
+    try:
+        args: argparse.Namespace = parse_args(add)
+    finally:
+        sys.argv = program
+    config_from_args(LaunchConfig, args).validate()
+    return args
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """Check the layout and let Megatron derive its arguments."""
     check_layout(args)
     steps = args.lr_decay_iters or args.train_iters
     if steps and args.lr_warmup_iters >= steps:
@@ -184,10 +243,6 @@ def initialize_arguments(
         wanted = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these arguments: {wanted}") from error
     fp8.check_arguments(args)
-    set_global_variables(args)
-    _complete_from_tokenizer(args)
-    _check_checkpoint(args)
-    return args
 
 
 def check_layout(args: argparse.Namespace) -> None:
@@ -282,10 +337,14 @@ def _check_backend(args: argparse.Namespace) -> None:
                 "--transformer-impl transformer_engine: Transformer Engine is not installed; "
                 "install the package's [gpu] extra or use --transformer-impl local."
             )
-    if args.fp8 and args.transformer_impl != "transformer_engine":
-        raise ValueError("--fp8-format needs --transformer-impl transformer_engine.")
+    _check_precision(args)
     if args.fp8:
         fp8.check_device(args.fp8_recipe)
+
+
+def _check_precision(args: argparse.Namespace) -> None:
+    if args.fp8 and args.transformer_impl != "transformer_engine":
+        raise ValueError("--fp8-format needs --transformer-impl transformer_engine.")
 
 
 def _complete_from_tokenizer(args: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from megatron_espo.rl.trainer import TaskData, Trainer, train
 from megatron_espo.tasks import Task, load_task
 from megatron_espo.tasks.base import start_line
 from megatron_espo.tasks.workers import RewardWorkers
+from megatron_espo.training.dry_run import dry_run, is_dry_run
 from megatron_espo.training.setup import (
     diffusion_model,
     inference_mode,
@@ -166,6 +167,9 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: flags.
     """
+    if is_dry_run(argv):
+        dry_run(argv, prepare_arguments, with_espo=True)
+        return
     args = initialize_arguments(argv, prepare_arguments)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     task = load_workers(espo)

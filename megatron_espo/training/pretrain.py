@@ -25,6 +25,7 @@ from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.training.denoise import forward_step
+from megatron_espo.training.dry_run import dry_run, is_dry_run
 from megatron_espo.training.setup import initialize_process_groups, run_entry_point
 
 
@@ -116,6 +117,9 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: flags.
     """
+    if is_dry_run(argv):
+        dry_run(argv, prepare_arguments, with_espo=False)
+        return
     args = initialize_arguments(argv, prepare_arguments)
     _check_data(args)
     _continue_events(args)

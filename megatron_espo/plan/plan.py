@@ -1,0 +1,197 @@
+"""A run on paper: what it needs of each GPU, what a step consists of, and whether it can work."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.monitor.flops import (
+    ModelDimensions,
+    RolloutFlops,
+    rollout_flops,
+    training_flops,
+)
+from megatron_espo.plan.memory import GB, Memory, Passes, plan_memory
+from megatron_espo.plan.parameters import StageParameters
+
+# Dense bf16 peak of an H100 SXM, operations per second (NVIDIA's data sheet).
+PEAK_FLOPS = 989.4e12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need.
+
+    Attributes:
+        args: Megatron's arguments.
+        stages: parameters by pipeline stage.
+        memory: bytes by part, of each stage.
+        gpu_memory: bytes of one GPU.
+        passes: sizes of the model passes.
+        flops: operations of a rollout with its updates by phase, or None for other jobs.
+        step_flops: operations of one optimizer step (of a whole rollout's share with ESPO).
+        num_steps: optimizer steps of the run.
+    """
+
+    args: argparse.Namespace
+    stages: Sequence[StageParameters]
+    memory: Sequence[Memory]
+    gpu_memory: float
+    passes: Passes
+    flops: RolloutFlops | None
+    step_flops: float
+    num_steps: int
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, without padding of the vocabulary."""
+        return sum(stage.whole_model for stage in self.stages)
+
+    @property
+    def peak(self) -> Memory:
+        """Memory of the most loaded stage."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint: weights, master weights and moments, reference policy."""
+        weight = 2 if self.args.bf16 or self.args.fp16 else 4
+        copies = 2 if self.passes.keeps_reference else 1
+        return self.num_parameters * (weight * copies + 12)
+
+    @property
+    def host_bytes_per_node(self) -> float:
+        """Host memory of the ranks of one node."""
+        return self.peak.host * min(gpus_per_node(self.args), self.args.world_size)
+
+
+def gpus_per_node(args: argparse.Namespace) -> int:
+    """GPUs of one node of the plan."""
+    return int(args.dry_run_gpus_per_node)
+
+
+def make_plan(
+    args: argparse.Namespace,
+    stages: Sequence[StageParameters],
+    espo: EspoConfig | None,
+    rollout: RolloutConfig | None,
+    gpu_memory: float,
+) -> Plan:
+    """Work a run out.
+
+    Args:
+        args: Megatron's validated arguments.
+        stages: parameters by pipeline stage.
+        espo: ESPO's settings; None for pre-training and fine-tuning.
+        rollout: sampling settings; None likewise.
+        gpu_memory: bytes of one GPU.
+
+    Returns:
+        The plan.
+    """
+    dimensions = ModelDimensions.from_args(args)
+    flops = None
+    if espo is not None and rollout is not None:
+        length = rollout.completion_length
+        # A coupled pair masks L positions together, another view L at most.
+        per_view = length / 2 if espo.elbo_estimator == "coupled" else length
+        completions = espo.completions_per_rollout // args.data_parallel_size
+        rows = args.espo_rows_per_batch
+        passes = Passes(
+            rows=rows,
+            positions=args.seq_length,
+            head_rows=int(rows * per_view),
+            num_batches=completions * espo.views_per_completion // rows,
+            sampling=rollout,
+            keeps_reference=espo.kl_coef > 0.0,
+        )
+        flops = rollout_flops(dimensions, args.seq_length, espo, rollout)
+        step_flops = flops.total / espo.updates_per_rollout
+    else:
+        rows = args.micro_batch_size
+        batch = args.global_batch_size
+        maskable = args.seq_length
+        if args.sft_train_data is not None and args.sft_completion_length:
+            maskable = args.sft_completion_length
+        passes = Passes(
+            rows=rows,
+            positions=args.seq_length,
+            # At most all of them: the share is drawn from (0, 1).
+            head_rows=rows * maskable,
+            num_batches=batch // (rows * args.data_parallel_size),
+        )
+        step_flops = training_flops(dimensions, batch, args.seq_length, batch * maskable / 2)
+    memory = [plan_memory(args, stage, passes) for stage in stages]
+    steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
+    return Plan(args, stages, memory, gpu_memory, passes, flops, step_flops, steps)
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse a plan that cannot work.
+
+    Args:
+        plan: the plan.
+
+    Raises:
+        ValueError: saying what is too large and what to change.
+    """
+    memory = plan.peak
+    if memory.total <= plan.gpu_memory:
+        return
+    args = plan.args
+    parts = {
+        "weights, gradients and optimizer": memory.weights
+        + memory.quantised
+        + memory.gradients
+        + memory.optimizer,
+        "activations": memory.activations,
+        "rollouts": memory.rollout,
+    }
+    largest = max(parts, key=lambda name: parts[name])
+    remedies = {
+        "activations": "lower --micro-batch-size or add --recompute-granularity full "
+        "--recompute-method uniform --recompute-num-layers 1",
+        "rollouts": "lower --rollout-micro-batch-size",
+        "weights, gradients and optimizer": "raise --tensor-model-parallel-size "
+        f"{args.tensor_model_parallel_size}"
+        + (", use more GPUs" if args.use_distributed_optimizer else ", add")
+        + (" or " if args.use_distributed_optimizer else " --use-distributed-optimizer or ")
+        + "raise --pipeline-model-parallel-size",
+    }
+    raise ValueError(
+        f"the plan needs {memory.total / GB:.1f} GB per GPU and does not fit "
+        f"{plan.gpu_memory / GB:.0f} GB; {largest} take {parts[largest] / GB:.1f} GB: "
+        f"{remedies[largest]}."
+    )
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What will work but hurt.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        Sentences.
+    """
+    args, found = plan.args, []
+    node = gpus_per_node(args)
+    if args.tensor_model_parallel_size > node:
+        found.append(
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size} spans nodes of {node} "
+            "GPUs: its collectives in every layer leave NVLink."
+        )
+    if args.world_size > node and args.world_size % node:
+        found.append(f"{args.world_size} GPUs do not fill nodes of {node}.")
+    if 0.92 * plan.gpu_memory < plan.peak.total <= plan.gpu_memory:
+        found.append("less than 8% of the GPU's memory is left for what is estimated here.")
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    if tp > 1 and not args.sequence_parallel:
+        found.append("--sequence-parallel is off: norms and residuals are kept on every rank.")
+    if pp > 1 and plan.passes.num_batches < 2 * pp:
+        idle = (pp - 1) / (plan.passes.num_batches + pp - 1)
+        found.append(
+            f"{plan.passes.num_batches} micro-batches for {pp} pipeline stages: "
+            f"{100 * idle:.0f}% of an update is the pipeline's bubble."
+        )
+    return found

@@ -1,0 +1,140 @@
+"""The plan of a run as text."""
+
+from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.plan.memory import GB
+from megatron_espo.plan.plan import PEAK_FLOPS, Plan, gpus_per_node, warnings
+
+
+def plan_report(plan: Plan, espo: EspoConfig | None, rollout: RolloutConfig | None) -> str:
+    """Write a plan.
+
+    Args:
+        plan: the plan.
+        espo: ESPO's settings; None for pre-training and fine-tuning.
+        rollout: sampling settings; None likewise.
+
+    Returns:
+        Lines.
+    """
+    lines = _layout(plan) + _memory(plan)
+    if espo is not None and rollout is not None:
+        lines += _rollout(plan, espo, rollout)
+    else:
+        lines += _steps(plan)
+    lines += [f"warning: {text}" for text in warnings(plan)]
+    return "\n".join(lines)
+
+
+def _layout(plan: Plan) -> list[str]:
+    args = plan.args
+    node = gpus_per_node(args)
+    nodes = -(-args.world_size // node)
+    used = [
+        name
+        for name, on in (
+            ("sequence parallel", args.sequence_parallel),
+            ("distributed optimizer", args.use_distributed_optimizer),
+            ("overlapped gradient reduction", args.overlap_grad_reduce),
+            ("overlapped parameter gather", args.overlap_param_gather),
+            (f"{args.recompute_granularity} recomputation", args.recompute_granularity),
+            (f"FP8 {args.fp8}", args.fp8),
+        )
+        if on
+    ]
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    padding = args.padded_vocab_size - args.vocab_size
+    per_gpu = max(stage.total for stage in plan.stages)
+    sizes = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "data": args.data_parallel_size,
+    }
+    split = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    return [
+        f"Layout: {args.world_size} GPUs of {plan.gpu_memory / GB:.0f} GB in "
+        f"{nodes} node{'s' if nodes > 1 else ''} of {node}: {split}; "
+        f"{', '.join([precision, *used])}",
+        f"Model: {args.preset or 'of the command line'}, {plan.num_parameters:,} parameters "
+        f"(vocabulary {args.vocab_size:,} + {padding:,} rows of padding), {per_gpu:,} on a GPU",
+    ]
+
+
+def _memory(plan: Plan) -> list[str]:
+    memory = plan.peak
+    rows = [
+        ("weights", memory.weights, ""),
+        ("FP8 copies of weights", memory.quantised, ""),
+        ("gradients", memory.gradients, ""),
+        ("optimizer", memory.optimizer, ""),
+        ("activations of an update", memory.activations, " (estimate)"),
+        ("sampling pass", memory.rollout, " (estimate; not at the same time)"),
+        ("CUDA, NCCL, workspaces", memory.overhead, " (assumed)"),
+    ]
+    stage = "" if len(plan.memory) == 1 else ", most loaded pipeline stage"
+    lines = [f"Memory of a GPU{stage}:"]
+    lines += [f"  {name:26}{size / GB:8.2f} GB{note}" for name, size, note in rows if size]
+    free = plan.gpu_memory - memory.total
+    rest = f"{free / GB:.1f} GB free" if free >= 0.0 else f"{-free / GB:.1f} GB too much"
+    lines.append(f"  {'peak':26}{memory.total / GB:8.2f} GB ({rest})")
+    if memory.host:
+        what = " and ".join(
+            name
+            for name, size in (
+                ("reference policy", memory.reference),
+                ("optimizer state", memory.offloaded),
+            )
+            if size
+        )
+        lines.append(
+            f"  {'host, all ranks of a node':26}{plan.host_bytes_per_node / GB:8.2f} GB ({what})"
+        )
+    lines.append(f"  {'one checkpoint on disk':26}{plan.checkpoint_bytes / GB:8.2f} GB")
+    return lines
+
+
+def _rollout(plan: Plan, espo: EspoConfig, rollout: RolloutConfig) -> list[str]:
+    args, passes, flops = plan.args, plan.passes, plan.flops
+    assert flops is not None
+    completions = espo.completions_per_rollout
+    views = completions * espo.views_per_completion
+    dp = args.data_parallel_size
+    prompt = args.seq_length - rollout.completion_length
+    # The first update needs no old ELBO.
+    frozen = espo.updates_per_rollout - 1
+    frozen += espo.updates_per_rollout if espo.kl_coef > 0.0 else 0
+    shares = {
+        "generation": flops.generation,
+        "old ELBO": flops.old_elbo,
+        "reference ELBO": flops.ref_elbo,
+        "updates": flops.update,
+    }
+    return [
+        f"Rollout ({espo.task}): {espo.prompts_per_rollout} prompts x {espo.group_size} = "
+        f"{completions} completions, {completions // dp} on a data-parallel rank; "
+        f"{completions * rollout.completion_length:,} tokens of {rollout.completion_length} each "
+        f"after at most {prompt} of prompt, {rollout.denoising_steps} denoising steps",
+        f"Updates: {espo.updates_per_rollout} x {views} views ({espo.num_mc} draws, "
+        f"{espo.elbo_estimator}) = {passes.num_batches} micro-batches of {passes.rows} rows on a "
+        f"rank, {espo.gradient}; {frozen} gradient-free ELBO passes before them",
+        f"Operations of a rollout with its updates: {flops.total:.3e} ("
+        + ", ".join(f"{name} {100 * part / flops.total:.1f}%" for name, part in shares.items())
+        + f"), {flops.total / args.world_size:.2e} on a GPU: "
+        f"{flops.total / args.world_size / PEAK_FLOPS:.1f} s at an H100's bf16 peak, which no run "
+        "reaches",
+        f"Run: {espo.num_rollouts} rollouts, {plan.num_steps} optimizer steps, "
+        f"{espo.num_rollouts * flops.total:.3e} operations",
+    ]
+
+
+def _steps(plan: Plan) -> list[str]:
+    args, passes = plan.args, plan.passes
+    tokens = args.global_batch_size * args.seq_length
+    seconds = plan.step_flops / args.world_size / PEAK_FLOPS
+    return [
+        f"Step: {args.global_batch_size} rows x {args.seq_length} positions = {tokens:,} tokens, "
+        f"{passes.num_batches} micro-batches of {passes.rows} rows on a data-parallel rank",
+        f"Operations of a step: {plan.step_flops:.3e}: {seconds:.1f} s at an H100's bf16 peak, "
+        "which no run reaches",
+        f"Run: {plan.num_steps} optimizer steps, {plan.num_steps * tokens:,} tokens, "
+        f"{plan.num_steps * plan.step_flops:.3e} operations",
+    ]

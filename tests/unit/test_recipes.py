@@ -1,0 +1,139 @@
+"""Recipes: flag files that the command line overrides, with the published settings."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+from megatron.training.arguments import add_megatron_arguments
+
+from megatron_espo.arguments import add_arguments, config_from_args
+from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.model.presets import expand_preset
+from megatron_espo.recipes import RECIPES, expand_recipes, last_value, read_flags
+from megatron_espo.training.launch import complete_flags, relaunch, warn_of_restarts
+
+TASKS = ("gsm8k", "math", "countdown", "sudoku", "code")
+MODELS = ("llada_8b", "dream_7b")
+
+
+@pytest.fixture(scope="module")
+def parser() -> argparse.ArgumentParser:
+    return add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+
+
+def parse(parser: argparse.ArgumentParser, *argv: str) -> argparse.Namespace:
+    return parser.parse_args(expand_preset(complete_flags(["llada_8b", "gsm8k"], argv)))
+
+
+# G, draws, steps, beta, clip range, rate, weight decay, gradient clip (arXiv 2512.03759).
+PUBLISHED = {
+    "gsm8k": (6, 2, 256, 1e-3, 0.2, 3e-6, 0.01, 0.2),
+    "math": (16, 2, 256, 1e-3, 0.2, 3e-6, 0.01, 0.2),
+    "countdown": (6, 2, 128, 3e-3, 0.0, 3e-6, 0.01, 0.2),
+    "sudoku": (6, 2, 128, 1e-2, 0.2, 3e-6, 0.01, 0.2),
+    "code": (10, 2, 256, 1e-2, 0.2, 1e-6, 0.1, 0.8),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_recipes_hold_the_published_settings(task: str, parser: argparse.ArgumentParser) -> None:
+    args = parse(parser, "--recipe", task)
+    espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
+    espo.validate()
+    rollout.validate()
+    assert espo.task == task and espo.clip_eps_low == espo.clip_eps_high
+    assert PUBLISHED[task] == (
+        espo.group_size, espo.num_mc, rollout.denoising_steps, espo.kl_coef, espo.clip_eps_low,
+        args.lr, args.weight_decay, args.clip_grad,
+    )  # fmt: skip
+    assert (espo.prompts_per_rollout, espo.updates_per_rollout) == (16, 8)
+    assert (espo.elbo_estimator, espo.kl_estimator) == ("coupled", "k2")
+    assert (espo.reference_mix, espo.reference_mix_interval) == (0.6, 64)
+    assert not espo.advantage_std_norm
+    assert (rollout.completion_length, rollout.block_length, rollout.temperature) == (256, 32, 1.0)
+    assert args.seq_length - rollout.completion_length == 400
+    assert (args.adam_beta1, args.adam_beta2, args.lr_decay_style) == (0.9, 0.99, "constant")
+    assert args.bf16
+
+
+def flags_of(name: str) -> set[str]:
+    return {word for word in expand_recipes(["--recipe", name]) if word.startswith("--")}
+
+
+@pytest.mark.parametrize("names", [TASKS, MODELS])
+def test_a_recipe_replaces_another_of_its_kind_completely(names: tuple[str, ...]) -> None:
+    assert len({frozenset(flags_of(name)) for name in names}) == 1
+
+
+def test_the_command_line_wins_over_recipes(parser: argparse.ArgumentParser) -> None:
+    args = parse(parser, "--recipe", "sudoku", "--recipe=dream_7b", "--espo-group-size", "4")
+    assert (args.espo_task, args.espo_group_size, args.preset) == ("sudoku", 4, "dream_7b")
+    assert (args.hidden_size, args.pretrained_checkpoint) == (3584, "checkpoints/dream-7b")
+    assert args.save == args.load == "runs/sudoku-dream_7b"
+    assert args.tensorboard_dir == "runs/sudoku-dream_7b/tensorboard"
+    args = parse(parser, "--preset", "tiny", "--save", "out")
+    assert (args.hidden_size, args.save, args.load) == (64, "out", "out")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.flags")), ids=lambda path: path.stem)
+def test_recipes_hold_flags_that_exist_and_are_given_once(
+    path: Path, parser: argparse.ArgumentParser
+) -> None:
+    own = [word.split("=")[0] for word in read_flags(path) if word.startswith("--")]
+    assert len(own) == len(set(own)), "a flag twice"
+    parser.parse_args(expand_preset(expand_recipes(["--recipe", str(path)])))
+
+
+def test_recipe_files_take_comments_quotes_and_other_recipes(tmp_path: Path) -> None:
+    (tmp_path / "inner.flags").write_text("--lr 1 # a rate\n\n# --seed 4\n")
+    outer = tmp_path / "outer.flags"
+    outer.write_text(f"--save 'a b'\n--recipe {tmp_path}/inner.flags\n--bf16 --lr 2\n")
+    argv = expand_recipes(["--seed", "3", "--recipe", str(outer), "--lr", "5"])
+    assert argv == ["--seed", "3", "--save", "a b", "--lr", "1", "--bf16", "--lr", "2", "--lr", "5"]
+    assert (last_value(argv, "--lr"), last_value(argv, "--bf17")) == ("5", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("--recipe {path}", "names itself"),
+        ("lr 3", "line 1: lr is no flag"),
+        ("--bf16\n--save 'a", "line 2: No closing quotation"),
+        ("--recipe gsm9k", r"gsm9k: no such recipe or file; .* gsm8k"),
+        ("--recipe", "no such recipe or file"),
+    ],
+)
+def test_wrong_recipes_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "wrong.flags"
+    path.write_text(text.format(path=path))
+    with pytest.raises(ValueError, match=message):
+        expand_recipes(["--recipe", str(path)])
+
+
+def test_a_single_process_starts_one_rank_per_gpu() -> None:
+    alone = {"GPUS_PER_NODE": "8"}
+    command = relaunch("run.sh", ["--seed", "3"], alone | {"WORLD_SIZE": "1"})
+    assert command is not None
+    assert command[-5:] == ["--nproc-per-node", "8", "run.sh", "--seed", "3"]
+    assert relaunch("run.sh", [], alone) is not None
+    assert relaunch("run.sh", [], {"GPUS_PER_NODE": "1"}) is None
+    assert relaunch("run.sh", [], alone | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}) is None
+    with pytest.raises(ValueError, match="pass --nproc-per-node 8 to torchrun"):
+        relaunch("run.sh", [], alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"})
+
+
+def test_restarts_over_nodes_without_fresh_stores_are_warned_of(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nodes = {"RANK": "0", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}
+    restarts = nodes | {"TORCHELASTIC_MAX_RESTARTS": "3"}
+    for quiet in (
+        nodes,
+        restarts | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        restarts | {"RANK": "1"},
+        restarts | {"LOCAL_WORLD_SIZE": "16"},
+    ):
+        warn_of_restarts(quiet)
+        assert not capsys.readouterr().err
+    warn_of_restarts(restarts)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
