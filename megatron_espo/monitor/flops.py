@@ -6,13 +6,14 @@ left out, as is usual for MFU (model FLOPs utilization; PaLM, arXiv 2204.02311, 
 backward pass costs twice its forward pass. What activation recomputation repeats is not counted;
 what the algorithm asks for (the gradient-free pass of ``two_pass``, the frozen policies) is.
 
-Three things differ from the count of a causal language model:
+Four things differ from the count of a causal language model:
 
 * attention is bidirectional: every position sees every other, nothing is halved;
 * the output head runs on chosen rows only, so that its share is counted in rows;
+* the last layer leaves out the positions that nothing reads (parallel/passes.py);
 * a rollout is many full passes: one per denoising step, not one per token.
 
-Rows are counted at their padded width s, which is what the hardware multiplies.
+Rows are counted at the width that they are given, the same for all.
 """
 
 import argparse
@@ -71,6 +72,8 @@ def forward_flops(
 ) -> float:
     """Count one forward pass.
 
+    The last layer works on the positions that are read only, but for its keys and values.
+
     Args:
         model: dimensions.
         rows: sequences in the batch.
@@ -79,20 +82,27 @@ def forward_flops(
         keys: positions that each position attends to; None for ``positions`` (no cache).
 
     Returns:
-        Operations.
+        Operations. Attention of the last layer is counted as if all sequences had the same number
+        of positions that are read; where they differ, the shorter ones are filled up.
     """
     keys = positions if keys is None else keys
     attention_size = model.num_attention_heads * model.head_dim
     key_value_size = model.num_query_groups * model.head_dim
-    weights = (
-        model.hidden_size * (attention_size + 2 * key_value_size)  # q, k, v
-        + attention_size * model.hidden_size  # output projection
+    inputs = model.hidden_size * (attention_size + 2 * key_value_size)  # q, k, v
+    outputs = (
+        attention_size * model.hidden_size  # output projection
         + (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
+        # Scores (one product per key and channel), and as many to apply them to the values.
+        + 2 * keys * attention_size
     )
-    # Scores (positions x keys per channel), then the same number to apply them to the values.
-    attention = 2 * positions * keys * attention_size
-    per_row = model.num_layers * (positions * weights + attention)
-    return 2.0 * (rows * per_row + head_rows * model.hidden_size * model.vocab_size)
+    all_positions = rows * positions
+    if model.num_layers:
+        layers = model.num_layers * all_positions * inputs
+        layers += (model.num_layers - 1) * all_positions * outputs
+        layers += min(head_rows, all_positions) * outputs
+    else:
+        layers = 0
+    return 2.0 * (layers + head_rows * model.hidden_size * model.vocab_size)
 
 
 def training_flops(model: ModelDimensions, rows: float, positions: int, head_rows: float) -> float:

@@ -31,7 +31,7 @@ from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.update import accumulate_gradient
 
-PROMPTS = [[5, 7, 11, 2], [3, 1, 4]]
+PROMPTS = [[5, 7, 11, 2], [3, 1, 4, 8]]
 LENGTH = 16
 POSITIONS = 4 + LENGTH
 
@@ -117,21 +117,24 @@ def test_rollout_flops_are_those_of_its_phases(
 
     flops = rollout_flops(dimensions, POSITIONS, espo, rollout)
     one = counted(evaluate)
-    assert flops.old_elbo == 2 * one
-    assert flops.ref_elbo == (3 * one if kl_coef else 0)
-    assert flops.update == 3 * counted(update)
+    # Views differ in the number of masked positions, to which the last layer's attention is
+    # filled up; that is some hundredth here and less in large models.
+    assert flops.old_elbo == pytest.approx(2 * one, rel=0.02) and flops.old_elbo <= 2 * one
+    assert flops.ref_elbo == (1.5 * flops.old_elbo if kl_coef else 0)
+    assert flops.update == pytest.approx(3 * counted(update), rel=0.02)
     assert flops.total == sum((flops.generation, flops.old_elbo, flops.ref_elbo, flops.update))
 
 
 def test_forward_flops_by_hand() -> None:
-    tiny = ModelDimensions(1, 2, 3, 2, 1, 1, vocab_size=5)
-    # q 2x2, k and v 2x1 each, output 2x2, gate, up and down 2x3 each; 4 positions; 2 x 4x4x2
-    # for scores and their application; 3 head rows of 2x5.
-    products = 4 * (4 + 4 + 4 + 18) + 2 * 4 * 4 * 2 + 3 * 10
+    tiny = ModelDimensions(2, 2, 3, 2, 1, 1, vocab_size=5)
+    # q 2x2, k and v 2x1 each, output 2x2, gate, up and down 2x3 each, scores and their
+    # application 4x2 each; the last layer gives 3 of 4 positions; 3 head rows of 2x5.
+    products = 2 * 4 * (4 + 4) + (4 + 3) * (4 + 18 + 2 * 4 * 2) + 3 * 10
     assert forward_flops(tiny, 1, 4, 3) == 2 * products
     assert training_flops(tiny, 1, 4, 3) == 6 * products
-    # Half of the positions, attending to all: half of everything but the head.
-    assert forward_flops(tiny, 1, 2, 3, keys=4) == 2 * (products - 30) / 2 + 2 * 30
+    # A window of 3 positions that attends to 4: the last layer gives all of them.
+    assert forward_flops(tiny, 1, 3, 3, keys=4) == 2 * (2 * 3 * 8 + 2 * 3 * (22 + 16) + 30)
+    assert forward_flops(tiny, 2, 4, 6) == 2 * forward_flops(tiny, 1, 4, 3)
 
 
 def test_flops_of_llada_are_two_per_weight_and_token() -> None:
