@@ -18,12 +18,14 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import RolloutConfig
+from megatron_espo.data.batch import ViewBatch, mask_rows, pack_sequences, view_batches
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
+from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
 from megatron_espo.random import stream, uniform
-from megatron_espo.rl.elbo import estimate_elbo
+from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
 from megatron_espo.training.setup import diffusion_model
 
 VOCAB, MASK = 262, 256
@@ -390,21 +392,25 @@ def test_confidence_is_the_mean_probability_of_tokens_when_they_are_committed(
     )
 
 
-def test_elbo_of_a_sequence_does_not_depend_on_the_other_lengths_of_its_batch(
-    model: DiffusionModel,
+@pytest.mark.parametrize("rows_per_batch", [2, 4, 16])
+def test_elbos_are_those_of_each_view_alone_in_the_order_of_the_sequences(
+    model: DiffusionModel, rows_per_batch: int
 ) -> None:
-    """Reported in the caller's order, although the longest sequences are evaluated first."""
-    completions = torch.arange(4 * 6).view(4, 6)
-    draws = {
-        rows: estimate_elbo(
-            model, PROMPTS, completions, num_mc=2, seed=4, rows_per_batch=rows
-        ).draws
-        for rows in (2, 4, 16)
-    }
-    # One padded batch of all, in which nothing is sorted out, is the slow way to the same numbers.
-    torch.testing.assert_close(draws[2], draws[16], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(draws[4], draws[16], rtol=1e-5, atol=1e-4)
-    assert len({round(float(x)) for x in draws[16].flatten()}) > 4
+    """Although the longest sequences are evaluated first, padded to the longest beside them."""
+    ids, length = torch.arange(4), 6
+    views = elbo_views("coupled", stream(4, "test"), ids, ids, 4, length, 2)
+    packed = pack_sequences(PROMPTS, torch.arange(4 * length).view(4, length), 0, 1)
+    masks, weights = views.mask_indices.flatten(0, 2), views.weights.flatten()
+    alone = []
+    for index in torch.arange(len(weights)).split(1):
+        row = index // (len(weights) // 4)
+        start = packed.prompt_lengths[row]
+        batch = mask_rows(packed.tokens[row], start + length, masks[index], start, MASK, VOCAB)
+        alone.append(ViewBatch(batch, index, weights[index]))
+    batches = view_batches(packed, views, MASK, VOCAB, rows_per_batch, same_width=False)
+    expected = elbo_of_views(model, alone, views)
+    torch.testing.assert_close(elbo_of_views(model, batches, views), expected, rtol=1e-5, atol=1e-4)
+    assert expected.mean(1).sort().values.diff().min() > 0.1
 
 
 @pytest.mark.parametrize("estimator", ["coupled", "exact_count", "bernoulli"])
