@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.fp8_utils import HAVE_TE
-from megatron.core.tensor_parallel.layers import _grad_accum_fusion_available
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 from megatron.training import training as megatron_training
@@ -63,8 +62,6 @@ def build(
     flags = ["--preset", options.preset, "--bf16", "--tokenizer-model", tokenizer]
     if options.preset == "tiny":
         flags += ["--mask-token-id", "256"]
-    if not _grad_accum_fusion_available:
-        flags += ["--no-gradient-accumulation-fusion"]
     if recipes:
         flags += ["--fp8-format", "hybrid", "--fp8-recipe", recipes[0]]
     args = initialize_arguments([*flags, *rest], prepare)

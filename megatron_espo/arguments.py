@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import re
 import sys
@@ -104,6 +105,9 @@ def add_arguments(
         _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
     if not (on_gpus or device.has_cuda()):
         parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
+    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        # An extension of apex; Megatron's output head refuses to fuse without it.
+        parser.set_defaults(gradient_accumulation_fusion=False)
     parser.set_defaults(
         tokenizer_type="HuggingFaceTokenizer",
         use_distributed_optimizer=False,

@@ -23,7 +23,7 @@ SHAPE = (
     "--preset tiny --num-layers 2 --hidden-size 512 --ffn-hidden-size 1024 "
     "--num-attention-heads 8 --group-query-attention --num-query-groups 4 --add-qkv-bias "
     "--make-vocab-size-divisible-by 8 --seq-length 128 --micro-batch-size 2 --train-iters 10 "
-    "--lr 1e-3 --init-method-std 0.05 --mask-token-id 256 --no-gradient-accumulation-fusion"
+    "--lr 1e-3 --init-method-std 0.05 --mask-token-id 256"
 ).split()
 TE = ("--transformer-impl", "transformer_engine", "--bf16")
 LOCAL = ("--transformer-impl", "local", "--bf16")

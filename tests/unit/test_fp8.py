@@ -1,5 +1,7 @@
 """What FP8 needs of shapes and flags."""
 
+import argparse
+import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_espo import device
+from megatron_espo.arguments import add_arguments
 from megatron_espo.model.fp8 import (
     STATELESS_RECIPES,
     check_arguments,
@@ -104,6 +108,27 @@ def test_policies_need_stateless_scaling_of_weights_in_higher_precision(
         check_policy_arguments(arguments(**changes), phases)
     for fine in ("both", "rollout", "elbo"):
         check_policy_arguments(arguments(), fine)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_gradients_are_fused_on_gpus_only_where_the_extension_is(
+    monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    find = importlib.util.find_spec
+
+    def spec(name: str) -> Any:
+        return installed or None if name == "fused_weight_gradient_mlp_cuda" else find(name)
+
+    monkeypatch.setattr(importlib.util, "find_spec", spec)
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--no-gradient-accumulation-fusion",
+        action="store_false",
+        dest="gradient_accumulation_fusion",
+    )
+    parsed = add_arguments(parser).parse_args([])
+    assert parsed.gradient_accumulation_fusion is installed
 
 
 def test_phase_switches_every_config_and_gives_it_back_after_an_error() -> None:
