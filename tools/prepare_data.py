@@ -1,8 +1,12 @@
-"""Write synthetic data for a task, or check a file of its format.
+"""Write data for a task, synthetic or published, or check a file of its format.
 
 train.jsonl, validation.jsonl and test.jsonl never share a problem, whatever their sizes and seeds.
 demonstrations.jsonl ({"prompt", "completion"} lines for SFT) comes from the train split as well,
 from problems other than those written to train.jsonl. Files appear only when all are complete.
+
+With --source the problems are those of a file, a folder or a data set of the Hugging Face hub
+(--source hub takes the one that d1 and ESPO use); unusable and repeated ones are left out and
+counted. --train, --validation and --test are then upper limits.
 """
 
 import argparse
@@ -15,7 +19,17 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from megatron_espo.tasks import SPLITS, DemonstratingTask, Example, GeneratingTask, Task, load_task
+from megatron_espo.tasks import (
+    BUILT_IN,
+    SPLITS,
+    DemonstratingTask,
+    Example,
+    GeneratingTask,
+    Task,
+    load_task,
+)
+from megatron_espo.tasks.base import STYLES
+from megatron_espo.tasks.published import HUB, find_files, sort_records, write_splits
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse_arguments(argv)
     try:
         task = load_task(args.task, flag="TASK")
-        if args.check is None:
+        if args.source is not None:
+            _prepare_published(task, args)
+        elif args.check is None:
             _prepare(task, args)
         else:
             print(f"{args.check}: {len(task.read(args.check))} examples of {task.name}")
@@ -48,10 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("task", help="sudoku, countdown, or the import path of a task")
+    parser.add_argument("task", help="a built-in task, or the import path of one")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="DIR", help="write the files here")
     action.add_argument("--check", type=Path, metavar="FILE", help="only read FILE and count")
+    parser.add_argument("--source", metavar="SOURCE", help="file, folder, owner/name, or hub")
+    parser.add_argument(
+        "--style", choices=STYLES, default="bare", help="how synthetic problems are put (bare)"
+    )
     for split in SPLITS:
         parser.add_argument(f"--{split}", type=int, default=0, metavar="N", help="problems")
     parser.add_argument("--demonstrations", type=int, default=0, metavar="N", help="SFT lines")
@@ -67,7 +87,10 @@ def _prepare(task: Task, args: argparse.Namespace) -> None:
     counts = {split: getattr(args, split) for split in SPLITS}
     # Demonstrations are the end of a longer draw, so they share no problem with train.jsonl.
     draws = counts | {"train": args.train + args.demonstrations}
-    records = {split: _generate(task, count, args.seed, split) for split, count in draws.items()}
+    records = {
+        split: _generate(task, count, args.seed, split, args.style)
+        for split, count in draws.items()
+    }
     demonstrated = records["train"][args.train :]
     records["train"] = records["train"][: args.train]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -87,6 +110,24 @@ def _prepare(task: Task, args: argparse.Namespace) -> None:
             print(f"{path}: {len(part_examples)} lines of {task.name}")
 
 
+def _prepare_published(task: Task, args: argparse.Namespace) -> None:
+    parse = getattr(task, "_parse", None)
+    if parse is None:
+        raise ValueError(f"task {task.name} is not built in; --source does not work for it")
+    if args.demonstrations or args.out is None:
+        raise ValueError("--source goes with --out and without --demonstrations; change that")
+    source = HUB.get(task.name) if args.source == "hub" else args.source
+    if source is None:
+        raise ValueError(f"--source hub: task {task.name} is not on the hub; give a file")
+    splits, left_out = sort_records(find_files(source, print), parse)
+    if not any(splits.values()):
+        raise ValueError(f"--source {source}: holds no problem of {task.name}; give another")
+    limits = {split: getattr(args, split) for split in SPLITS}
+    for path, count in write_splits(splits, limits, args.out).items():
+        print(f"{path}: {count} lines of {task.name}")
+    print(", ".join(f"{count} {why}" for why, count in left_out.items()) + " left out")
+
+
 def _check_arguments(args: argparse.Namespace) -> None:
     counts = {flag: getattr(args, flag) for flag in (*SPLITS, "demonstrations")}
     for flag, count in counts.items():
@@ -98,9 +139,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f"--noise is {args.noise}; make it a probability from 0 to 1")
 
 
-def _generate(task: Task, count: int, seed: int, split: str) -> list[dict[str, Any]]:
+def _generate(task: Task, count: int, seed: int, split: str, chosen: str) -> list[dict[str, Any]]:
     if isinstance(task, GeneratingTask):
-        return task.generate(count, seed, split) if count else []
+        # A task of a user's own knows nothing of styles.
+        style = {} if task.name not in BUILT_IN else {"style": chosen}
+        return task.generate(count, seed, split, **style) if count else []
     raise ValueError(f"task {task.name} has no generate(); only --check works for it")
 
 
@@ -113,10 +156,18 @@ def _demonstrate(
     rng = Random(f"{task.name}:demonstrations:{args.seed}")
     if isinstance(task, DemonstratingTask):
         return [
-            {"prompt": example.prompt, "completion": task.demonstrate(record, rng, args.noise)}
+            _line(example, task.demonstrate(record, rng, args.noise))
             for example, record in zip(examples, records, strict=True)
         ]
     raise ValueError(f"task {task.name} has no demonstrate(); leave out --demonstrations")
+
+
+def _line(example: Example, completion: str) -> dict[str, Any]:
+    """Write a demonstration for fine-tuning: text, or a chat that ends with the completion."""
+    if isinstance(example.prompt, str):
+        return {"prompt": example.prompt, "completion": completion}
+    answer = {"role": "assistant", "content": completion}
+    return {"messages": [*(dict(message) for message in example.prompt), answer]}
 
 
 def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

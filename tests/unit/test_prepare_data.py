@@ -165,3 +165,77 @@ def test_command_line_exits_without_a_traceback(tmp_path: Path) -> None:
         )
         assert result.returncode == code, result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_published_files_are_checked_split_and_counted(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    records = [{"question": f"{n} and 1?", "answer": f"#### {n + 1}"} for n in range(40)]
+    lines = [json.dumps(record) for record in records]
+    (source / "train.jsonl").write_text("\n".join(lines[:30] + lines[38:] + ['{"question": "x"}']))
+    (source / "test.jsonl").write_text("\n".join(lines[30:]))
+    argv = ["gsm8k", "--source", str(source), "--out", str(out)]
+    assert tool.main([*argv, "--train", "20"]) == 0
+    # A test problem that is among the training problems stays in the test split alone.
+    assert [len(prompts("gsm8k", out / f"{s}.jsonl")) for s in ("train", "test")] == [20, 10]
+    assert "1 unusable, 2 repeated left out" in capsys.readouterr().out
+    (source / "train.jsonl").rename(source / "all.jsonl")
+    (source / "test.jsonl").unlink()
+    assert tool.main(argv) == 0
+    found = [prompts("gsm8k", out / f"{s}.jsonl") for s in ("train", "validation", "test")]
+    assert sum(map(len, found)) == 32 and len(found[0]) > 20
+
+
+def test_chat_style_reaches_problems_and_demonstrations(tool: ModuleType, tmp_path: Path) -> None:
+    argv = ["sudoku", "--out", str(tmp_path), "--train", "2", "--demonstrations", "2"]
+    assert tool.main([*argv, "--style", "chat", "--noise", "0"]) == 0
+    assert all(not isinstance(p, str) for p in prompts("sudoku", tmp_path / "train.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "demonstrations.jsonl").open()]
+    assert all(line["messages"][-1]["content"].startswith("<answer>") for line in lines)
+
+
+def test_without_the_hub_a_download_is_a_clear_error(
+    tool: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub = pytest.importorskip("huggingface_hub")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    assert tool.main(["gsm8k", "--source", "hub", "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert "--source openai/gsm8k: cannot be downloaded (no route to the hub)" in error
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, local_files_only=False, **__: (
+        str(tmp_path / "cache") if local_files_only else refuse()))  # fmt: skip
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "test.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
+    assert tool.main(["gsm8k", "--source", "hub", "--out", str(tmp_path / "o")]) == 0
+    assert "using the copy in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["sudoku", "--source", "hub"], "task sudoku is not on the hub"),
+        (["gsm8k", "--source", "./none"], "no such file or folder"),
+        (["gsm8k", "--source", "EMPTY"], "holds no .jsonl or .parquet file"),
+        (["gsm8k", "--source", "EMPTY", "--demonstrations", "1"], "without --demonstrations"),
+    ],
+)
+def test_bad_source_is_one_sentence(
+    tool: ModuleType,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    argv: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    argv = [argument.replace("EMPTY", str(tmp_path / "empty")) for argument in argv]
+    assert tool.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
