@@ -2,10 +2,10 @@
 
 Random weights are never confident, so that parallel decoding by a threshold would commit one token
 per step. Here a model of a benchmark's shape learns a small language through the project's own
-fine-tuning (Megatron's training loop, JSONL of prompts and completions): texts of sixteen words,
-each followed by one of two others. Byte by byte such text is mostly certain: which word follows is
-a free choice of one bit, the letters after its first one are not. How many tokens a step can commit
-follows from that mixture; a benchmark prints it beside its ratio, because the ratio depends on it.
+fine-tuning (Megatron's training loop, JSONL of prompts and completions): letters in runs of eight,
+each run followed by one of two others. Inside a run such text is certain; which run follows is a
+free choice of one bit. How many tokens a step can commit follows from that mixture; a benchmark
+prints it beside its ratio, because the ratio depends on it.
 
     python -m benchmarks.confident --shape large-vocabulary    # once, into runs/benchmark/...
 """
@@ -23,16 +23,14 @@ from benchmarks.measure import KEEP_MEMORY
 from benchmarks.models import SHAPES
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 
-WORDS = (
-    "anchor beacon candle dolphin ember falcon garden harbour island jungle kettle lantern meadow "
-    "nectar orchard pebble"
-).split()
+LETTERS = "abcdefghijklmnop"
+RUN = 8
 FOLLOWERS = 2
 LENGTH = 128
 TRAINING = {
     # Steps, rows per step and learning rate that make the model confident in some minutes.
     "large-vocabulary": (200, 4, 2e-3),
-    "small-vocabulary": (160, 4, 1e-3),
+    "small-vocabulary": (120, 4, 1e-3),
     "smoke": (3, 4, 1e-3),
 }
 
@@ -42,32 +40,19 @@ def write_text(length: int, generator: random.Random) -> str:
 
     Args:
         length: characters.
-        generator: chooses the words.
+        generator: chooses the runs.
 
     Returns:
         The text.
     """
-    word = generator.randrange(len(WORDS))
-    start = generator.randrange(len(WORDS[word]))
+    letter = generator.randrange(len(LETTERS))
+    start = generator.randrange(RUN)
     text = ""
     while len(text) < start + length:
-        text += WORDS[word] + " "
-        # A fixed graph: which words may follow is what the model has to learn.
-        word = (5 * word + 3 + 7 * generator.randrange(FOLLOWERS)) % len(WORDS)
+        text += RUN * LETTERS[letter]
+        # A fixed graph: which runs may follow is what the model has to learn.
+        letter = (5 * letter + 3 + 7 * generator.randrange(FOLLOWERS)) % len(LETTERS)
     return text[start : start + length]
-
-
-def share_of_words(text: str) -> float:
-    """Say how many of a text's words belong to the language, its first and last left out.
-
-    Args:
-        text: a completion.
-
-    Returns:
-        A share.
-    """
-    words = text.split(" ")[1:-1]
-    return sum(word in WORDS for word in words) / max(len(words), 1)
 
 
 def write_data(folder: Path, count: int = 4000, held_out: int = 64) -> None:

@@ -52,7 +52,7 @@ def rollout_variants(work: Workload) -> dict[str, RolloutConfig]:
         "prefix cache": replace(config, cache="prefix"),
         "dual cache": replace(config, cache="dual"),
     }
-    if work.trained is not None:
+    if work.trained is not None or work.head_scale != 1.0:
         variants["threshold 0.9"] = replace(config, threshold=0.9)
         variants["dual cache, threshold 0.9"] = replace(config, cache="dual", threshold=0.9)
     return variants
@@ -236,6 +236,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add(
         "--trained", help="--save folder of a trained model of that shape, see benchmarks.confident"
     )
+    add("--head-scale", type=float, default=1.0, help="factor on the head, for peaked softmaxes")
     add("--only", choices=("rollout", "update"), help="measure one part")
     add("--pairs", type=int, default=5, help="interleaved rounds")
     add("--threads", type=int, default=2, help="of either side")
@@ -271,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         prompt_length=options.prompt_length,
         rollout=rollout,
         trained=options.trained,
+        head_scale=options.head_scale,
     )
     report: dict[str, Any] = {"machine": machine(), "work": asdict(work)}
     print(json.dumps(report["machine"]))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -33,6 +34,8 @@ class Workload:
         sequences: completions of an ESPO update.
         num_mc: coupled draws per ELBO.
         trained: --save folder of a trained model of this shape; random weights if None.
+        head_scale: factor on the output head's weights. Random weights are confident of nothing;
+            a large factor makes their softmax peaked, so that a threshold has something to commit.
     """
 
     shape: Shape
@@ -46,13 +49,17 @@ class Workload:
     sequences: int = 2
     num_mc: int = 2
     trained: str | None = None
+    head_scale: float = 1.0
 
     def build(self) -> DiffusionModel:
         """Build this project's model, without what Megatron prints meanwhile."""
         with quiet():
-            if self.trained is None:
-                return build_random(self.shape)
-            return build_trained(self.trained)
+            trained = self.trained
+            model = build_random(self.shape) if trained is None else build_trained(trained)
+        (chunk,) = unwrap_model(list(model.chunks))
+        with torch.no_grad():
+            chunk.output_layer.weight.mul_(self.head_scale)
+        return model
 
     def prompts(self, count: int) -> Sequence[Sequence[int]]:
         """Draw prompts; a trained model gets held-out ones of its own language."""

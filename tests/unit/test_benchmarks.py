@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
 
-from benchmarks.confident import LENGTH, share_of_words, write_data
+from benchmarks.confident import LENGTH, LETTERS, RUN, write_data
 from benchmarks.measure import interleaved, peak_memory, ratios, spread
 
 ROOT = Path(__file__).parents[2]
@@ -86,15 +87,17 @@ def test_ratio_is_taken_round_by_round() -> None:
     assert str(spread([1.0, 2.0, 4.0])) == "2.00 (1.00-4.00)"
 
 
-def test_training_text_fills_prompt_and_completion_with_words_of_the_language(
-    tmp_path: Path,
-) -> None:
+def test_training_text_fills_prompt_and_completion_with_runs(tmp_path: Path) -> None:
     write_data(tmp_path, count=50, held_out=5)
+    followers: dict[str, set[str]] = {}
     for name, lines in (("train", 50), ("heldout", 5)):
         records = [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(records) == lines
         for record in records:
-            text = record["prompt"] + record["completion"]
             assert len(record["prompt"].encode()) == len(record["completion"].encode()) == LENGTH
-            assert share_of_words(text) == 1.0
-    assert share_of_words("ris xxxx ember qqqq gar") == pytest.approx(1 / 3)
+            runs = ["".join(run) for _, run in groupby(record["prompt"] + record["completion"])]
+            assert {len(run) for run in runs[1:-1]} == {RUN}
+            for run, following in pairwise(runs):
+                followers.setdefault(run[0], set()).add(following[0])
+    assert set(followers) == set(LETTERS)
+    assert {len(found) for found in followers.values()} == {2}
