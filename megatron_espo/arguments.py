@@ -305,9 +305,15 @@ def check_layout(args: argparse.Namespace) -> None:
             f"--pipeline-model-parallel-size {pp}; change one, or set "
             "--decoder-first-pipeline-num-layers."
         )
-    if cp > 1:
+    if cp > 1 and args.rollout_cache != "none":
         raise ValueError(
-            f"--context-parallel-size {cp}: context parallelism is not supported; use 1."
+            f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
+            "none with --context-parallel-size above 1."
+        )
+    if cp > 1 and args.hierarchical_context_parallel_sizes:
+        raise ValueError(
+            "--hierarchical-context-parallel-sizes: the context-parallel ranks form one group; "
+            "leave it out."
         )
     if args.num_experts is not None:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 The core attention of Megatron's local spec is PyTorch's fused kernel here, which never holds the
 matrix of scores. Transformer Engine's core keeps its own kernels; only passes with a cache or with
-selected rows, whose queries are fewer than their keys, go through PyTorch's kernel there, too.
+selected rows, whose queries are fewer than their keys, go through PyTorch's kernel there, too. With
+context parallelism both specs use it, on keys and values gathered from all ranks.
 
 Symbols: b rows, w positions of the queries, s of the keys, heads and g key/value heads of this
 rank, d head size.
@@ -15,7 +16,10 @@ from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+)
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -34,6 +38,7 @@ class BidirectionalAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
@@ -43,6 +48,7 @@ class BidirectionalAttention(MegatronModule):
                 "out --softmax-type and --window-size."
             )
         self.layer_number = layer_number
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.score_scale = softmax_scale
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.dropout_probability: float = dropout
@@ -76,6 +82,12 @@ def _attend(
     selected = state.selected if module.layer_number == module.config.num_layers else None
     if selected is not None:
         query = selected.of_queries(query)
+    if module.context_group is not None:
+        # Each rank attends from its part of the positions to all; gradients are summed.
+        key, value = (
+            gather_from_sequence_parallel_region(part.contiguous(), group=module.context_group)
+            for part in (key, value)
+        )
     key, value = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
     if state.cache is not None:
         layer, positions, rows = module.layer_number, state.positions, state.cache_rows
@@ -106,7 +118,7 @@ def transformer_engine_attention() -> type:
             self, config: TransformerConfig, layer_number: int, *args: Any, **kw: Any
         ) -> None:
             super().__init__(config, layer_number, *args, **kw)
-            self.layer_number = layer_number
+            self.layer_number, self.context_group = layer_number, None
             self.dropout_probability = config.attention_dropout
             self.score_scale = config.softmax_scale
 

@@ -64,10 +64,11 @@ def bidirectional_block_spec(
     for layer in block.layer_specs:
         attention = layer.submodules.self_attention
         attention.params["attn_mask_type"] = AttnMaskType.padding
-        if use_transformer_engine:
+        if use_transformer_engine and config.context_parallel_size == 1:
             attention.submodules.core_attention = transformer_engine_attention()
         else:
             attention.submodules.core_attention = BidirectionalAttention
+        if not use_transformer_engine:
             layer.submodules.input_layernorm = RMSNorm
             layer.submodules.pre_mlp_layernorm = RMSNorm
     if is_last_stage and block.layer_specs:

@@ -58,13 +58,19 @@ def model_provider(
         model.decoder.layers[-1].self_attention.checkpoint_core_attention = False
     if model.position_embedding_type == "rope":
         model.rotary_pos_emb.register_forward_hook(_rotate_window)
+        # Context-parallel ranks take contiguous parts here, see parallel/pipeline.py: without a
+        # causal mask there is no load to balance.
+        model.rotary_pos_emb.cp_group = None
     return model
 
 
 def _rotate_window(rotary: Any, arguments: Any, output: Tensor) -> Tensor | None:
-    """Give the positions of a window their own rotation: ``[w, b, 1, d]`` for ``[w, 1, 1, d]``."""
+    """Give the positions of a window their own rotation: ``[w, b, 1, d]`` for ``[w, 1, 1, d]``.
+
+    A context-parallel rank's part of the positions is the same in all rows: ``[w, 1, 1, d]``.
+    """
     state = current_pass()
-    if state is None or state.positions is None or state.cache is None:
+    if state is None or state.positions is None:
         return None
-    table = rotary.forward(state.cache.width)
-    return table[state.positions.t(), 0]
+    table = rotary.forward(state.width)
+    return table[state.positions.t() if state.cache else state.positions[0, :, None], 0]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
@@ -14,13 +15,16 @@ class Layout:
     Attributes:
         tp: tensor-parallel group.
         pp: pipeline-parallel group.
-        dp: data-parallel group (without context parallelism).
-        mp: all ranks that hold one copy of the model (tensor x pipeline).
+        dp: data-parallel group: ranks that work on different samples.
+        cp: context-parallel group: ranks that share the positions of the same samples.
+        mp: the ranks of one tensor x pipeline grid; with context parallelism several of them work
+            on the same samples.
     """
 
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    cp: dist.ProcessGroup
     mp: dist.ProcessGroup
 
     @property
@@ -54,6 +58,16 @@ class Layout:
         return self.dp.size()
 
     @property
+    def cp_size(self) -> int:
+        """Context-parallel size."""
+        return self.cp.size()
+
+    @property
+    def is_first_of_samples(self) -> bool:
+        """Whether this is the first of all ranks that work on the same samples."""
+        return self.mp.rank() == 0 and self.cp.rank() == 0
+
+    @property
     def is_reporter(self) -> bool:
         """Whether this rank writes logs: the last one, where Megatron opens its writers."""
         return dist.get_rank() == dist.get_world_size() - 1
@@ -65,6 +79,7 @@ def current_layout() -> Layout:
         tp=mpu.get_tensor_model_parallel_group(),
         pp=mpu.get_pipeline_model_parallel_group(),
         dp=mpu.get_data_parallel_group(),
+        cp=mpu.get_context_parallel_group(),
         mp=mpu.get_model_parallel_group(),
     )
 
@@ -84,6 +99,33 @@ def broadcast_from_last_stage(tensor: Tensor, layout: Layout) -> Tensor:
         source = dist.get_global_rank(layout.pp, layout.pp_size - 1)
         dist.broadcast(tensor, source, group=layout.pp)
     return tensor
+
+
+def object_from_first_of_samples[Value](value: Value, layout: Layout) -> Value:
+    """Give all ranks that work on the same samples what the first of them has.
+
+    Args:
+        value: an object that can be pickled; read on the first rank only.
+        layout: process groups.
+
+    Returns:
+        The first rank's object.
+    """
+    box = [value]
+    # The first rank's context-parallel peers are the first ranks of the other grids.
+    for group in (layout.cp, layout.mp):
+        if group.size() > 1 and (group is layout.mp or layout.mp.rank() == 0):
+            dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
+def any_over_samples(vote: bool, layout: Layout, device: torch.device) -> bool:
+    """Say whether any of the ranks that work on the same samples votes yes."""
+    votes = torch.tensor([int(vote)], device=device)
+    for group in (layout.mp, layout.cp):
+        if group.size() > 1:
+            dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+    return bool(votes.item())
 
 
 def sum_over_data_parallel(values: Tensor, layout: Layout) -> Tensor:

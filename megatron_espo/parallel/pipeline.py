@@ -5,15 +5,20 @@ out the others after its keys and values (see parallel/passes.py), and on the la
 :func:`select_rows` (GPTModel's ``output_processor``) runs the output head on just these rows and
 hands the logits of this vocabulary shard to a function.
 
+With context parallelism each rank passes a contiguous part of the positions through the layers, and
+the rows that the head reads are collected on all of them: what is made of the logits is the same on
+every rank, so that callers need not know of it.
+
 Symbols: b rows of tokens, s positions, r selected rows, n vocabulary entries of this rank.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_model_config, unwrap_model
@@ -24,6 +29,7 @@ from megatron_espo.parallel.passes import (
     KeyValueCache,
     PassState,
     SelectedRows,
+    join_context,
     running,
     select_positions,
 )
@@ -103,52 +109,75 @@ def run_model(
     Returns:
         The function's result on the last stage, hidden states elsewhere.
     """
-    b, width = batch.tokens.shape
-    position_ids = torch.arange(width, device=batch.tokens.device)[None, :].expand(b, -1)
-    s, places = width, batch.positions - int(logit_shift)
+    b, s = batch.tokens.shape
+    tokens, rows, places = batch.tokens, batch.rows, batch.positions - int(logit_shift)
+    position_ids = torch.arange(s, device=tokens.device)[None, :].expand(b, -1)
+    window, part = None, None
     if batch.offsets is not None:
         assert batch.cache is not None, "a window needs the keys and values of the rest"
         position_ids, s = position_ids + batch.offsets[:, None], batch.cache.width
-        places = places - batch.offsets[batch.rows]
-    config = get_model_config(model)
-    selected = _select(model, config, batch, places)
-    state = PassState(
-        selected=selected,
-        cache=batch.cache,
-        cache_rows=batch.cache_rows,
-        positions=None if batch.offsets is None else position_ids,
-    )
+        window, places = position_ids, places - batch.offsets[rows]
+    config, stage = get_model_config(model), unwrap_model(model)
+    cp_group = stage.pg_collection.cp
+    if cp_group.size() > 1:
+        assert batch.cache is None, "a cache holds all positions of its rows"
+        width = s // cp_group.size()
+        start = cp_group.rank() * width
+        tokens = tokens[:, start : start + width]
+        window = position_ids = position_ids[:, start : start + width]
+        part = _ContextPart(
+            ((places >= start) & (places < start + width)).nonzero()[:, 0], rows.numel(), cp_group
+        )
+        rows, places = rows[part.places], places[part.places] - start
+        if rows.numel() == 0:  # the layers want something to work on; it is dropped before the head
+            rows, places = part.places.new_zeros(1), part.places.new_zeros(1)
+    selected = _select(stage, model.training, tokens, rows, places)
+    state = PassState(selected, batch.cache, batch.cache_rows, window, s)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
-    index = places * b + batch.rows if selected is None else None
+    index = places * b + rows if selected is None else None
     with running(state), _rotation_by_row(config, batch.offsets is not None):
         output: Tensor = model(
-            batch.tokens,
+            tokens,
             position_ids,
             padding_mask(batch.lengths, s),
             output_processor=select_rows,
-            output_processor_context=(batch, logits_function, index),
+            output_processor_context=(batch, logits_function, index, part),
         )
     return output
 
 
+class _ContextPart(NamedTuple):
+    """The selected rows that lie in this context-parallel rank's part of the positions.
+
+    Attributes:
+        places: int64 ``[k]``, their places among all selected rows.
+        num_rows: r, all selected rows.
+        group: context-parallel group.
+    """
+
+    places: Tensor
+    num_rows: int
+    group: dist.ProcessGroup
+
+
 def _select(
-    model: torch.nn.Module, config: Any, batch: RowBatch, places: Tensor
+    stage: Any, training: bool, tokens: Tensor, rows: Tensor, places: Tensor
 ) -> SelectedRows | None:
     """Let the last layer leave out the rows that nothing reads, where that works."""
-    stage = unwrap_model(model)
+    config = stage.config
     if not stage.post_process or len(stage.decoder.layers) == 0:
         return None
-    if config.recompute_granularity == "full" and (model.training or config.fp8):
+    if config.recompute_granularity == "full" and (training or config.fp8):
         # The layer runs again in the backward pass, when this pass is long over. FP8 scales may
         # depend on all rows of a product, so that policies without gradients keep them, too.
         return None
-    b, width = batch.tokens.shape
+    b, width = tokens.shape
     tp_group = stage.pg_collection.tp if config.sequence_parallel else None
     multiple = (1 if tp_group is None else tp_group.size()) * (_FP8_ROWS if config.fp8 else 1)
-    if batch.rows.numel() + multiple > b * width:
+    if rows.numel() + multiple > b * width:
         return None
-    per_row = int(torch.bincount(batch.rows, minlength=b).max())
-    return select_positions(batch.rows, places, b, per_row, multiple, tp_group)
+    per_row = int(torch.bincount(rows, minlength=b).max())
+    return select_positions(rows, places, b, per_row, multiple, tp_group)
 
 
 @contextlib.contextmanager
@@ -167,12 +196,12 @@ def select_rows(
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[RowBatch, LogitsFunction, Tensor | None],
+    context: tuple[RowBatch, LogitsFunction, Tensor | None, _ContextPart | None],
     scale_logits: Callable[[Tensor], Tensor],
     **_: Any,
 ) -> Tensor:
     """Run the output head on the rows of a :class:`RowBatch` (GPTModel's output processor)."""
-    batch, logits_function, index = context
+    batch, logits_function, index, part = context
     sequence_parallel = output_layer.sequence_parallel
     if sequence_parallel:
         # The head's copy-to-region sums the gradient over the tensor-parallel ranks; the gather
@@ -180,10 +209,12 @@ def select_rows(
         hidden_states = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
         )
-    if index is None:
+    if index is not None:
+        hidden_states = hidden_states.flatten(0, 1).index_select(0, index)[:, None, :]
+    if part is None:
         chosen = hidden_states[: batch.rows.numel()]
     else:
-        chosen = hidden_states.flatten(0, 1).index_select(0, index)[:, None, :]
+        chosen = join_context(hidden_states[: part.places.numel()], *part)
     output_layer.sequence_parallel = False
     try:
         logits, _bias = output_layer(chosen, weight=output_weight)

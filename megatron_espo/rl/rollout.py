@@ -13,7 +13,7 @@ from megatron_espo.data.batch import pack_sequences
 from megatron_espo.data.tokenizer import decode_completion
 from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.parallel.layout import Layout
+from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rl.advantages import leave_one_out
 from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.tasks.base import Example, Score, Task
@@ -106,7 +106,7 @@ def score_completions(
 ) -> list[Score]:
     """Score completions.
 
-    One rank of each model-parallel group scores, the others receive: a reward may be costly, and
+    One of the ranks that hold these samples scores, the others receive: a reward may be costly, and
     one that depends on time must not differ between the ranks of one model.
 
     Args:
@@ -123,7 +123,7 @@ def score_completions(
         RewardError: the task's score raised an exception in a worker.
     """
     scores: list[Score] = []
-    if layout.mp.rank() == 0:
+    if layout.is_first_of_samples:
         if isinstance(task, RewardWorkers):
             known = ahead.futures if ahead is not None else {}
             pairs = enumerate(zip(examples, texts, strict=True))
@@ -131,11 +131,7 @@ def score_completions(
             scores = collect(futures)
         else:
             scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]
-    if layout.mp.size() > 1:
-        box = [scores]
-        dist.broadcast_object_list(box, dist.get_global_rank(layout.mp, 0), group=layout.mp)
-        scores = box[0]
-    return scores
+    return object_from_first_of_samples(scores, layout)
 
 
 def take_failures(task: Task, layout: Layout) -> Failures:
@@ -150,8 +146,8 @@ def take_failures(task: Task, layout: Layout) -> Failures:
     """
     mine = task.take_failures() if isinstance(task, RewardWorkers) else Failures(0, 0)
     if dist.get_world_size() > 1:
-        # Only one rank of a model-parallel group has workers.
-        for group in (layout.mp, layout.dp):
+        # Only the first of the ranks that hold the same samples has workers.
+        for group in (layout.mp, layout.cp, layout.dp):
             shares: list[Failures] = [mine] * group.size()
             dist.all_gather_object(shares, mine, group=group)
             mine = Failures(*(sum(column) for column in zip(*shares, strict=True)))

@@ -60,9 +60,11 @@ def accumulate_gradient(
         float32 ``[n, m]`` on the host of the current policy's ELBO draws, on every rank.
     """
     n, m, v = views.weights.shape
-    # The schedule divides by the number of micro-batches, and Megatron averages over the
-    # data-parallel ranks; what is left is the mean over the global batch.
-    scale = len(batches) * model.layout.dp_size / global_batch_size
+    # The schedule divides by the number of micro-batches and multiplies by the context-parallel
+    # size, and Megatron averages over the data- and context-parallel ranks; what is left is the
+    # mean over the global batch.
+    layout = model.layout
+    scale = len(batches) * layout.dp_size / layout.cp_size / global_batch_size
     if config.gradient == "two_pass":
         draws = elbo_of_views(model, batches, views)
         old = draws if elbo_old is None else elbo_old

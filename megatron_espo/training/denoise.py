@@ -43,9 +43,10 @@ def forward_step(iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
         next(iterator), config, key, args.mask_token_id, args.vocab_size
     )
     timers("batch-generator").stop()
-    head = partial(masked_cross_entropy, tp_group=current_layout().tp)
+    layout = current_layout()
+    head = partial(masked_cross_entropy, tp_group=layout.tp)
     output = run_model(model, batch.to(current_device()), head, config.logit_shift)
-    return output, partial(_loss, noise=noise, lengths=maskable.sum(dim=1))
+    return output, partial(_loss, noise=noise, lengths=maskable.sum(dim=1), cp_size=layout.cp_size)
 
 
 def noise_batch(
@@ -97,9 +98,13 @@ def noise_batch(
     return batch, noise, maskable
 
 
-def _loss(cross_entropy: Tensor, *, noise: Noise, lengths: Tensor) -> tuple[Tensor, Report]:
+def _loss(
+    cross_entropy: Tensor, *, noise: Noise, lengths: Tensor, cp_size: int
+) -> tuple[Tensor, Report]:
     device = cross_entropy.device
     loss = weighted_token_loss(cross_entropy, noise.weights.to(device), lengths.to(device))
     rows = torch.tensor(float(lengths.numel()), device=device)
-    # Megatron divides the summed first entries by the summed second ones, over all ranks.
-    return loss, {"lm loss": torch.stack((loss.detach() * rows, rows))}
+    # Megatron multiplies the loss by the context-parallel size, for ranks that see a part of it
+    # each; here they all see the whole. It divides the summed first entries of the report by the
+    # summed second ones, over all ranks.
+    return loss / cp_size, {"lm loss": torch.stack((loss.detach() * rows, rows))}

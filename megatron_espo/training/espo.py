@@ -71,6 +71,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    model_size *= args.context_parallel_size
     dp = max(args.world_size // model_size, 1)
     if espo.prompts_per_rollout % dp:
         raise ValueError(

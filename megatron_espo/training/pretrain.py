@@ -26,7 +26,11 @@ from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.training.denoise import forward_step
 from megatron_espo.training.dry_run import dry_run, is_dry_run
-from megatron_espo.training.setup import initialize_process_groups, run_entry_point
+from megatron_espo.training.setup import (
+    initialize_process_groups,
+    run_entry_point,
+    sequence_split,
+)
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -49,17 +53,20 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             "--calculate-per-token-loss: the loss is an average over samples; leave it out."
         )
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    model_size *= args.context_parallel_size
     rows = args.micro_batch_size * max(args.world_size // model_size, 1)
     if args.global_batch_size is not None and args.global_batch_size % rows:
         raise ValueError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x {rows // args.micro_batch_size} data-parallel ranks."
         )
-    split = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    if args.fp8 and args.seq_length % (needed := split * fp8.alignment(args.fp8_recipe)):
+    split = sequence_split(args)
+    needed = split * (fp8.alignment(args.fp8_recipe) if args.fp8 else 1)
+    if args.seq_length % needed:
+        recipe = f" and --fp8-recipe {args.fp8_recipe}" if args.fp8 else ""
         raise ValueError(
-            f"--seq-length {args.seq_length} is not a multiple of {needed}, which --fp8-recipe "
-            f"{args.fp8_recipe} needs on {split} ranks that split a row; change it."
+            f"--seq-length {args.seq_length} is not a multiple of {needed}, which {split} ranks "
+            f"that share a row{recipe} need; change it."
         )
     sft = config_from_args(SftConfig, args)
     if sft.train_data is not None and sft.valid_data is None:

@@ -95,12 +95,18 @@ def _rendezvous(args: argparse.Namespace) -> Store | None:
     return PrefixStore(f"restart/{restarts}", store)
 
 
+def sequence_split(args: argparse.Namespace) -> int:
+    """Count the ranks that share the positions of a row."""
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return int(tp * args.context_parallel_size)
+
+
 def pad_multiple(args: argparse.Namespace) -> int:
-    """Positions per row must be a multiple of this: sequence parallelism, FP8 tiles."""
+    """Positions per row must be a multiple of this: ranks that share them, FP8 tiles."""
     rows = math.gcd(getattr(args, "espo_rows_per_batch", 0), args.rollout_micro_batch_size)
     return fp8.sequence_multiple(
         args.fp8_recipe if args.fp8 else None,
-        args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        sequence_split(args),
         rows,
     )
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_espo.checkpoint.tracker import espo_folder, reference_folder
 from megatron_espo.config import EspoConfig
 from megatron_espo.device import current_device
-from megatron_espo.parallel.layout import Layout
+from megatron_espo.parallel.layout import Layout, any_over_samples
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import Position
 from megatron_espo.training.setup import inference_mode
@@ -173,18 +173,14 @@ class StopRequest:
         )
         if step is not None and args.exit_interval and step % args.exit_interval == 0:
             over = True
-        return _any(_signalled() or over, None)
+        votes: Tensor = torch.tensor([int(_signalled() or over)], device=current_device())
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
 
     def interrupted(self) -> bool:
-        """Ask the ranks of one copy of the model together whether a signal came."""
-        return _any(_signalled(), self._layout.mp)
+        """Ask the ranks that work on the same samples together whether a signal came."""
+        return any_over_samples(_signalled(), self._layout, current_device())
 
 
 def _signalled() -> bool:
     return get_args().exit_signal_handler and bool(get_signal_handler()._signal_received)
-
-
-def _any(vote: bool, group: dist.ProcessGroup | None) -> bool:
-    votes: Tensor = torch.tensor([int(vote)], device=current_device())
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
-    return bool(votes.item())

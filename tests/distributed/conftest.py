@@ -136,7 +136,12 @@ def build_layout(
         *extra,
     ]
     args = initialize_arguments(argv, _no_checks)
-    mpu.initialize_model_parallel(tp, pp, args.virtual_pipeline_model_parallel_size)
+    mpu.initialize_model_parallel(
+        tp,
+        pp,
+        args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+    )
     megatron_training.initialize_megatron()
     chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder, model_provider, checkpointing_context={}

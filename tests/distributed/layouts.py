@@ -20,6 +20,8 @@ class Case(NamedTuple):
     views: int = 4
     # Dream's logit shift instead of LLaDA's plain prediction.
     shift: bool = False
+    # Ranks that share the positions of a row.
+    cp: int = 1
     # Model and sampling are those of another case: two samplers say enough.
     few_samplers: bool = False
 
@@ -42,6 +44,13 @@ CASES = {
     "dp 4, distributed optimizer": Case(1, 1, (_DO,), few_samplers=True),
     "dp 4, distributed optimizer, overlapped": Case(1, 1, _OVERLAP, few_samplers=True),
     "tp 2, dp 2, distributed optimizer, overlapped": Case(2, 1, _OVERLAP, few_samplers=True),
+    "cp 2, dp 2": Case(1, 1, cp=2),
+    "cp 4, distributed optimizer": Case(1, 1, (_DO,), cp=4),
+    "tp 2, cp 2, sequence parallel": Case(2, 1, (_SP,), cp=2),
+    "cp 2, pp 2, selective recomputation": Case(
+        1, 2, ("--recompute-granularity", "selective"), cp=2, few_samplers=True
+    ),
+    "cp 2, pp 2, full recomputation": Case(1, 2, tuple(_FULL), cp=2, few_samplers=True),
     "tp 2, dp 2, micro-batch 1": Case(2, 1, (), 1, 2, few_samplers=True),
     "tp 2, pp 2, full recomputation": Case(2, 2, tuple(_FULL), few_samplers=True),
     "tp 2, dp 2, selective recomputation": Case(
@@ -49,6 +58,7 @@ CASES = {
     ),
     "logit shift: tp 2, sequence parallel, dp 2": Case(2, 1, (_SP,), shift=True),
     "logit shift: tp 2, pp 2": Case(2, 2, shift=True),
+    "logit shift: cp 2, tp 2": Case(2, 1, cp=2, shift=True),
 }
 
 COLUMNS = {

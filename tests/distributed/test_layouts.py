@@ -78,6 +78,7 @@ def compared(
     case = CASES[request.param]
     shift = ("--logit-shift",) if case.shift else ()
     flags = ("--pretrained-checkpoint", checkpoints[case.shift], *shift, *case.flags)
+    flags = (*flags, "--context-parallel-size", str(case.cp))
     built = build_layout(tokenizer_folder, case.tp, case.pp, flags)
     return Compared(request.param, case, built, references[case.shift])
 

@@ -196,7 +196,7 @@ def test_killed_evaluation_samples_only_what_is_missing(
 ) -> None:
     group = one_rank
     model = DiffusionModel((), 0, 0, (), 0, 9, False, 1, torch.device("cpu"),
-                           Layout(group, group, group, group))  # fmt: skip
+                           Layout(group, group, group, group, group))  # fmt: skip
     data = TaskData([Example("", {})] * 5, [(1, 2)] * 5)
     rollout = RolloutConfig(micro_batch_size=2, temperature=1.0)
     protocol = Protocol(

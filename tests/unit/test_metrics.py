@@ -37,7 +37,7 @@ class Writer:
 
 
 def layout(dp: Any) -> Layout:
-    return Layout(tp=dp, pp=dp, dp=dp, mp=dp)
+    return Layout(tp=dp, pp=dp, dp=dp, cp=dp, mp=dp)
 
 
 def test_statistics_are_mean_minimum_and_maximum() -> None:
