@@ -305,6 +305,12 @@ def check_layout(args: argparse.Namespace) -> None:
             f"--pipeline-model-parallel-size {pp}; change one, or set "
             "--decoder-first-pipeline-num-layers."
         )
+    _check_unsupported(args)
+
+
+def _check_unsupported(args: argparse.Namespace) -> None:
+    """Refuse what Megatron's flags offer and this package does not do."""
+    cp = args.context_parallel_size
     if cp > 1 and args.rollout_cache != "none":
         raise ValueError(
             f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
