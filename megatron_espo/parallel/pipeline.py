@@ -131,7 +131,7 @@ def run_model(
         rows, places = rows[part.places], places[part.places] - start
         if rows.numel() == 0:  # the layers want something to work on; it is dropped before the head
             rows, places = part.places.new_zeros(1), part.places.new_zeros(1)
-    selected = _select(stage, model.training, tokens, rows, places)
+    selected = _select(stage, tokens, rows, places)
     state = PassState(selected, batch.cache, batch.cache_rows, window, s)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
@@ -160,16 +160,14 @@ class _ContextPart(NamedTuple):
     group: dist.ProcessGroup
 
 
-def _select(
-    stage: Any, training: bool, tokens: Tensor, rows: Tensor, places: Tensor
-) -> SelectedRows | None:
+def _select(stage: Any, tokens: Tensor, rows: Tensor, places: Tensor) -> SelectedRows | None:
     """Let the last layer leave out the rows that nothing reads, where that works."""
     config = stage.config
     if not stage.post_process or len(stage.decoder.layers) == 0:
         return None
-    if config.recompute_granularity == "full" and (training or config.fp8):
-        # The layer runs again in the backward pass, when this pass is long over. FP8 scales may
-        # depend on all rows of a product, so that policies without gradients keep them, too.
+    if config.recompute_granularity == "full":
+        # The layer runs again in the backward pass, when this pass is long over. Passes without
+        # gradients keep the rows, too: kernels and FP8 scales may round other shapes otherwise.
         return None
     b, width = tokens.shape
     tp_group = stage.pg_collection.tp if config.sequence_parallel else None

@@ -80,7 +80,9 @@ class ScoringAhead:
         layout: Layout,
     ) -> None:
         self.futures: dict[int, Future[Score]] = {}
-        self._workers = task if isinstance(task, RewardWorkers) and layout.mp.rank() == 0 else None
+        self._workers = (
+            task if isinstance(task, RewardWorkers) and layout.is_first_of_samples else None
+        )
         self._examples, self._tokenizer, self._stops = examples, tokenizer, stop_token_ids
 
     def __call__(self, rows: Tensor, completions: Tensor) -> None:
