@@ -178,7 +178,7 @@ def test_a_peak_that_is_no_speed_is_named(peak: float) -> None:
 
 
 def test_first_ratio_is_that_of_the_two_passes(one_rank) -> None:
-    layout = Layout(one_rank, one_rank, one_rank, one_rank)
+    layout = Layout(tp=one_rank, pp=one_rank, dp=one_rank, cp=one_rank, mp=one_rank)
     draws = torch.tensor([[-3.0, -5.0], [-2.0, -2.0]])
     name = "policy/ratio_first_update/max_deviation"
     assert first_ratio_scalars(draws, draws.clone(), 8, layout) == {name: 0.0}
