@@ -47,15 +47,21 @@ TOLERANCE = 1e-4
 def rollout_variants(work: Workload) -> dict[str, RolloutConfig]:
     """Choose how this project samples: exactly, with the caches, and with parallel decoding."""
     config = work.rollout
-    variants = {
-        "exact": config,
-        "prefix cache": replace(config, cache="prefix"),
-        "dual cache": replace(config, cache="dual"),
+    cached, confident = {"cache": "dual"}, {"threshold": 0.9}
+    settings: dict[str, dict[str, Any]] = {
+        "exact": {},
+        "prefix cache": {"cache": "prefix"},
+        "dual cache": cached,
+        "threshold 0.9": confident,
+        "dual cache, threshold 0.9": {**cached, **confident},
     }
-    if work.trained is not None or work.head_scale != 1.0:
-        variants["threshold 0.9"] = replace(config, threshold=0.9)
-        variants["dual cache, threshold 0.9"] = replace(config, cache="dual", threshold=0.9)
-    return variants
+    chosen = work.sides or [
+        name
+        for name, each in settings.items()
+        # Random weights are confident of nothing.
+        if "threshold" not in each or work.trained is not None or work.head_scale != 1.0
+    ]
+    return {name: replace(config, **settings[name]) for name in chosen}
 
 
 def measure_rollouts(model: DiffusionModel, llama: Any, work: Workload, pairs: int) -> Report:
@@ -238,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     add("--head-scale", type=float, default=1.0, help="factor on the head, for peaked softmaxes")
     add("--only", choices=("rollout", "update"), help="measure one part")
+    add("--sides", nargs="+", default=(), help="of this project's rollouts; exact among them")
     add("--pairs", type=int, default=5, help="interleaved rounds")
     add("--threads", type=int, default=2, help="of either side")
     add("--rows", type=int, default=default.rows, help="completions sampled at once")
@@ -273,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         rollout=rollout,
         trained=options.trained,
         head_scale=options.head_scale,
+        sides=tuple(options.sides),
     )
     report: dict[str, Any] = {"machine": machine(), "work": asdict(work)}
     print(json.dumps(report["machine"]))

@@ -36,6 +36,7 @@ class Workload:
         trained: --save folder of a trained model of this shape; random weights if None.
         head_scale: factor on the output head's weights. Random weights are confident of nothing;
             a large factor makes their softmax peaked, so that a threshold has something to commit.
+        sides: names of this project's rollouts to measure; all that make sense if empty.
     """
 
     shape: Shape
@@ -50,6 +51,7 @@ class Workload:
     num_mc: int = 2
     trained: str | None = None
     head_scale: float = 1.0
+    sides: tuple[str, ...] = ()
 
     def build(self) -> DiffusionModel:
         """Build this project's model, without what Megatron prints meanwhile."""
