@@ -192,6 +192,8 @@ def test_tokens_do_not_depend_on_layout(compared: Compared) -> None:
     built, case = compared.built, compared.case
     multiple = built.model.pad_multiple
     for name, config in samplers(case.shift, case.few_samplers, multiple).items():
+        if case.cp > 1 and config.cache != "none":
+            continue  # refused: a cache holds all positions of its rows
         actual = tokens_of(built, config)
         same = actual == compared.expected.tokens[name][own_rows(built)]
         record(compared.name, "tokens", same.double().mean().item())
