@@ -45,7 +45,7 @@ layouts: setup  ## the table of docs/parallelism.md, measured anew
 	@mkdir -p runs
 	LAYOUT_TABLE=docs/parallelism.md $(DIST)
 
-bench: setup  ## rollouts and updates against a straightforward implementation (half an hour)
+bench: setup  ## rollouts and updates against a straightforward implementation
 	for shape in large-vocabulary small-vocabulary; do \
 		$(BIN)/python -W ignore -m benchmarks.rollout_and_elbo --shape $$shape \
 			--out runs/benchmark/$$shape-random.json && \

@@ -13,7 +13,7 @@ relative errors with non-negative coefficients on what the arithmetic says:
 For each size the growth between neighbouring points is compared with that of the operations
 (monitor/flops.py); what grows faster than they do is flagged.
 
-    python -m benchmarks.sweep --out runs/benchmark/sweep.json --figure docs/performance_sweep.png
+    python -m benchmarks.sweep --out runs/benchmark/sweep.json --figure runs/benchmark/sweep.png
 """
 
 import argparse
