@@ -130,7 +130,13 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_not_torchrun(
 ) -> None:
     log = Path(ranks["LOG"])
     command = ["bash", str(EXAMPLES / "run_espo_8b.sh"), "--seed", "3"]
-    job = subprocess.Popen(command, env=ranks | {"GPUS_PER_NODE": "8"}, start_new_session=True)
+    job = subprocess.Popen(
+        command,
+        env=ranks | {"GPUS_PER_NODE": "8"},
+        start_new_session=True,
+        # Tests that run in the background ignore it, and bash cannot trap what was ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     wait_for(log / "ready-0")
     # As a terminal or Slurm does: to the whole process group.
     os.killpg(job.pid, number)
