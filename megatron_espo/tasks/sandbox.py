@@ -17,6 +17,7 @@ system-call filter refuses sockets, new sessions and ways to gain rights, the en
 the working directory is empty and thrown away, and root becomes a user that nobody else is.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -44,6 +45,7 @@ _JAIL = Path(__file__).parent / "jail"
 _ENVIRONMENT = {"LANG": "C.UTF-8", "HOME": "/tmp", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1"}  # fmt: skip
 _FIRST_USER = 1_900_000_000  # far above any real one; each jail adds a number of its own
+_jails = itertools.count()
 _START_SECONDS = 20.0
 
 
@@ -167,7 +169,9 @@ def _jail(
     """Run one of the jail's scripts; on the way out it and all its children are dead."""
     with tempfile.TemporaryDirectory(prefix="sandbox_", ignore_cleanup_errors=True) as folder:
         root = os.getuid() == 0
-        user = _FIRST_USER + (os.getpid() * 2 + (script == "code_side.py")) % 90_000_000
+        # A user of its own for every jail: what was killed counts against its user's processes
+        # until the machine's init has collected it.
+        user = _FIRST_USER + (os.getpid() * 65_536 + next(_jails)) % 90_000_000
         if root and mode != "bubblewrap":
             os.chown(folder, user, user)
         settings = {
