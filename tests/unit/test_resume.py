@@ -1,6 +1,7 @@
 """What a checkpoint inside a rollout holds, and files that a kill left behind."""
 
 from dataclasses import replace
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -136,6 +137,8 @@ def test_events_after_the_checkpoint_are_replaced(tmp_path: Path) -> None:
     # Killed before its first checkpoint, started anew, killed after step 4, resumed from step 2.
     starts = ((0, [7.0, 8.0]), (0, [1.0, 2.0, 3.0, 4.0]), (2, [30.0, 40.0, 50.0]))
     for number, (resumed_at, values) in enumerate(starts):
+        # Files are read in the order of the seconds in their names; starts lie further apart.
+        time.sleep(1.1)
         with SummaryWriter(str(tmp_path), filename_suffix=str(number)) as writer:
             begin_events(writer, resumed_at)
             if resumed_at == 0:
