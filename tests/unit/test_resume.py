@@ -1,7 +1,7 @@
 """What a checkpoint inside a rollout holds, and files that a kill left behind."""
 
-from dataclasses import replace
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
