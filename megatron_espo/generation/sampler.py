@@ -217,20 +217,21 @@ def _evaluate(
         own = torch.tensor(part + part[-1:] * extra, device=model.device)
         row, column = picked[own[: len(part)]].nonzero(as_tuple=True)
         found.append((own[row], column))
-        tokens = rows.tokens[index[own]]
+        mine = index[own]
+        tokens, places = rows.tokens[mine], rows.places(mine)
         uncached = RowBatch(
             tokens[:, : round_up(max(widths) if one_shape else width, model.pad_multiple)],
-            rows.prompt_lengths[index[own]] + config.completion_length,
+            rows.prompt_lengths[mine] + config.completion_length,
             row,
-            rows.places(index[own])[row, column],
+            places[row, column],
             uniforms[own[row], column],
         )
         if config.guidance_scale > 0.0:
-            made.append(_add_unconditional(uncached, rows.prompt_lengths[index[own]], model))
+            made.append(_add_unconditional(uncached, rows.prompt_lengths[mine], model))
         elif config.cache == "none":
             made.append(uncached)
         else:
-            names, starts = index[own].tolist(), rows.places(index[own])[:, 0]
+            names, starts = mine.tolist(), places[:, 0]
             made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model))
     results = forward_only(
         model.chunks,
@@ -243,7 +244,7 @@ def _evaluate(
     )
     draws = torch.zeros(3, *picked.shape, dtype=torch.float64, device=model.device)
     if model.layout.is_last_stage:
-        where, columns = (torch.cat(places) for places in zip(*found, strict=True))
+        where, columns = (torch.cat(parts) for parts in zip(*found, strict=True))
         draws[:, where, columns] = torch.cat(results, dim=1)
     return draws
 
@@ -289,7 +290,9 @@ def _use_cache(
         batch.cache, batch.cached = KeyValueCache(), names
         return replace(whole, cache=batch.cache)
     assert batch.cache is not None
-    rows = torch.tensor([batch.cached.index(name) for name in names], device=model.device)
+    rows = None  # all of them: then nothing of the cache is copied
+    if names != batch.cached:
+        rows = torch.tensor([batch.cached.index(name) for name in names], device=model.device)
     if flight.passes_whole:
         # The cache keeps its width when the longest of its rows have left.
         whole = replace(whole, tokens=tokens[:, : batch.cache.width])

@@ -11,11 +11,12 @@ from megatron_espo.monitor.flops import (
     rollout_flops,
     training_flops,
 )
+from megatron_espo.monitor.throughput import PEAK_TFLOPS
 from megatron_espo.plan.memory import GB, Memory, Passes, plan_memory
 from megatron_espo.plan.parameters import StageParameters
 
-# Dense bf16 peak of an H100 SXM, operations per second (NVIDIA's data sheet).
-PEAK_FLOPS = 989.4e12
+# Dense bf16 peak of an H100 SXM, operations per second.
+PEAK_FLOPS = 1e12 * dict(PEAK_TFLOPS)["H100"]["16-bit"]
 
 
 @dataclass(frozen=True)

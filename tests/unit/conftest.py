@@ -2,11 +2,13 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from launching import job_of_two_nodes
 from torch import Tensor
 
 from megatron_espo import device
@@ -83,3 +85,9 @@ def on_shards(monkeypatch: pytest.MonkeyPatch) -> OnShards:
         return results
 
     return run
+
+
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a Slurm job of two nodes, both of them this machine."""
+    return job_of_two_nodes(tmp_path)

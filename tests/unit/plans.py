@@ -19,14 +19,10 @@ from megatron.training.training import get_model
 from megatron_espo import device
 from megatron_espo.model.provider import model_provider
 from megatron_espo.plan.parameters import _fake_groups
-from megatron_espo.tasks import BUILT_IN
 from megatron_espo.training import dry_run, espo, pretrain
 from megatron_espo.training.launch import complete_flags
 
 device.prepare()
-load_task = dry_run.load_task
-if "code" not in BUILT_IN:  # a recipe's task that is not there yet
-    dry_run.load_task = lambda name, flag: name == "code" or load_task(name, flag=flag)
 
 
 def plan(flags: list[str], recipes: tuple[str, ...] = ("llada_8b", "gsm8k")) -> dict[str, Any]:

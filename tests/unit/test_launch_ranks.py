@@ -1,38 +1,12 @@
 """The 8B scripts with a tiny model on CPUs, started in all the ways that they promise."""
 
-import os
-import stat
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from launching import EXAMPLES, ROOT, environment, run
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, unequal_tensors
-
-ROOT = Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-CLEAN = {
-    name: value
-    for name, value in os.environ.items()
-    if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "NNODES", "GPUS_PER_NODE")
-}
-
-
-def environment(**more: str) -> dict[str, str]:
-    return CLEAN | {
-        "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)
-    } | more  # fmt: skip
-
-
-def run(*command: str, cwd: Path, env: Mapping[str, str], status: int = 0) -> str:
-    done = subprocess.run(
-        command, cwd=cwd, env=env, text=True, timeout=280, check=False,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout[-5000:]
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -94,55 +68,6 @@ def test_torchrun_starts_the_script_as_bash_does(folder: Path, by_bash: str) -> 
     )  # fmt: skip
     check_rollout(printed, folder, "by-torchrun")
     assert_same_run(folder, by_bash, "by-torchrun")
-
-
-# Stands for Slurm: a task per node, all on this machine; signals go to the tasks.
-SRUN = """#!/usr/bin/env bash
-printf '%s\\n' "$@" > "$LOG/srun"
-env > "$LOG/environment"
-nodes="" command=()
-while (($#)); do
-  case $1 in
-    --ntasks) nodes=$2; shift 2 ;;
-    --ntasks-per-node) shift 2 ;;
-    --kill-on-bad-exit=1) shift ;;
-    *) command=("$@"); break ;;
-  esac
-done
-pids=() status=0
-for ((node = 0; node < nodes; node++)); do
-  SLURM_NODEID=$node "${command[@]}" & pids+=($!)
-done
-trap 'kill -TERM "${pids[@]}"' TERM
-for pid in "${pids[@]}"; do
-  while true; do
-    result=0; wait "$pid" || result=$?
-    if ((result <= 128)) || ! kill -0 "$pid" 2>/dev/null; then break; fi
-  done
-  ((result == 0)) || status=$result
-done
-exit $status
-"""
-SCONTROL = """#!/usr/bin/env bash
-printf '%s\\n' "$*" >> "$LOG/scontrol"
-if [[ $1 == show ]]; then echo localhost; echo localhost; fi
-"""
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
-    """The environment of a job of two nodes, with srun and scontrol that write down their calls."""
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
-        path = programs / name
-        path.write_text(text)
-        path.chmod(path.stat().st_mode | stat.S_IEXEC)
-    return environment(
-        PATH=f"{programs}:{os.environ['PATH']}", LOG=str(tmp_path),
-        SLURM_JOB_ID=str(os.getpid()), SLURM_JOB_NUM_NODES="2",
-        SLURM_JOB_NODELIST="node[1-2]", SLURM_SUBMIT_DIR=str(tmp_path), SLURM_GPUS_ON_NODE="1",
-    )  # fmt: skip
 
 
 FAILING_TASK = """
