@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
+from megatron_espo.parallel import products
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.parallel.passes import (
     KeyValueCache,
@@ -213,6 +214,10 @@ def select_rows(
         chosen = hidden_states[: batch.rows.numel()]
     else:
         chosen = join_context(hidden_states[: part.places.numel()], *part)
+    weight = output_layer.weight if output_weight is None else output_weight
+    if not torch.is_grad_enabled() and products.is_handled(chosen, weight):
+        logits = products.wide_product(chosen.squeeze(1), weight)
+        return logits_function(scale_logits(logits), batch.payload)
     output_layer.sequence_parallel = False
     try:
         logits, _bias = output_layer(chosen, weight=output_weight)

@@ -1,0 +1,90 @@
+"""Matrix products of float32 on CPUs, with oneDNN's kernels where they are the faster ones.
+
+PyTorch sends float32 products on x86 to MKL. For the shapes of transformer layers, and above all
+for few rows times a wide output head, oneDNN's kernels, which are part of the same PyTorch, take
+less time (docs/performance.md has figures). Nothing here is used on GPUs.
+
+Symbols: r rows, h input features, n output features.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Up to this many rows a wide head is multiplied from the left, and the result turned.
+_VERY_FEW_ROWS, _WIDE = 16, 4096
+
+
+def is_handled(*tensors: Tensor) -> bool:
+    """Say whether :func:`linear` takes these tensors: float32 on a CPU.
+
+    Args:
+        *tensors: input and weight.
+    """
+    return _has_kernel() and all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors
+    )
+
+
+@cache
+def _has_kernel() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Compute ``left right^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+    return product
+
+
+def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Multiply hidden states with an output head, without gradients.
+
+    Args:
+        hidden: ``[r, h]``.
+        weight: ``[n, h]``.
+
+    Returns:
+        ``[r, n]``, contiguous.
+    """
+    if hidden.size(0) <= _VERY_FEW_ROWS and weight.size(0) >= _WIDE:
+        return torch.mm(weight, hidden.t()).t().contiguous()
+    return _product(hidden, weight)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return _product(hidden, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        of_hidden = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_hidden = _product(rows, weight.t()).view_as(hidden)
+        if ctx.needs_input_grad[1]:
+            of_weight = rows.t() @ hidden.flatten(0, -2)
+        return of_hidden, of_weight
+
+
+def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Multiply with a weight, as ``torch.nn.functional.linear`` does.
+
+    Args:
+        hidden: ``[..., h]``.
+        weight: ``[n, h]``.
+
+    Returns:
+        ``[..., n]``, with gradients to both.
+    """
+    if not torch.is_grad_enabled():
+        return _product(hidden, weight)
+    output: Tensor = _Linear.apply(hidden, weight)
+    return output
