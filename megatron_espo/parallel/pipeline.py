@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
@@ -215,8 +218,9 @@ def select_rows(
     else:
         chosen = join_context(hidden_states[: part.places.numel()], *part)
     weight = output_layer.weight if output_weight is None else output_weight
-    if not torch.is_grad_enabled() and products.is_handled(chosen, weight):
-        logits = products.wide_product(chosen.squeeze(1), weight)
+    if products.is_handled(chosen, weight):
+        chosen = copy_to_tensor_model_parallel_region(chosen, group=output_layer.tp_group)
+        logits = products.linear(chosen.squeeze(1), weight)  # no view: it is used up
         return logits_function(scale_logits(logits), batch.payload)
     output_layer.sequence_parallel = False
     try:

@@ -1,8 +1,8 @@
 """Matrix products of float32 on CPUs, with oneDNN's kernels where they are the faster ones.
 
-PyTorch sends float32 products on x86 to MKL. For the shapes of transformer layers, and above all
-for few rows times a wide output head, oneDNN's kernels, which are part of the same PyTorch, take
-less time (docs/performance.md has figures). Nothing here is used on GPUs.
+PyTorch sends float32 products on x86 to MKL. For the forward products of transformer layers, and
+above all for few rows times a wide output head, oneDNN's kernels, which are part of the same
+PyTorch, take less time (docs/performance.md has figures). Nothing here is used on GPUs.
 
 Symbols: r rows, h input features, n output features.
 """
@@ -34,25 +34,13 @@ def _has_kernel() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Compute ``left right^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``, contiguous."""
+    if hidden.numel() <= _VERY_FEW_ROWS * weight.size(1) and weight.size(0) >= _WIDE:
+        turned = torch.mm(weight, hidden.flatten(0, -2).t())
+        return turned.t().contiguous().unflatten(0, hidden.shape[:-1])
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
     return product
-
-
-def wide_product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Multiply hidden states with an output head, without gradients.
-
-    Args:
-        hidden: ``[r, h]``.
-        weight: ``[n, h]``.
-
-    Returns:
-        ``[r, n]``, contiguous.
-    """
-    if hidden.size(0) <= _VERY_FEW_ROWS and weight.size(0) >= _WIDE:
-        return torch.mm(weight, hidden.t()).t().contiguous()
-    return _product(hidden, weight)
 
 
 class _Linear(torch.autograd.Function):
@@ -65,17 +53,19 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         hidden, weight = ctx.saved_tensors
-        rows = gradient.flatten(0, -2)
         of_hidden = of_weight = None
+        # Here MKL's kernels are as fast or faster.
         if ctx.needs_input_grad[0]:
-            of_hidden = _product(rows, weight.t()).view_as(hidden)
+            of_hidden = gradient @ weight
         if ctx.needs_input_grad[1]:
-            of_weight = rows.t() @ hidden.flatten(0, -2)
+            of_weight = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
         return of_hidden, of_weight
 
 
 def linear(hidden: Tensor, weight: Tensor) -> Tensor:
     """Multiply with a weight, as ``torch.nn.functional.linear`` does.
+
+    The result is the same with and without gradients, to the bit: ESPO's ratio starts at 1.
 
     Args:
         hidden: ``[..., h]``.

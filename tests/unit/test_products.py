@@ -8,26 +8,15 @@ from megatron_espo.parallel import products
 DTYPE = torch.float64
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 17, 40])
-@pytest.mark.parametrize("outputs", [24, 5000])
-def test_wide_product(rows: int, outputs: int) -> None:
-    """Few rows, more rows, narrow and wide heads; the result can be overwritten in place."""
-    hidden, weight = torch.randn(rows, 48), torch.randn(outputs, 48)
-    with torch.no_grad():
-        logits = products.wide_product(hidden, weight)
-    expected = hidden.to(DTYPE) @ weight.to(DTYPE).t()
-    torch.testing.assert_close(logits.to(DTYPE), expected, rtol=1e-5, atol=1e-4)
-    assert logits.is_contiguous()
-    logits -= logits.clone()
-    assert not logits.any()
-
-
-@pytest.mark.parametrize("shape", [(3,), (7, 2), (1, 1)])
-def test_linear_and_its_gradients(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(3,), (7, 2), (1, 1), (17, 1), (40, 3)])
+@pytest.mark.parametrize("outputs", [12, 5000])
+def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
+    """Few rows and more, narrow weights and wide ones; the logits may be overwritten in place."""
     hidden = torch.randn(*shape, 20, requires_grad=True)
-    weight = torch.randn(12, 20, requires_grad=True)
-    upstream = torch.randn(*shape, 12)
+    weight = torch.randn(outputs, 20, requires_grad=True)
+    upstream = torch.randn(*shape, outputs)
     output = products.linear(hidden, weight)
+    assert output.is_contiguous()
     output.backward(upstream)
 
     exact_hidden = hidden.detach().to(DTYPE).requires_grad_()
@@ -40,12 +29,13 @@ def test_linear_and_its_gradients(shape: tuple[int, ...]) -> None:
         (weight.grad, exact_weight.grad),
     ):
         assert found is not None and expected is not None
-        torch.testing.assert_close(found.to(DTYPE), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found.to(DTYPE), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_forward_is_the_same_with_and_without_gradients() -> None:
+@pytest.mark.parametrize("rows", [3, 33])
+def test_forward_is_the_same_with_and_without_gradients(rows: int) -> None:
     """Old and new ELBOs of unchanged weights are equal to the bit: the ratio starts at 1."""
-    hidden, weight = torch.randn(33, 2, 64), torch.randn(96, 64, requires_grad=True)
+    hidden, weight = torch.randn(rows, 2, 64), torch.randn(5000, 64, requires_grad=True)
     with torch.no_grad():
         plain = products.linear(hidden, weight)
     assert torch.equal(plain, products.linear(hidden, weight))
