@@ -77,10 +77,11 @@ def equivalent(reference: str, answer: str) -> bool:
 
     Args:
         reference: the right answer, trusted.
-        answer: any short text. Digits that are not ASCII, and powers or factorials too large to
-            work out (unless the reference is spelt the same), are not equal to anything.
+        answer: any short text. A full stop at its end is not part of it. Digits that are not
+            ASCII, and powers or factorials too large to work out (unless the reference is spelt
+            the same), are not equal to anything.
     """
-    reference, answer = reference.strip(), answer.strip()
+    reference, answer = reference.strip(), answer.strip().removesuffix(".").rstrip()
     if reference == answer:
         return True
     if _INTEGER.fullmatch(reference) and _INTEGER.fullmatch(answer):

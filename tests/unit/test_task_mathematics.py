@@ -76,6 +76,7 @@ def test_gsm8k_gives_nothing_for_what_is_not_the_number_and_returns_at_once(text
         *[("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"), ("p - q", "-q+p")],
         *[("\\text{Evelyn}", "Evelyn"), ("\\text{(C)}", "(C)"), ("90^\\circ", "90")],
         *[("2\\sqrt{2}", "\\sqrt{8}"), ("10,080", "10080"), ("\\{1,2\\}", "\\{2, 1\\}")],
+        *[("4", "4."), ("p - q", "p - q ."), ("\\text{Evelyn}", "Evelyn.")],
         *[("[0,3)", "[0, 3)"), ("x^2+2x+1", "(x+1)^2"), ("5.4 \\text{ cents}", "5.4")],
         ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
     ],
