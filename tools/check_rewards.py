@@ -1,15 +1,17 @@
 """Check that the answers in data files earn full reward, file by file.
 
 For every file of a folder whose format a built-in task knows, the reference answer of each problem
-is written as a completion and scored. Problems without an answer (countdown without a solution,
-code) are read and counted only; for code, --solutions FILE gives solutions by problem number:
-JSONL of {"file": "humaneval.jsonl", "line": 1, "code": "..."}.
+is written as a completion and scored. A countdown problem without a solution is solved by search.
+Code has no answers of its own: --solutions DIR gives them, DIR/humaneval.py those to the problems
+of humaneval.jsonl. A function there solves the problem whose tests call it; imports and names with
+an underscore go with every function. Problems without an answer are read and counted only.
 """
 
 import argparse
+import ast
 import sys
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from megatron_espo.tasks.base import read_parquet, start_line
 
 # The task of a record is the first whose reader accepts it.
 _ORDER = ("sudoku", "countdown", "gsm8k", "math", "code")
+_MOST_NUMBERS = 5  # of a countdown problem that is searched: 6 take minutes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,32 +35,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the files")
-    parser.add_argument("--solutions", type=Path, metavar="FILE", help="solutions to code problems")
+    parser.add_argument("--solutions", type=Path, metavar="DIR", help="solutions to code problems")
     args = parser.parse_args(argv)
     try:
         files = sorted(p for p in args.data.glob("*") if p.suffix in (".jsonl", ".parquet"))
         if not files:
             raise ValueError(f"--data {args.data}: holds no .jsonl or .parquet file; correct it")
-        solutions = _read_solutions(args.solutions) if args.solutions else {}
+        solutions = _read_solutions(args.solutions, files) if args.solutions else {}
         if solutions:
             print(start_line(code))
-        return max([_check_file(path, solutions.get(path.name, {})) for path in files])
+        return max([_check_file(path, solutions.get(path.stem, {})) for path in files])
     except ValueError as error:
         print(f"check_rewards.py: {error}", file=sys.stderr)
         return 2
 
 
-def _read_solutions(path: Path) -> dict[str, dict[int, str]]:
-    found: dict[str, dict[int, str]] = defaultdict(dict)
-    for number, record in read_jsonl(path):
-        try:
-            found[record["file"]][record["line"]] = record["code"]
-        except KeyError as error:
-            raise ValueError(f"{path}:{number}: key {error} is missing; add it") from error
+def _read_solutions(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, str]]:
+    """Read the solutions of each data file's problems: function's name, program."""
+    found = {}
+    for stem in {path.stem for path in files}:
+        path = folder / f"{stem}.py"
+        if path.is_file():
+            found[stem] = _programs(path)
+    if not found:
+        raise ValueError(f"--solutions {folder}: holds no NAME.py for a NAME.jsonl; correct it")
     return found
 
 
-def _check_file(path: Path, solutions: Mapping[int, str]) -> int:
+def _programs(path: Path) -> dict[str, str]:
+    try:
+        source = path.read_text("utf-8")
+        parts = ast.parse(source).body
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as Python ({error}); correct it") from error
+    text = {part: ast.get_source_segment(source, part) or "" for part in parts}
+    solving = [p for p in parts if isinstance(p, ast.FunctionDef) and not p.name.startswith("_")]
+    common = [text[part] for part in parts if part not in solving]
+    return {part.name: "\n\n".join([*common, text[part]]) for part in solving}
+
+
+def _check_file(path: Path, solutions: Mapping[str, str]) -> int:
     """Check one file; prints its counts and what fails, and returns the exit code."""
     if path.suffix == ".parquet":
         records = list(enumerate(read_parquet(path), start=1))
@@ -70,7 +87,7 @@ def _check_file(path: Path, solutions: Mapping[int, str]) -> int:
             unusable.append(number)
             continue
         name, example = found
-        answer = _reference(name, example, record, solutions.get(number))
+        answer = _reference(name, example, record, solutions)
         if answer is not None:
             score = BUILT_IN[name].score(example, answer)
             tried += 1
@@ -96,18 +113,56 @@ def _read(record: Mapping[str, Any]) -> tuple[str, Example] | None:
 
 
 def _reference(
-    name: str, example: Example, record: Mapping[str, Any], solution: str | None
+    name: str, example: Example, record: Mapping[str, Any], solutions: Mapping[str, str]
 ) -> str | None:
-    """Write the reference answer as a completion, or None where the file has none."""
+    """Write the reference answer as a completion, or None where there is none."""
     if name == "code":
+        called = _called(example.answer["tests"][0])
+        solution = next((solutions[f] for f in solutions if f in called), None)
         return None if solution is None else f"```python\n{solution}\n```\n"
     if name in ("gsm8k", "math"):
-        return f"So it is \\boxed{{{example.answer['answer']}}}."
+        # The signs keep it from being found equal letter by letter.
+        return f"So it is \\boxed{{${example.answer['answer']}$}}."
     answer = record.get("solution")
+    if answer is None and name == "countdown":
+        answer = _solve(example.answer["numbers"], example.answer["target"])
     if answer is None:
         return None
     bare = example.answer.get("style") == "bare"
     return str(answer) if bare else f"<answer>\n{answer}\n</answer>"
+
+
+def _called(test: str) -> set[str]:
+    """Return the names that a test calls or hands over."""
+    try:
+        return {node.id for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Name)}
+    except SyntaxError:
+        return set()
+
+
+def _solve(numbers: Sequence[int], target: int) -> str | None:
+    """Search for an expression with the target as its value, in floats: the reward is exact."""
+    if len(numbers) > _MOST_NUMBERS:
+        return None
+    return _combine([(float(number), str(number)) for number in numbers], target)
+
+
+def _combine(parts: Sequence[tuple[float, str]], target: int) -> str | None:
+    """Replace any two parts by what an operator makes of them, until one is left."""
+    if len(parts) == 1:
+        return parts[0][1] if abs(parts[0][0] - target) < 1e-6 else None
+    for i, j in permutations(range(len(parts)), 2):
+        (a, left), (b, right) = parts[i], parts[j]
+        rest = [part for k, part in enumerate(parts) if k not in (i, j)]
+        made = {"-": a - b, "/": a / b if b else None}
+        if i < j:
+            made |= {"+": a + b, "*": a * b}
+        for operator, value in made.items():
+            if value is not None and (
+                found := _combine([*rest, (value, f"({left}{operator}{right})")], target)
+            ):
+                return found
+    return None
 
 
 if __name__ == "__main__":

@@ -113,11 +113,17 @@ def _problem(record: Mapping[str, Any]) -> tuple[list[int], int]:
 
 
 def score(example: Example, completion: str) -> Score:
-    """Reward 1 for the target, 0.1 for a well-formed miss, else 0 (ESPO, arXiv 2512.03759).
+    """Reward 1 for the target, 0.1 for an answer that misses, else 0.
 
-    As published, a tagged completion is well-formed if it has a pair of answer tags; a bare one if
-    it follows the grammar and uses exactly the given numbers, and if it has an "=", what follows
-    is the target and nothing else. An expression that divides by zero has no value, so it misses.
+    What counts as an answer is the published rule (compute_score in d1's diffu-grpo/reward_func.py,
+    taken over in ESPO's espo/rewards.py): a closed pair of answer tags earns 0.1 whatever it
+    encloses, be it the wrong numbers, no expression or nothing; without one there is no reward. In
+    the bare style, which has no tags, 0.1 takes an expression of exactly the given numbers; with
+    an "=" after it, the target and nothing else must follow. An expression that divides by zero
+    has no value, so it misses.
+
+    Unlike there, "=target" may follow a right expression (evaluation scripts derived from d1's take
+    it off, too), and signs, "//" and "**", which Python's eval() takes, miss.
 
     Args:
         example: A problem, from `read`.
@@ -125,7 +131,7 @@ def score(example: Example, completion: str) -> Score:
 
     Returns:
         The score, with the metric "well_formed": whether the answer follows the grammar and uses
-        the given numbers.
+        exactly the given numbers, right or not.
     """
     bare = is_bare(example.answer)
     answer = completion if bare else tagged_answer(completion)

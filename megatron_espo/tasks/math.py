@@ -18,13 +18,22 @@ from megatron_espo.tasks.base import Example, Score, read_records
 name = "math"
 
 INSTRUCTION = "Reason step by step, and write your final answer inside \\boxed{}."
-_SECONDS = 3
-# What would take sympy for ever or all memory: large exponents, power towers, large factorials.
-_COSTLY = re.compile(
+_SECONDS = 5
+# What would take sympy for ever or all memory: large exponents, factorials and numbers as such ...
+_LARGE = re.compile(
     r"(?:\^|\*\*)\s*[\{(]?\s*[-+]?\s*[0-9]{5,}"
-    r"|(?:\^|\*\*)[^ ]{0,200}?[0-9]\s*[)\}]*\s*(?:\^|\*\*)"
     r"|[0-9]{4,}\s*[)\}]*\s*!|!\s*[)\}]*\s*!|[0-9]{200}"
 )
+# ... and a power of a number in an exponent. (x-1)^3(x+1)^3 and e^{-x^2} are no such towers.
+_CHAIN = re.compile(
+    r"(?:\^|\*\*)\s*(?:[-+]?\s*[0-9.]+|\{\s*[-+]?[0-9.]+\s*\})\s*(?:\^|\*\*)"
+    r"|(?:\^|\*\*)\s*\\(?!circ)[A-Za-z]+.*[0-9]\s*[)\}]*\s*(?:\^|\*\*|!)"
+)
+_EXPONENT = re.compile(r"(?:\^|\*\*)\s*[\{(]")
+_NUMBER_POWER = re.compile(r"[0-9]\s*[)\}]*\s*(?:\^|\*\*|!)")
+# Powers of powers multiply their exponents.
+_POWER = re.compile(r"([)\}\]]?)\s*(?:\^|\*\*)\s*[\{(]*\s*[-+]?\s*([0-9]+)")
+_MOST_POWER = 10_000
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
 
 
@@ -77,17 +86,18 @@ def equivalent(reference: str, answer: str) -> bool:
 
     Args:
         reference: the right answer, trusted.
-        answer: any short text. Digits that are not ASCII, and powers or factorials too large to
-            work out (unless the reference is spelt the same), are not equal to anything.
+        answer: any short text. A full stop at its end is not part of it. Digits that are not
+            ASCII, and powers or factorials too large to work out (unless the reference is spelt
+            the same), are not equal to anything.
     """
-    reference, answer = reference.strip(), answer.strip()
+    reference, answer = reference.strip(), answer.strip().removesuffix(".").rstrip()
     if reference == answer:
         return True
     if _INTEGER.fullmatch(reference) and _INTEGER.fullmatch(answer):
         return int(reference) == int(answer)
     if any(character.isnumeric() and not character.isascii() for character in answer):
         return False
-    if _COSTLY.search(answer):
+    if _is_costly(answer):
         return False
     parse, verify = _math_verify()
     # math-verify's own time limits are alarms, which only a main thread can set.
@@ -102,6 +112,32 @@ def equivalent(reference: str, answer: str) -> bool:
         return False
 
 
+def _is_costly(text: str) -> bool:
+    """Return whether numbers of an expression might be too large to work out."""
+    if _LARGE.search(text) or _CHAIN.search(text):
+        return True
+    for power in _EXPONENT.finditer(text):
+        if _NUMBER_POWER.search(_group(text, power.end() - 1)):
+            return True
+    of_numbers, of_groups = 1, 1
+    for bracket, exponent in _POWER.findall(text):
+        if bracket:
+            of_groups *= max(int(exponent), 1)
+        else:
+            of_numbers = max(int(exponent), of_numbers)
+    return of_numbers * of_groups > _MOST_POWER
+
+
+def _group(text: str, start: int) -> str:
+    """Return what the bracket at a place encloses, or all that follows if it does not close."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += (text[place] in "{(") - (text[place] in "})")
+        if depth == 0:
+            return text[start + 1 : place]
+    return text[start + 1 :]
+
+
 @cache
 def _math_verify() -> tuple[Any, Any]:
     """Import math-verify when it is first needed: it takes a second."""
@@ -114,4 +150,7 @@ def _math_verify() -> tuple[Any, Any]:
     # It reports every unreadable answer.
     for logger in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
+    # The first call builds tables, for seconds on a busy machine: not on an answer's time.
+    verify(parse("\\boxed{x+\\frac{1}{2}}", parsing_timeout=None), parse("1", parsing_timeout=None),
+           timeout_seconds=None)  # fmt: skip
     return parse, verify

@@ -10,11 +10,13 @@ Three modes, the first that works on the machine:
   of its own, with Python and nothing else of the machine in it;
 * namespaces: `unshare` gives process, network and IPC namespaces; the machine's files can be read
   as far as the jail's user may, and its /tmp written to;
-* limits: neither works. Files as before; other processes of the same user can be seen.
+* limits: neither works. Files as before; other processes of the same user can be seen, and changed
+  where the run is not root's and the kernel allows it.
 
 In all of them limits hold for memory, CPU time, file size, processes and wall-clock time, a
-system-call filter refuses sockets, new sessions and ways to gain rights, the environment is empty,
-the working directory is empty and thrown away, and root becomes a user that nobody else is.
+system-call filter refuses sockets (but pairs of streams), new sessions and ways to gain rights,
+the environment is empty, the working directory is empty and thrown away, and root becomes a user
+that nobody else is.
 """
 
 import itertools
@@ -93,8 +95,9 @@ def sandbox_mode() -> Mode:
     """
     limits = Limits(test_seconds=_START_SECONDS, total_seconds=_START_SECONDS)
     for mode in MODES:
-        if run_tests(["def f(x): return x + 1"], ["assert f(1) == 2"], limits, mode) == [True]:
-            return mode
+        with suppress(OSError):  # bwrap or unshare is not installed
+            if run_tests(["def f(x): return x + 1"], ["assert f(1) == 2"], limits, mode) == [True]:
+                return mode
     raise ValueError(
         "generated code cannot be run in any sandbox on this machine; install bubblewrap, or run "
         "on Linux with a Python that an unprivileged process can start"
@@ -117,6 +120,9 @@ def run_tests(
     Returns:
         Whether each test passed. A test whose code hangs, leaves or is killed has failed, and the
         tests after it run in fresh jails.
+
+    Raises:
+        OSError: no jail of this mode can be started.
     """
     limits, mode = limits or Limits(), mode or sandbox_mode()
     end = time.monotonic() + limits.total_seconds

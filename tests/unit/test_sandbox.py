@@ -3,6 +3,8 @@
 
 import contextlib
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +22,9 @@ TEST = "assert f(2) == 5"
 
 def works(mode: str) -> bool:
     generous = Limits(test_seconds=20.0, total_seconds=20.0)
-    return run_tests(["def f(x): return 5"], [TEST], generous, mode) == [True]
+    with contextlib.suppress(OSError):  # its program is not installed
+        return run_tests(["def f(x): return 5"], [TEST], generous, mode) == [True]
+    return False
 
 
 WORKING = [mode for mode in MODES if works(mode)]
@@ -31,6 +35,22 @@ def test_some_mode_works_and_says_what_it_leaves_open() -> None:
     line = sandbox.start_line()
     assert line.startswith(f"sandbox: {WORKING[0]}")
     assert ("machine's files" in line) == (WORKING[0] != "bubblewrap")
+
+
+@pytest.mark.parametrize("missing", [["bwrap"], ["bwrap", "unshare"]], ids="-".join)
+def test_missing_programs_leave_the_next_mode(
+    missing: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = sandbox._prefix
+
+    def without(mode: sandbox.Mode, limits: Limits, *, root: bool) -> list[str]:
+        found = prefix(mode, limits, root=root)
+        gone = found and Path(found[0]).name in missing
+        return [f"/nowhere/{Path(found[0]).name}", *found[1:]] if gone else found
+
+    monkeypatch.setattr(sandbox, "_prefix", without)
+    expected = next(mode for mode in MODES[len(missing) :] if mode in WORKING)
+    assert sandbox.sandbox_mode.__wrapped__() == expected
 
 
 HONEST = {
@@ -176,6 +196,25 @@ def test_code_cannot_replace_what_a_test_uses_to_compare() -> None:
 CONTAINED = {
     "no inet socket": "import socket\n    try: socket.socket()\n    except OSError: return 5",
     "no unix socket": "import socket\n    try: socket.socket(socket.AF_UNIX)\n    except OSError: return 5",
+    "no datagram to a path": (
+        "import socket\n    try: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)\n"
+        "    except OSError: return 5"
+    ),
+    "no sequenced packets": (
+        "import socket\n    try: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+        "    except OSError: return 5"
+    ),
+    "stream pairs work": (  # asyncio wakes itself with one
+        "import socket\n    a, b = socket.socketpair()\n    a.send(bytes([5]))\n"
+        "    return b.recv(1)[0]"
+    ),
+    # As bytes: a name as text would need a codec that a private interpreter keeps to itself.
+    "no look-up of a name": (
+        "import socket\n    try: socket.gethostbyname(b'example.com')\n    except OSError: return 5"
+    ),
+    "no address of a name": (
+        "import socket\n    try: socket.getaddrinfo(b'example.com', 80)\n    except OSError: return 5"
+    ),
     "not root": "import os\n    return 5 if os.getuid() and os.geteuid() and not os.getgroups() else 0",
     "cannot become root": "import os\n    try: os.setuid(0)\n    except OSError: return 5",
     "no environment": "import os\n    return 5 if not {'SECRET', 'PYTHONPATH'} & set(os.environ) else 0",
@@ -218,6 +257,20 @@ def test_jail_without_bubblewrap_holds(mode: str) -> None:
     tests = [f"assert f{i}(2) == 5" for i in range(len(names))]
     verdicts = run_tests(["\n".join(bodies)], tests, Limits(test_seconds=5.0), mode)
     assert dict(zip(names, verdicts, strict=True)) == dict.fromkeys(names, True)
+
+
+def test_locked_in_process_is_closed_to_others_of_its_user() -> None:
+    """Where two jails have one user, the code's could else rewrite the tests' memory (/proc)."""
+    program = (
+        "import ctypes, sys\n"
+        "from megatron_espo.tasks.jail.limits import lock_in\n"
+        "before = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"  # PR_GET_DUMPABLE
+        "lock_in({'memory': 1 << 30, 'cpu': 9, 'processes': 9, 'file': 9, 'user': 0, 'preload': 0})\n"
+        "sys.exit(10 * before + ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    assert done.returncode == 10
 
 
 @pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="other modes show the machine's files")

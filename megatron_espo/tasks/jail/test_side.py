@@ -7,7 +7,8 @@ import os
 import socket
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -151,7 +152,7 @@ class Code:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._callbacks: list[Callable[..., Any]] = []
-        self._ended = False
+        self._ended = self._malformed = False
 
     def value(self, name: str) -> Any:
         """Return a plain global of the code."""
@@ -173,33 +174,49 @@ class Code:
             raise RuntimeError("the code has ended")
         send(self._connection, message)
         while True:
-            answer = receive(self._connection, MAX_MESSAGE)
+            with self._well_formed():
+                answer = receive(self._connection, MAX_MESSAGE)
             if answer is None:
                 raise EOFError
             if "callback" not in answer:
                 break
-            function = self._callbacks[answer["callback"]]
-            result = function(*[decode(value) for value in answer["args"]])
+            with self._well_formed():
+                function = self._callbacks[answer["callback"]]
+                values = [decode(value) for value in answer["args"]]
+            result = function(*values)
             send(self._connection, {"value": encode(result, self._foreign)})
         if "gone" in answer:
             self._ended = True
             raise RuntimeError("the code has ended")
         if "raised" in answer:
             raise self._exception(answer, message)
-        if "object" in answer:
-            return RemoteObject(self, int(answer["object"]))
-        for place, value in answer.get("changed", {}).items():
-            _replace(args[int(place)], decode(value))
-        return decode(answer["value"])
+        with self._well_formed():
+            if "object" in answer:
+                return RemoteObject(self, int(answer["object"]))
+            for place, value in answer.get("changed", {}).items():
+                _replace(args[int(place)], decode(value))
+            return decode(answer["value"])
+
+    @contextmanager
+    def _well_formed(self) -> Iterator[None]:
+        """Fail the test if the code's words make no sense, whatever exceptions the test catches."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self._malformed = True
+            raise RuntimeError("the code's answer is malformed") from error
 
     def end(self) -> bool:
-        """End a test; returns False if the code's process had ended before."""
+        """End a test; returns False if the code's process had ended before or spoke nonsense."""
         if self._ended:
             return False
         send(self._connection, {"end": True})
-        while (answer := receive(self._connection, MAX_MESSAGE)) is not None:
-            if "gone" in answer:
-                return True
+        try:
+            while (answer := receive(self._connection, MAX_MESSAGE)) is not None:
+                if "gone" in answer:
+                    return not self._malformed
+        except ValueError as error:
+            raise EOFError from error
         raise EOFError
 
     def _foreign(self, value: Any) -> Any:

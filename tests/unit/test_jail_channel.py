@@ -1,0 +1,156 @@
+"""What generated code may say to its tests: nothing but the right value makes a test pass."""
+
+import contextlib
+import json
+import socket
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from megatron_espo.tasks.jail import channel
+from megatron_espo.tasks.jail.test_side import Code, run_test
+from megatron_espo.tasks.sandbox import Limits, run_tests
+
+NAMES = {"f": "function", "C": "class", "LIMIT": "value", "math": "module"}
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+def framed(message: object) -> bytes:
+    data = json.dumps(message).encode()
+    return struct.pack("!Q", len(data)) + data
+
+
+def passes(test: str, said: bytes) -> bool:
+    """Whether a test passes against code that has said some bytes and left."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(said)
+        theirs.shutdown(socket.SHUT_WR)
+        try:
+            return run_test(test, NAMES, Code(ours))
+        except (EOFError, OSError):  # as for a process that is gone: the test has failed
+            return False
+
+
+def test_right_value_and_a_normal_end_pass() -> None:
+    said = framed({"value": 5}) + framed({"gone": True})
+    assert passes("assert f(2) == 5", said)
+    assert not passes("assert f(2) == 5", framed({"value": 5}))  # no end
+    assert not passes("assert f(2) == 5", framed({"gone": True}) * 2)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers().filter(lambda n: n != 5) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.tuples(
+        st.sampled_from(
+            ["list", "tuple", "set", "dict", "int", "float", "range", "iterator", "builtin",
+             "bytes", "object", "function", "callback", "opaque", "Decimal", "datetime"]
+        ),
+        inner,
+    ).map(list),
+    max_leaves=5,
+)  # fmt: skip
+KEYS = ["passed", "test", "loaded", "gone", "raised", "text", "object", "callback", "args",
+        "changed", "names", "failed", "end", "want"]  # fmt: skip
+ERRORS = ["StopIteration", "SystemExit", "KeyboardInterrupt", "EOFError", "AssertionError",
+          "GeneratorExit", "ValueError", "OSError", "BaseException", "Unplain"]  # fmt: skip
+MESSAGES = (
+    st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4)
+    | VALUES.map(lambda value: {"value": value})
+    | st.sampled_from(ERRORS).map(lambda name: {"raised": name, "text": ""})
+    | st.builds(lambda v, c: {"value": v, "changed": c}, VALUES, st.dictionaries(st.text(), VALUES))
+    | VALUES  # no object at all
+)
+SAID = st.lists(
+    MESSAGES.map(framed)
+    | st.binary(max_size=20)
+    | st.integers(0, 2**64 - 1).map(lambda n: struct.pack("!Q", n)),
+    max_size=5,
+).map(b"".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(SAID, st.sampled_from(["", "gone", "end"]))
+@example(framed({"test": 0, "passed": True}) * 3, "gone")
+@example(framed({"loaded": True}) + framed({"test": 0, "passed": True}), "gone")
+@example(framed({"object": 0}), "gone")
+@example(framed({"raised": "StopIteration"}), "gone")
+@example(framed({"value": ["float", "nan"]}), "gone")
+@example(framed({"value": "5"}) + framed({"value": 5}), "gone")
+@example(b"[" * 40, "gone")
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert f(2) == 5",
+        "assert f(2) in (5,) and f(3) in {5}",
+        "assert [f(2)] == [5] and C(1).g() == 5",
+        "x = [1]\nf(x)\nassert x == [5] and f(2) == 5",
+        "assert all(f(n) == 5 for n in range(2)) and f(lambda v: v, 2) == 5",
+        "try:\n    f(2)\nexcept KeyError:\n    pass\nelse:\n    raise AssertionError",
+    ],
+)
+def test_nothing_that_code_says_forges_a_pass(test: str, said: bytes, ending: str) -> None:
+    if ending:
+        said += framed({ending: True})
+    assert not passes(test, said)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=60) | SAID)
+def test_any_bytes_are_a_message_or_a_value_error_or_the_end(data: bytes) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(data)
+        theirs.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(ValueError):
+            message: Any = channel.receive(ours, 1 << 16)
+            assert message is None or isinstance(message, dict)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.dictionaries(st.text(max_size=5), st.integers() | st.text()), max_size=4))
+def test_messages_arrive_whole_and_in_order(messages: list[dict[str, Any]]) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        for message in messages:
+            channel.send(ours, message)
+        ours.shutdown(socket.SHUT_WR)
+        assert [channel.receive(theirs) for _ in messages] == messages
+        assert channel.receive(theirs) is None
+
+
+def test_a_message_over_the_limit_is_refused_before_it_is_read(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = pair
+    theirs.sendall(struct.pack("!Q", 101))
+    ours.settimeout(5.0)
+    with pytest.raises(ValueError, match="101 bytes is too long"):
+        channel.receive(ours, 100)
+    channel.send(theirs, {"x": "y" * 90})
+    assert channel.receive(ours, 100) == {"x": "y" * 90}
+
+
+@settings(max_examples=8, deadline=None)
+@given(SAID, st.booleans())
+def test_code_in_the_jail_cannot_write_itself_a_pass(said: bytes, when_called: bool) -> None:
+    """The same against real jails, on every file descriptor that the code can find."""
+    write = (
+        "import os, sys\nfor fd in range(40):\n"
+        f"    try: os.write(fd, {said!r})\n    except OSError: pass\n"
+    )
+    body = "".join(f"    {line}\n" for line in write.splitlines()) if when_called else ""
+    program = (write if not when_called else "") + f"def f(x):\n{body}    return 4\n"
+    limits = Limits(test_seconds=2.0, total_seconds=3.0)
+    assert run_tests([program], ["assert f(2) == 5"], limits) == [False]
