@@ -88,7 +88,10 @@ def test_gsm8k_gives_nothing_for_what_is_not_the_number_and_returns_at_once(text
         ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
     ],
 )
-def test_math_accepts_equal_answers(reference: str, answer: str) -> None:
+def test_math_accepts_equal_answers(
+    reference: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(math, "_SECONDS", 100)  # a busy machine is not to decide
     assert math.score(Example("", {"answer": reference}), f"so \\boxed{{{answer}}}").correct
 
 
@@ -155,6 +158,12 @@ def test_answers_longer_than_the_limit_are_none() -> None:
     for digits, answer in ((MAX_ANSWER, "1" * MAX_ANSWER), (MAX_ANSWER + 1, None)):
         assert final_answer("<answer>" + "1" * digits + "</answer>") == answer
     assert parse_number("1" * (MAX_ANSWER + 1)) is None
+    assert final_answer("so 7 and " + "1" * (MAX_ANSWER + 1)) is None
+
+
+def test_escaped_braces_do_not_open_or_close_a_box() -> None:
+    for content in ("\\{1, 2", "1 \\}", "\\{ \\frac{1}{2} \\}", "\\\\ {x}"):
+        assert boxed_answer(f"so \\boxed{{{content}}} it is }}") == content
 
 
 def write(path: Path, *records: object) -> Path:
