@@ -116,6 +116,24 @@ def test_math_refuses_other_answers_and_returns_at_once(reference: str, answer: 
     assert time.monotonic() - started < 20.0
 
 
+# Without one of the checks, sympy would be asked for one of these.
+COSTLY = ["10^{100000000}", "9999!", "9!!", "1" * 200, "9**9**9", "9^{9}^{9}", "9^\\sqrt{9^{99}}",
+          "9^{9\\cdot 9^{99}}", "2^{(3)^{4}", "((9^{99})^{99})^{99}", "{9^{9999}}^{9999}",
+          "(9999^{101})^{100}", "9^{99!}"]  # fmt: skip
+CHEAP = ["(x-1)^3(x+1)^3", "e^{-x^2}", "2^{100} \\cdot 3^{150} \\cdot 5^{99}", "x^{n!}", "99!",
+         "\\cos(6^\\circ)\\sin(12^\\circ)", "(x^{99})^{100}", "2^{x^2}", "9^{9999}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", COSTLY)
+def test_powers_too_large_to_work_out_are_told_by_their_structure(text: str) -> None:
+    assert math._is_costly(text)
+
+
+@pytest.mark.parametrize("text", CHEAP)
+def test_ordinary_powers_are_not_taken_for_towers(text: str) -> None:
+    assert not math._is_costly(text)
+
+
 def test_score_says_whether_the_answer_is_boxed() -> None:
     for task in (gsm8k, math):
         assert task.score(NUMBER, "\\boxed{1234}").metrics == {"boxed": 1.0}
