@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_espo.arguments import add_arguments, config_from_args
@@ -54,6 +56,44 @@ def test_recipes_hold_the_published_settings(task: str, parser: argparse.Argumen
     assert args.seq_length - rollout.completion_length == 400
     assert (args.adam_beta1, args.adam_beta2, args.lr_decay_style) == (0.9, 0.99, "constant")
     assert args.bf16
+
+
+def rate(args: argparse.Namespace, step: int) -> float:
+    """The learning rate of a step, from Megatron's scheduler."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    batch = args.global_batch_size
+    scheduler = OptimizerParamScheduler(
+        torch.optim.SGD([weight], lr=args.lr), 0.0, args.lr, args.min_lr,
+        args.lr_warmup_iters * batch, args.train_iters * batch, args.lr_decay_style,
+        args.weight_decay, args.weight_decay, 0, "constant", use_checkpoint_opt_param_scheduler=False,
+        wsd_decay_steps=args.lr_wsd_decay_iters * batch, lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )  # fmt: skip
+    scheduler.step(step * batch)
+    return scheduler.optimizer.param_groups[0]["lr"]
+
+
+def test_pretraining_and_fine_tuning_follow_llada(parser: argparse.ArgumentParser) -> None:
+    """arXiv 2502.09992v3, sections 2.2 and 2.3."""
+    pretrain, sft = (
+        parser.parse_args(expand_preset(expand_recipes(["--recipe", "llada_8b", "--recipe", name])))
+        for name in ("pretrain_8b", "sft_8b")
+    )
+    tokens = pretrain.global_batch_size * pretrain.seq_length
+    assert (pretrain.global_batch_size, pretrain.seq_length) == (1280, 4096)
+    assert pretrain.train_iters * tokens == pytest.approx(2.3e12, rel=1e-3)
+    assert pretrain.lr_wsd_decay_iters * tokens == pytest.approx(0.3e12, rel=1e-3)
+    steady = pretrain.train_iters - pretrain.lr_wsd_decay_iters
+    for step, expected in (
+        (1000, 2e-4), (2000, 4e-4), (steady, 4e-4), (pretrain.train_iters, 1e-5),
+        (steady + pretrain.lr_wsd_decay_iters // 2, (4e-4 + 1e-5) / 2),
+    ):  # fmt: skip
+        assert rate(pretrain, step) == pytest.approx(expected), step
+    assert sft.global_batch_size == 256
+    assert sft.lr_wsd_decay_iters * 10 == sft.train_iters
+    for step, expected in ((25, 1.25e-5), (50, 2.5e-5), (2700, 2.5e-5), (3000, 2.5e-6),
+                           (2850, (2.5e-5 + 2.5e-6) / 2)):  # fmt: skip
+        assert rate(sft, step) == pytest.approx(expected), step
+    assert pretrain.weight_decay == sft.weight_decay == 0.1
 
 
 def flags_of(name: str) -> set[str]:
