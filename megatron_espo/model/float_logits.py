@@ -43,15 +43,16 @@ def float_product(hidden: Tensor, weight: Tensor) -> Tensor:
     Returns:
         float32 ``[..., n]``.
     """
-    rows = hidden.flatten(0, -2)
+    # No view: what follows works in place, which autograd forbids on views from a function.
+    logits = hidden.new_empty(*hidden.shape[:-1], weight.size(0), dtype=torch.float32)
+    rows, out = hidden.flatten(0, -2), logits.view(-1, weight.size(0))
     if rows.is_cuda:
-        logits = torch.mm(rows, weight.t(), out_dtype=torch.float32)
+        torch.mm(rows, weight.t(), out_dtype=torch.float32, out=out)
     else:
         rows = rows.float()
-        logits = rows.new_empty(rows.size(0), weight.size(0))
-        for part, place in zip(weight.split(_BLOCK), logits.split(_BLOCK, dim=1), strict=True):
+        for part, place in zip(weight.split(_BLOCK), out.split(_BLOCK, dim=1), strict=True):
             place.copy_(rows @ part.float().t())
-    return logits.view(*hidden.shape[:-1], weight.size(0))
+    return logits
 
 
 class _FloatLogits(LinearWithGradAccumulationAndAsyncCommunication):

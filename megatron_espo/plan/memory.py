@@ -168,15 +168,24 @@ def activation_memory(args: argparse.Namespace, passes: Passes) -> float:
 
 
 def logits_memory(args: argparse.Namespace, head_rows: float) -> float:
-    """Bytes of the logits of some rows: as computed, in float32, softmax, and gradient."""
-    return head_rows * args.padded_vocab_size / args.tensor_model_parallel_size * (2 + 4 + 4 + 4)
+    """Bytes of the logits of some rows, from the output head to its backward pass.
+
+    Logits are float32 (model/float_logits.py). Megatron's cross entropy works in place: softmax and
+    gradient take the place of the logits; the head's backward pass gets the gradient in its
+    weights' type.
+    """
+    gradient = 2 if args.bf16 or args.fp16 else 0
+    return head_rows * args.padded_vocab_size / args.tensor_model_parallel_size * (4 + gradient)
 
 
 def rollout_memory(args: argparse.Namespace, sampling: RolloutConfig, positions: int) -> float:
     """Estimate the working memory of a sampling pass: one layer and the logits of a block."""
     rows = sampling.micro_batch_size * (2 if sampling.guidance_scale > 0.0 else 1)
-    head_rows = rows * sampling.block_length
-    return layer_activations(args, rows, positions) + logits_memory(args, head_rows)
+    # In float32, and a copy where more is read from them than one distribution.
+    copied = sampling.temperature not in (0.0, 1.0) or sampling.remasking == "entropy"
+    entry = 4 * (2 if copied or sampling.guidance_scale > 0.0 else 1)
+    logits = rows * sampling.block_length * args.padded_vocab_size * entry
+    return layer_activations(args, rows, positions) + logits / args.tensor_model_parallel_size
 
 
 def cache_memory(args: argparse.Namespace, passes: Passes) -> float:

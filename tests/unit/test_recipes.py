@@ -12,7 +12,7 @@ from megatron_espo.arguments import add_arguments, config_from_args
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.recipes import RECIPES, expand_recipes, last_value, read_flags
-from megatron_espo.training.launch import complete_flags, relaunch, warn_of_restarts
+from megatron_espo.training.launch import complete_flags, missing_ranks, warn_of_restarts
 
 TASKS = ("gsm8k", "math", "countdown", "sudoku", "code")
 MODELS = ("llada_8b", "dream_7b")
@@ -65,7 +65,8 @@ def rate(args: argparse.Namespace, step: int) -> float:
     scheduler = OptimizerParamScheduler(
         torch.optim.SGD([weight], lr=args.lr), 0.0, args.lr, args.min_lr,
         args.lr_warmup_iters * batch, args.train_iters * batch, args.lr_decay_style,
-        args.weight_decay, args.weight_decay, 0, "constant", use_checkpoint_opt_param_scheduler=False,
+        args.weight_decay, args.weight_decay, 0, "constant",
+        use_checkpoint_opt_param_scheduler=False,
         wsd_decay_steps=args.lr_wsd_decay_iters * batch, lr_wsd_decay_style=args.lr_wsd_decay_style,
     )  # fmt: skip
     scheduler.step(step * batch)
@@ -152,14 +153,14 @@ def test_wrong_recipes_are_refused_by_line(tmp_path: Path, text: str, message: s
 
 def test_a_single_process_starts_one_rank_per_gpu() -> None:
     alone = {"GPUS_PER_NODE": "8"}
-    command = relaunch("run.sh", ["--seed", "3"], alone | {"WORLD_SIZE": "1"})
-    assert command is not None
-    assert command[-5:] == ["--nproc-per-node", "8", "run.sh", "--seed", "3"]
-    assert relaunch("run.sh", [], alone) is not None
-    assert relaunch("run.sh", [], {"GPUS_PER_NODE": "1"}) is None
-    assert relaunch("run.sh", [], alone | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}) is None
+    assert missing_ranks(alone) == missing_ranks(alone | {"WORLD_SIZE": "1"}) == 8
+    assert missing_ranks({"GPUS_PER_NODE": "1"}) == 0
+    assert missing_ranks(alone | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}) == 0
+    assert missing_ranks(alone | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}) == 0
     with pytest.raises(ValueError, match="pass --nproc-per-node 8 to torchrun"):
-        relaunch("run.sh", [], alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"})
+        missing_ranks(alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"})
+    with pytest.raises(ValueError, match="GPUS_PER_NODE is 'all'"):
+        missing_ranks({"GPUS_PER_NODE": "all"})
 
 
 def test_restarts_over_nodes_without_fresh_stores_are_warned_of(
