@@ -86,7 +86,7 @@ def use_float_logits(head: ColumnParallelLinear) -> None:
     """
     plain = head._forward_impl
 
-    def forward(input: Tensor, weight: Tensor, **options: Any) -> Tensor:
+    def forward(input: Tensor, weight: Tensor, **options: Any) -> Any:
         # Weights in parts on several ranks (--tensor-parallel-num-weight-shards) are gathered in
         # Megatron's own product.
         if weight.dtype == torch.float32 or options["gtp_remat_size"] != 1:
