@@ -29,7 +29,7 @@ setup(
     python_requires=">=3.12",
     packages=find_packages(include=["megatron_espo", "megatron_espo.*"]),
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.8",
         "megatron-core[training]==0.19.*",
         "transformers>=5.0",
         "tokenizers>=0.21",

@@ -338,9 +338,6 @@ def _check_unsupported(args: argparse.Namespace) -> None:
 
 
 def _check_backend(args: argparse.Namespace) -> None:
-    if args.fp8_recipe is None:
-        # Megatron's optimizer reads the recipe even without FP8: there its own default stays.
-        args.fp8_recipe = fp8.DEFAULT_RECIPE if args.fp8 else "delayed"
     if args.transformer_impl == "transformer_engine":
         if not device.has_cuda():
             raise ValueError(
@@ -359,6 +356,10 @@ def _check_backend(args: argparse.Namespace) -> None:
 
 
 def _check_precision(args: argparse.Namespace) -> None:
+    """Check that FP8 has its layers, and choose a recipe where none is given."""
+    if args.fp8_recipe is None:
+        # Megatron's optimizer reads the recipe even without FP8: there its own default stays.
+        args.fp8_recipe = fp8.DEFAULT_RECIPE if args.fp8 else "delayed"
     if args.fp8 and args.transformer_impl != "transformer_engine":
         raise ValueError("--fp8-format needs --transformer-impl transformer_engine.")
 

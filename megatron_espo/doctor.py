@@ -25,7 +25,7 @@ _SHARED_MEMORY_PER_GPU = GB
 
 # Distribution -> the versions that work, as a regular expression, and how to get one.
 _NEEDED = {
-    "torch": (r"2\.([6-9]|[1-9]\d)", "torch>=2.6"),
+    "torch": (r"2\.([89]|[1-9]\d)", "torch>=2.8"),
     "megatron-core": (r"0\.19(\.|$)", "megatron-core[training]==0.19.*"),
     "transformers": (r"[5-9]\.", "transformers>=5.0"),
 }

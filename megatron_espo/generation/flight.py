@@ -16,6 +16,23 @@ from megatron_espo.parallel.passes import KeyValueCache
 _BATCHES_PER_STAGE = 4
 
 
+def micro_batches(n: int, most_rows: int, pp_size: int) -> tuple[int, int]:
+    """Say how many micro-batches are in flight, and of how many rows.
+
+    Args:
+        n: rows to be sampled.
+        most_rows: --rollout-micro-batch-size.
+        pp_size: pipeline stages.
+
+    Returns:
+        Their number and the places of each.
+    """
+    # Fewer rows than the stages have places for are spread over them.
+    size = min(most_rows, -(-n // pp_size))
+    most = 1 if pp_size == 1 else _BATCHES_PER_STAGE * pp_size
+    return min(most, -(-n // size)), size
+
+
 @dataclass
 class MicroBatch:
     """Places of a micro-batch and the rows that have them.
@@ -58,11 +75,8 @@ class Flight:
             config: sampling settings.
             pp_size: pipeline stages.
         """
-        # Fewer rows than the stages have places for are spread over them.
-        size = min(config.micro_batch_size, -(-n // pp_size))
-        most = 1 if pp_size == 1 else _BATCHES_PER_STAGE * pp_size
-        batches = [MicroBatch(size) for _ in range(min(most, -(-n // size)))]
-        return cls(config, deque(range(n)), batches)
+        number, size = micro_batches(n, config.micro_batch_size, pp_size)
+        return cls(config, deque(range(n)), [MicroBatch(size) for _ in range(number)])
 
     @property
     def rows(self) -> list[int]:

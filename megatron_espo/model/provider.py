@@ -7,6 +7,7 @@ from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from torch import Tensor
 
+from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
 from megatron_espo.parallel.passes import current_pass
 
@@ -52,6 +53,8 @@ def model_provider(
         pg_collection=pg_collection,
         vp_stage=vp_stage,
     )
+    if post_process:
+        use_float_logits(model.output_layer)
     if post_process and model.decoder.layers:
         # Recomputing the core attention would run it after the pass whose rows it selects. The
         # fused kernel keeps no scores, so that there is next to nothing to save.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.data.batch import round_up
 from megatron_espo.monitor.flops import (
     ModelDimensions,
     RolloutFlops,
@@ -77,6 +78,7 @@ def make_plan(
     espo: EspoConfig | None,
     rollout: RolloutConfig | None,
     gpu_memory: float,
+    pad_multiple: int = 1,
 ) -> Plan:
     """Work a run out.
 
@@ -86,6 +88,7 @@ def make_plan(
         espo: ESPO's settings; None for pre-training and fine-tuning.
         rollout: sampling settings; None likewise.
         gpu_memory: bytes of one GPU.
+        pad_multiple: ESPO pads the positions of its rows to a multiple of this.
 
     Returns:
         The plan.
@@ -100,11 +103,13 @@ def make_plan(
         rows = args.espo_rows_per_batch
         passes = Passes(
             rows=rows,
-            positions=args.seq_length,
+            positions=round_up(args.seq_length, pad_multiple),
             head_rows=int(rows * per_view),
             num_batches=completions * espo.views_per_completion // rows,
             sampling=rollout,
+            sampled_rows=_sampled_rows(args, espo, rollout),
             keeps_reference=espo.kl_coef > 0.0,
+            fp8_gradients=espo.fp8_phases != "rollout",
         )
         flops = rollout_flops(dimensions, args.seq_length, espo, rollout)
         step_flops = flops.total / espo.updates_per_rollout
@@ -127,6 +132,16 @@ def make_plan(
     return Plan(args, stages, memory, gpu_memory, passes, flops, step_flops, steps)
 
 
+def _sampled_rows(args: argparse.Namespace, espo: EspoConfig, rollout: RolloutConfig) -> int:
+    """Most completions of a rank in one call of the sampler: of a rollout or of an evaluation."""
+    rows = espo.completions_per_rollout
+    if espo.eval_data is not None:
+        # How many problems all of them are is in a file that a plan does not read: enough.
+        enough = 100 * rollout.micro_batch_size * args.world_size
+        rows = max(rows, espo.eval_samples or enough)
+    return -(-rows // args.data_parallel_size)
+
+
 def check_plan(plan: Plan) -> None:
     """Refuse a plan that cannot work.
 
@@ -146,13 +161,14 @@ def check_plan(plan: Plan) -> None:
         + memory.gradients
         + memory.optimizer,
         "activations": memory.activations,
-        "rollouts": memory.rollout,
+        "rollouts": memory.rollout + memory.cache,
     }
     largest = max(parts, key=lambda name: parts[name])
     remedies = {
         "activations": "lower --micro-batch-size or add --recompute-granularity full "
         "--recompute-method uniform --recompute-num-layers 1",
-        "rollouts": "lower --rollout-micro-batch-size",
+        "rollouts": "lower --rollout-micro-batch-size"
+        + (" or leave out --rollout-cache" if memory.cache else ""),
         "weights, gradients and optimizer": "raise --tensor-model-parallel-size "
         f"{args.tensor_model_parallel_size}"
         + (", use more GPUs" if args.use_distributed_optimizer else ", add")

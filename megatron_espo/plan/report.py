@@ -68,6 +68,7 @@ def _memory(plan: Plan) -> list[str]:
         ("optimizer", memory.optimizer, ""),
         ("activations of an update", memory.activations, " (estimate)"),
         ("sampling pass", memory.rollout, " (estimate; not at the same time)"),
+        ("key/value caches", memory.cache, " (with the sampling pass)"),
         ("CUDA, NCCL, workspaces", memory.overhead, " (assumed)"),
     ]
     stage = "" if len(plan.memory) == 1 else ", most loaded pipeline stage"

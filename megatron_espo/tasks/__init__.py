@@ -61,9 +61,12 @@ def load_task(name: str, *, flag: str = "--task") -> Task:
     if not isinstance(getattr(found, "name", None), str):
         missing.insert(0, "name")
     if missing:
+        # Many a mistyped name is that of some module that can be imported.
+        kind = "module" if inspect.ismodule(found) else type(found).__name__
         raise ValueError(
-            f"{flag} {name}: has no {', '.join(missing)}; "
-            "a task needs name (a string), read(path) and score(example, completion)"
+            f"{flag} {name}: no such task; use one of {', '.join(BUILT_IN)}, or a task of your own "
+            f"(the {kind} of this name lacks {', '.join(missing)}: a task has name, a string, "
+            "read(path) and score(example, completion))"
         )
     return cast(Task, found)
 

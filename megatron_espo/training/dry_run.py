@@ -17,6 +17,7 @@ from megatron_espo.plan.plan import Plan, check_plan, make_plan
 from megatron_espo.plan.report import plan_report
 from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.tasks import load_task
+from megatron_espo.training.setup import pad_multiple
 
 Prepare = Callable[[argparse.Namespace], None]
 
@@ -56,7 +57,7 @@ def dry_run(argv: Sequence[str], prepare: Prepare, *, with_espo: bool) -> Plan |
         espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
         load_task(espo.task, flag="--espo-task")
     gpu_memory = config_from_args(LaunchConfig, args).dry_run_gpu_memory * GB
-    plan = make_plan(args, stages, espo, rollout, gpu_memory)
+    plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args))
     print(plan_report(plan, espo, rollout))
     print(_files(args), flush=True)
     check_plan(plan)

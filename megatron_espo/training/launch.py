@@ -14,7 +14,7 @@ import torch
 from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.training.setup import run_entry_point
 
-# What torchrun tells its ranks; a torchrun that is started by a rank must not inherit it.
+# What torchrun tells its ranks; the torchrun that a rank starts must not inherit it.
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
 _RANK_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
@@ -30,10 +30,12 @@ def start(script: str, entry: str, recipes: Sequence[str]) -> None:
 
     def run(argv: Sequence[str]) -> None:
         flags = complete_flags(recipes, argv)
-        command = relaunch(script, argv, os.environ) if "--dry-run" not in flags else None
-        if command is not None:
-            print(f"one process, several GPUs: {' '.join(command[1:8])} ...", flush=True)
-            os.execve(command[0], command, _without_rank(os.environ))
+        gpus = missing_ranks(os.environ) if "--dry-run" not in flags else 0
+        if gpus:
+            print(f"one process, {gpus} GPUs: starting a rank for each, as bash {script} does")
+            sys.stdout.flush()
+            own = {"GPUS_PER_NODE": str(gpus), "PYTHON": sys.executable}
+            os.execvpe("bash", ["bash", script, *argv], _without_rank(os.environ) | own)
         warn_of_restarts(os.environ)
         importlib.import_module(f"megatron_espo.training.{entry}").main(flags)
 
@@ -65,32 +67,33 @@ def complete_flags(recipes: Sequence[str], argv: Sequence[str]) -> list[str]:
     return flags
 
 
-def relaunch(script: str, argv: Sequence[str], environment: Mapping[str, str]) -> list[str] | None:
-    """Say how to start one rank per GPU where this process is alone although there are several.
+def missing_ranks(environment: Mapping[str, str]) -> int:
+    """Say how many ranks to start where this process is alone although there are several GPUs.
 
     ``torchrun SCRIPT`` starts one process unless it is told a number.
 
     Args:
-        script: path of the script.
-        argv: its command line.
-        environment: GPUS_PER_NODE says how many ranks; without it, all visible GPUs.
+        environment: as torchrun sets it. GPUS_PER_NODE says how many ranks; without it, all
+            visible GPUs.
 
     Returns:
-        A command line, or None where the ranks are as they should be.
+        Their number, or 0 where the ranks are as they should be.
 
     Raises:
-        ValueError: There are several nodes with one process each.
+        ValueError: There are several nodes with one process each, or GPUS_PER_NODE is no number.
     """
-    gpus = int(environment.get("GPUS_PER_NODE") or torch.cuda.device_count())
+    given = environment.get("GPUS_PER_NODE") or str(torch.cuda.device_count())
+    if not given.isdigit():
+        raise ValueError(f"the environment's GPUS_PER_NODE is {given!r}; set a number of GPUs.")
+    gpus = int(given)
     if gpus < 2 or environment.get("LOCAL_WORLD_SIZE", "1") != "1":
-        return None
+        return 0
     if environment.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             f"torchrun started one process on a node with {gpus} GPUs; pass --nproc-per-node "
             f"{gpus} to torchrun."
         )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*torchrun, "--nproc-per-node", str(gpus), script, *argv]
+    return gpus
 
 
 def _without_rank(environment: Mapping[str, str]) -> dict[str, str]:

@@ -3,6 +3,7 @@
 In a folder and a process of its own: Megatron looks for Transformer Engine when it is imported.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -88,9 +89,10 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def build(tokenizer: str) -> Iterator[Build]:
-    """Build a model from flags, with the code that training uses."""
+    """Build a model from flags, with the code that training uses, on one rank or under torchrun."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("gloo", **({} if "RANK" in os.environ else alone))
 
     def make(*flags: str) -> Built:
         forget()
@@ -100,7 +102,9 @@ def build(tokenizer: str) -> Iterator[Build]:
             args.rerun_mode = "disabled"
 
         args = initialize_arguments([*SHAPE, "--tokenizer-model", tokenizer, *flags], no_checks)
-        mpu.initialize_model_parallel(1, 1)
+        mpu.initialize_model_parallel(
+            args.tensor_model_parallel_size, context_parallel_size=args.context_parallel_size
+        )
         megatron_training.initialize_megatron()
         chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider, checkpointing_context={}

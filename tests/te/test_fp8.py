@@ -35,30 +35,30 @@ RECIPES = ("tensorwise", "blockwise", "mxfp8")
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
-def views_of(built: Built) -> tuple[Any, Any]:
-    numbers = (uniform(stream(3, "test-tokens"), torch.arange(N), 32) * 250).long()
-    prompts = [numbers[i, : 6 + i].tolist() for i in range(N)]
-    model, ids = built.model, torch.arange(N)
-    views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, 1)
+def views_of(built: Built, n: int = N, rows: int = 2) -> tuple[Any, Any]:
+    numbers = (uniform(stream(3, "test-tokens"), torch.arange(n), 32) * 250).long()
+    prompts = [numbers[i, : 6 + i].tolist() for i in range(n)]
+    model, ids = built.model, torch.arange(n)
+    views = elbo_views("coupled", stream(5, "elbo"), ids, ids, n, LENGTH, 1)
     sequences = pack_sequences(
         prompts, numbers[:, 16 : 16 + LENGTH], model.pad_token_id, model.pad_multiple
     )
-    return views, view_batches(sequences, views, model.mask_token_id, model.vocab_size, 2)
+    return views, view_batches(sequences, views, model.mask_token_id, model.vocab_size, rows)
 
 
-def elbo(built: Built) -> Tensor:
+def elbo(built: Built, n: int = N, rows: int = 2) -> Tensor:
     for chunk in built.model.chunks:
         chunk.eval()
-    views, batches = views_of(built)
+    views, batches = views_of(built, n, rows)
     return elbo_of_views(built.model, batches, views)
 
 
-def completions(built: Built) -> Tensor:
+def completions_of(built: Built, n: int = 2) -> Tensor:
     for chunk in built.model.chunks:
         chunk.eval()
-    prompts = [[1, 2, 3], [4, 5, 6, 7, 8]]
+    prompts = [[1, 2, 3], [4, 5, 6, 7, 8], [9]][:n]
     config = RolloutConfig(16, 16, 8, 0.0, micro_batch_size=2)
-    return generate(built.model, prompts, torch.arange(2), config, 1, "test").completions
+    return generate(built.model, prompts, torch.arange(n), config, 1, "test").completions
 
 
 def gradient(built: Built, mode: str) -> Tensor:
@@ -93,11 +93,11 @@ def forget_fp8_weights(built: Built) -> None:
 
 def test_elbo_and_samples_are_of_the_weights_of_the_moment(build: Build) -> None:
     built = build(*FP8)
-    before = elbo(built), completions(built)
+    before = elbo(built), completions_of(built)
     change(built)
-    after = elbo(built), completions(built)
+    after = elbo(built), completions_of(built)
     forget_fp8_weights(built)
-    for old, kept, fresh in zip(before, after, (elbo(built), completions(built)), strict=True):
+    for old, kept, fresh in zip(before, after, (elbo(built), completions_of(built)), strict=True):
         assert torch.equal(kept, fresh)
         assert not torch.equal(kept, old)
 

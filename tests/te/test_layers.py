@@ -114,6 +114,7 @@ def test_fp8_reaches_the_linear_layers_and_not_the_head(build: Build, recipe: st
     assert type(model.output_layer) is ColumnParallelLinear
     seen = []
     model.output_layer.register_forward_pre_hook(lambda *_: seen.append(te_fp8.state.enabled))
+    model.output_layer.register_forward_hook(lambda *call: seen.append(call[2][0].dtype))
     logits = logits_of(built)
     name = RECIPES[recipe]
     layer = [
@@ -125,7 +126,7 @@ def test_fp8_reaches_the_linear_layers_and_not_the_head(build: Build, recipe: st
     ]
     # The last layer, where fewer queries than keys are left, attends through PyTorch's kernel.
     assert te_fp8.calls == layer + layer[:1] + layer[2:]
-    assert seen == [False]
+    assert seen == [False, torch.float32]
     # The rounding is there, and it is small.
     plain = logits_of(build(*TE, "--bf16"))
     deviation = (logits - plain).abs().mean() / plain.std()

@@ -44,7 +44,7 @@ def test_good_versions_are_fine() -> None:
         ((3, 11), {}, "Python 3.11 is too old; use Python 3.12"),
         ((3, 12), {"megatron-core": "0.18.0"}, "megatron-core 0.18.0 is not supported; pip"),
         ((3, 12), {"megatron-core": "0.190.0"}, "megatron-core 0.190.0 is not supported"),
-        ((3, 12), {"torch": "2.5.1"}, "torch 2.5.1 is not supported; pip install 'torch>=2.6'"),
+        ((3, 12), {"torch": "2.5.1"}, "torch 2.5.1 is not supported; pip install 'torch>=2.8'"),
         ((3, 12), {"transformers": None}, "transformers is not installed; pip install"),
     ],
 )

@@ -26,7 +26,11 @@ REFUSED = {
     ),
     "rollouts": (
         "--rollout-micro-batch-size 2048",
-        "rollouts take .*: lower --rollout-micro-batch-size",
+        "rollouts take .*: lower --rollout-micro-batch-size\\.",
+    ),
+    "caches": (
+        "--rollout-micro-batch-size 512 --rollout-cache dual --espo-eval-samples 0",
+        "rollouts take .*: lower --rollout-micro-batch-size or leave out --rollout-cache",
     ),
     "heads": (
         "--recipe dream_7b --tensor-model-parallel-size 8",
@@ -77,6 +81,11 @@ def results() -> dict[str, Any]:
         "pipeline": "--pipeline-model-parallel-size 2",
         "full": "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         "fp8": "--fp8-format hybrid --fp8-recipe tensorwise",
+        "fp8-rollout": "--fp8-format hybrid --espo-fp8-phases rollout",
+        "fp8-elbo": "--fp8-format hybrid --espo-fp8-phases elbo",
+        "cache": "--rollout-cache dual",
+        "cache-pipeline": "--rollout-cache prefix --pipeline-model-parallel-size 2",
+        "cache-few": "--rollout-cache dual --espo-eval-samples 40",
         "moments": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
     }.items():
         wanted[name] = ["plan", flags.split()]
@@ -157,7 +166,28 @@ def test_options_change_the_memory_that_they_are_for(results: dict[str, Any]) ->
     # All linear weights of the layers: what is neither embedding, head nor norm.
     linear = (PARAMETERS["llada_8b"] - 2 * 126464 * 4096 - (2 * 32 + 1) * 4096) / 2
     assert fp8["quantised"] == 2 * linear and fp8["weights"] == plain["weights"]
+    # Without gradients in FP8 nothing asks for the weights along their columns.
+    assert results["fp8-rollout"]["memory"]["quantised"] == linear
+    assert results["fp8-elbo"]["memory"]["quantised"] == 2 * linear
     assert results["moments"]["memory"]["optimizer"] == plain["optimizer"] * (4 + 2 + 2) / 12
+
+
+def test_caches_of_rollouts_are_planned(results: dict[str, Any]) -> None:
+    """LLaDA-8B at tp 2: 32 rows of 656 positions, keys and values of 16 of 32 heads of 128."""
+    per_row = 656 * 2 * 16 * 128 * 2 * 32
+    cached = results["cache"]["memory"]
+    assert cached["cache"] == 32 * per_row and "key/value caches" in results["cache"]["printed"]
+    plain = results["llada_8b/gsm8k"]["memory"]
+    assert plain["cache"] == 0.0 and cached["rollout"] == plain["rollout"]
+    lasting = plain["total"] - plain["activations"]
+    assert cached["total"] == lasting + max(
+        plain["activations"], cached["rollout"] + cached["cache"]
+    )
+    # Half the layers; 128 of the 256 evaluated problems for each of two data-parallel ranks are in
+    # flight, four micro-batches of 32 of them.
+    assert results["cache-pipeline"]["memory"]["cache"] == 4 * 32 * per_row / 2
+    # 24 completions of a rollout for each of four ranks, 10 problems of an evaluation.
+    assert results["cache-few"]["memory"]["cache"] == 24 * per_row
 
 
 @pytest.mark.parametrize("model", PARAMETERS)

@@ -4,13 +4,15 @@ import argparse
 from pathlib import Path
 
 import pytest
+import torch
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_espo.arguments import add_arguments, config_from_args
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.recipes import RECIPES, expand_recipes, last_value, read_flags
-from megatron_espo.training.launch import complete_flags, relaunch, warn_of_restarts
+from megatron_espo.training.launch import complete_flags, missing_ranks, warn_of_restarts
 
 TASKS = ("gsm8k", "math", "countdown", "sudoku", "code")
 MODELS = ("llada_8b", "dream_7b")
@@ -54,6 +56,45 @@ def test_recipes_hold_the_published_settings(task: str, parser: argparse.Argumen
     assert args.seq_length - rollout.completion_length == 400
     assert (args.adam_beta1, args.adam_beta2, args.lr_decay_style) == (0.9, 0.99, "constant")
     assert args.bf16
+
+
+def rate(args: argparse.Namespace, step: int) -> float:
+    """The learning rate of a step, from Megatron's scheduler."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    batch = args.global_batch_size
+    scheduler = OptimizerParamScheduler(
+        torch.optim.SGD([weight], lr=args.lr), 0.0, args.lr, args.min_lr,
+        args.lr_warmup_iters * batch, args.train_iters * batch, args.lr_decay_style,
+        args.weight_decay, args.weight_decay, 0, "constant",
+        use_checkpoint_opt_param_scheduler=False,
+        wsd_decay_steps=args.lr_wsd_decay_iters * batch, lr_wsd_decay_style=args.lr_wsd_decay_style,
+    )  # fmt: skip
+    scheduler.step(step * batch)
+    return scheduler.optimizer.param_groups[0]["lr"]
+
+
+def test_pretraining_and_fine_tuning_follow_llada(parser: argparse.ArgumentParser) -> None:
+    """arXiv 2502.09992v3, sections 2.2 and 2.3."""
+    pretrain, sft = (
+        parser.parse_args(expand_preset(expand_recipes(["--recipe", "llada_8b", "--recipe", name])))
+        for name in ("pretrain_8b", "sft_8b")
+    )
+    tokens = pretrain.global_batch_size * pretrain.seq_length
+    assert (pretrain.global_batch_size, pretrain.seq_length) == (1280, 4096)
+    assert pretrain.train_iters * tokens == pytest.approx(2.3e12, rel=1e-3)
+    assert pretrain.lr_wsd_decay_iters * tokens == pytest.approx(0.3e12, rel=1e-3)
+    steady = pretrain.train_iters - pretrain.lr_wsd_decay_iters
+    for step, expected in (
+        (1000, 2e-4), (2000, 4e-4), (steady, 4e-4), (pretrain.train_iters, 1e-5),
+        (steady + pretrain.lr_wsd_decay_iters // 2, (4e-4 + 1e-5) / 2),
+    ):  # fmt: skip
+        assert rate(pretrain, step) == pytest.approx(expected), step
+    assert sft.global_batch_size == 256
+    assert sft.lr_wsd_decay_iters * 10 == sft.train_iters
+    for step, expected in ((25, 1.25e-5), (50, 2.5e-5), (2700, 2.5e-5), (3000, 2.5e-6),
+                           (2850, (2.5e-5 + 2.5e-6) / 2)):  # fmt: skip
+        assert rate(sft, step) == pytest.approx(expected), step
+    assert pretrain.weight_decay == sft.weight_decay == 0.1
 
 
 def flags_of(name: str) -> set[str]:
@@ -112,14 +153,14 @@ def test_wrong_recipes_are_refused_by_line(tmp_path: Path, text: str, message: s
 
 def test_a_single_process_starts_one_rank_per_gpu() -> None:
     alone = {"GPUS_PER_NODE": "8"}
-    command = relaunch("run.sh", ["--seed", "3"], alone | {"WORLD_SIZE": "1"})
-    assert command is not None
-    assert command[-5:] == ["--nproc-per-node", "8", "run.sh", "--seed", "3"]
-    assert relaunch("run.sh", [], alone) is not None
-    assert relaunch("run.sh", [], {"GPUS_PER_NODE": "1"}) is None
-    assert relaunch("run.sh", [], alone | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}) is None
+    assert missing_ranks(alone) == missing_ranks(alone | {"WORLD_SIZE": "1"}) == 8
+    assert missing_ranks({"GPUS_PER_NODE": "1"}) == 0
+    assert missing_ranks(alone | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}) == 0
+    assert missing_ranks(alone | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}) == 0
     with pytest.raises(ValueError, match="pass --nproc-per-node 8 to torchrun"):
-        relaunch("run.sh", [], alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"})
+        missing_ranks(alone | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"})
+    with pytest.raises(ValueError, match="GPUS_PER_NODE is 'all'"):
+        missing_ranks({"GPUS_PER_NODE": "all"})
 
 
 def test_restarts_over_nodes_without_fresh_stores_are_warned_of(

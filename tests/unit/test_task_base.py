@@ -180,11 +180,27 @@ def test_unknown_task_error_names_flag_known_names_and_import_path(name: str) ->
 
 
 @pytest.mark.usefixtures("user_package")
-def test_object_without_the_interface_is_refused_by_what_it_lacks() -> None:
-    with pytest.raises(ValueError, match="--task json: has no name, read, score;"):
-        load_task("json")
-    with pytest.raises(ValueError, match="has no name, score;"):
-        load_task("users_package.my_task:nameless")
+@pytest.mark.parametrize(
+    ("name", "lacking"),
+    [
+        ("json", "the module of this name lacks name, read, score:"),
+        ("os.path", "the module of this name lacks name, read, score:"),
+        ("torch", "the module of this name lacks name, read, score:"),
+        ("users_package.my_task:nameless", "the SimpleNamespace of this name lacks name, score:"),
+    ],
+)
+def test_whatever_else_can_be_imported_is_no_task_and_the_known_ones_are_named(
+    name: str, lacking: str
+) -> None:
+    with pytest.raises(ValueError, match="no such task") as caught:
+        load_task(name, flag="--espo-task")
+    message = str(caught.value)
+    assert message.startswith(f"--espo-task {name}: no such task; use one of sudoku, countdown")
+    assert lacking in message
+
+
+@pytest.mark.usefixtures("user_package")
+def test_a_class_is_no_task() -> None:
     with pytest.raises(ValueError, match="is a class"):
         load_task("users_package.my_task:AsClass")
 

@@ -2,7 +2,8 @@
 
 It has what Megatron's GPT layers call. Calls are checked against the recorded parameters of the
 real package. Linear layers round to FP8 as the recipe says (values; gradients are not rounded),
-keep their FP8 weights as the real ones do, and refuse shapes that the real ones refuse.
+keep their FP8 weights as the real ones do, refuse shapes that the real ones refuse, and gather,
+scatter and sum over the tensor-parallel ranks.
 """
 
 from transformer_engine import common, pytorch

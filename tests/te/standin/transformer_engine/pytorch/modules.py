@@ -38,13 +38,14 @@ class RMSNorm(torch.nn.Module):
 
 
 class Linear(_Base):
-    """``y = x W^T + b`` of this rank; without communication, for a tensor-parallel size of 1."""
+    """``y = x W^T + b``, split over the tensor-parallel ranks by rows or by columns."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
         name = "LayerNormLinear" if isinstance(self, LayerNormLinear) else "Linear"
         given = bound(f"{name}.__init__", *args, **kwargs)
         self.parallel_mode, self.tp_size = given["parallel_mode"], given["tp_size"]
+        self.tp_group, self.sequence_parallel = given["tp_group"], given["sequence_parallel"]
         self.use_bias, self.return_bias = given["bias"], given["return_bias"]
         self.save_original_input = given.get("save_original_input", False)
         self.in_features, self.out_features = given["in_features"], given["out_features"]
@@ -76,18 +77,47 @@ class Linear(_Base):
         record(self)
         weight = self.weight
         if state.enabled:
+            # Each rank quantizes its own share of the positions, and gathers after that.
             check_shape(inp, torch.is_grad_enabled())
             check_shape(weight, with_gradient=True)
+        inp = self._gathered(inp)
+        if state.enabled:
             kept = self._fp8_workspaces.get("weight") if is_first_microbatch is not None else None
             if kept is None or is_first_microbatch:
                 kept = rounded(weight, (128, 128), self._histories[0])
             if is_first_microbatch is not None:
                 self._fp8_workspaces["weight"] = kept
+            # Of gathered parts under one scale: the real one finds the largest entry of all ranks.
             inp = replace(inp, rounded(inp, (1, 128), self._histories[1]))
             weight = replace(weight, kept)
         bias = self.bias if self.use_bias else None
         out = torch.nn.functional.linear(inp, weight, None if self.return_bias else bias)
+        out = self._summed(out)
         return (out, bias) if self.return_bias else out
+
+    def _gathered(self, inp: Tensor) -> Tensor:
+        """The input of a column-parallel layer from all ranks; their gradients are summed."""
+        # Megatron imports this package.
+        from megatron.core.tensor_parallel import mappings
+
+        if self.parallel_mode != "column" or self.tp_size == 1:
+            return inp
+        if self.sequence_parallel:
+            return mappings.gather_from_sequence_parallel_region(inp, group=self.tp_group)
+        return mappings.copy_to_tensor_model_parallel_region(inp, group=self.tp_group)
+
+    def _summed(self, out: Tensor) -> Tensor:
+        """The output of a row-parallel layer, summed over the ranks."""
+        from megatron.core.tensor_parallel import mappings
+
+        if self.parallel_mode != "row" or self.tp_size == 1:
+            return out
+        if self.sequence_parallel:
+            if state.enabled:  # its gradient is quantized in this rank's share
+                share = out.size(0) // self.tp_size
+                check_shape(out[:share], torch.is_grad_enabled())
+            return mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
+        return mappings.reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
 
 
 class LayerNormLinear(Linear):
