@@ -12,6 +12,7 @@ DTYPE = torch.float64
 @pytest.mark.parametrize("outputs", [12, 5000])
 def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
     """Few rows and more, narrow weights and wide ones; the logits may be overwritten in place."""
+    torch.manual_seed(1)
     hidden = torch.randn(*shape, 20, requires_grad=True)
     weight = torch.randn(outputs, 20, requires_grad=True)
     upstream = torch.randn(*shape, outputs)
@@ -29,7 +30,8 @@ def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
         (weight.grad, exact_weight.grad),
     ):
         assert found is not None and expected is not None
-        torch.testing.assert_close(found.to(DTYPE), expected, rtol=1e-5, atol=1e-4)
+        # Sums of up to 5,000 terms: some units in the last place of the largest sum.
+        assert (found - expected).abs().max() < 5e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("rows", [3, 33])
