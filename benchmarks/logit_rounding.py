@@ -9,11 +9,12 @@ evaluated under the same masks,
 * in bf16 with float32 logits (model/float_logits.py),
 * in bf16 with bf16 logits, Megatron's own head.
 
-    python -m benchmarks.logit_rounding
+    python -m benchmarks.logit_rounding [--shape smoke] [--completions N] [--length N]
 
 Prints root mean squares over completions, in nats per token.
 """
 
+import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -28,19 +29,25 @@ from benchmarks.models import SHAPES, build_random, random_prompts
 from megatron_espo.config import RolloutConfig
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.parallel.pipeline import RowBatch, forward_only
 from megatron_espo.rl.elbo import estimate_elbo
 
-SHAPE = SHAPES["large-vocabulary"]
-COMPLETIONS, LENGTH, PROMPT = 8, 128, 16
+PROMPT = 16
 SPREADS = (1.0, 2.0, 4.0)
 STEP = 3e-6  # of ESPO's published runs
 
 
 def main() -> None:
     """Measure and print a Markdown table."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--shape", choices=SHAPES, default="large-vocabulary")
+    parser.add_argument("--completions", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    options = parser.parse_args()
+    shape, n, length = SHAPES[options.shape], options.completions, options.length
     with redirect_stdout(sys.stderr):
-        wrapped = build_random(SHAPE)
-    print(f"{COMPLETIONS} completions of {LENGTH} tokens, one coupled pair of masks each")
+        wrapped = build_random(shape)
+    print(f"{n} completions of {length} tokens, one coupled pair of masks each")
     print(
         "| spread of logits | ELBO, log-ratio | logits rounded | bf16, float32 logits "
         "| bf16, bf16 logits | log-ratio: logits rounded | bf16, float32 logits "
@@ -50,13 +57,11 @@ def main() -> None:
     model = replace(wrapped, chunks=tuple(unwrap_model(list(wrapped.chunks))))
     for chunk in model.chunks:
         chunk.eval()
-    prompts = random_prompts(COMPLETIONS, PROMPT, SHAPE)
+    prompts = random_prompts(n, PROMPT, shape)
     for spread in SPREADS:
         _scale_head(model, prompts, spread)
-        rollout = RolloutConfig(LENGTH, LENGTH, 8, 1.0, micro_batch_size=4)
-        tokens = generate(
-            model, prompts, torch.arange(COMPLETIONS), rollout, 1, "rounding"
-        ).completions
+        rollout = RolloutConfig(length, length, 8, 1.0, micro_batch_size=4)
+        tokens = generate(model, prompts, torch.arange(n), rollout, 1, "rounding").completions
         masters = [parameter.detach().clone() for parameter in model.chunks[0].parameters()]
         old = _elbos(model, masters, prompts, tokens)
         new = _elbos(model, _moved(masters, STEP), prompts, tokens)
@@ -75,14 +80,14 @@ def _rms(values: Tensor) -> float:
 
 @torch.no_grad()
 def _scale_head(model: DiffusionModel, prompts: Any, spread: float) -> None:
-    """Scale the head so that the logits of the prompts' positions have a standard deviation."""
-    head = model.chunks[0].output_layer
-    seen: list[float] = []
-    hook = head.register_forward_hook(lambda _, __, output: seen.append(float(output[0].std())))
-    tokens = torch.tensor(prompts)[:, :LENGTH]
-    estimate_elbo(model, [[1]] * 2, tokens[:2], num_mc=1, rows_per_batch=2)
-    hook.remove()
-    head.weight.mul_(spread * len(seen) / sum(seen))
+    """Scale the head so that the logits of a prompt have a standard deviation."""
+    tokens = torch.tensor(prompts[:1])
+    batch = RowBatch(
+        tokens, torch.tensor([PROMPT]), torch.zeros(PROMPT, dtype=torch.int64), torch.arange(PROMPT)
+    )
+    function = lambda logits, _: logits.std()[None]  # noqa: E731
+    (found,) = forward_only(model.chunks, [batch], function, False, model.layout)
+    model.chunks[0].output_layer.weight.mul_(spread / float(found))
 
 
 def _moved(masters: list[Tensor], step: float) -> list[Tensor]:
@@ -104,7 +109,7 @@ def _elbos(
         for parameter, weight in zip(model.chunks[0].parameters(), masters, strict=True):
             parameter.data = weight.bfloat16().to(dtype)
         found = estimate_elbo(model, prompts, tokens, num_mc=1, seed=5, rows_per_batch=4)
-        return found.elbo.double() / LENGTH
+        return found.elbo.double() / tokens.size(1)
 
     with _megatrons_head(model):
         bf16 = elbo(torch.bfloat16)

@@ -55,6 +55,18 @@ def test_both_sides_give_equal_tokens_elbos_and_gradients(tmp_path: Path) -> Non
         assert name in printed
 
 
+def test_rounding_of_logits_is_told_from_other_rounding() -> None:
+    options = "--shape smoke --completions 2 --length 16".split()
+    printed = run("benchmarks.logit_rounding", *options).splitlines()
+    rows = [line.split("|")[3:9] for line in printed if line.startswith(("| 1 ", "| 2 ", "| 4 "))]
+    assert len(rows) == 3
+    for row in rows:
+        alone, unrounded, rounded, *_ = map(float, row)
+        # The three are sides of one triangle, printed with two digits.
+        assert 0 < alone <= 1.1 * (unrounded + rounded)
+        assert rounded <= 1.1 * (alone + unrounded)
+
+
 def hold(megabytes: int):
     """Work that holds memory for a moment (at the top level: it is sent to another process)."""
 
