@@ -97,15 +97,14 @@ def test_fp8_of_two_parts_takes_any_number_of_rows(
     The stand-in refuses a rank's share that the recipe cannot take.
     """
     flags = (*FP8, "--fp8-recipe", recipe, *weights)
-    plain = elbo(build(*TE, "--bf16", *weights), 3, 1)
     whole = build(*flags)
     wanted = {rows: elbo(whole, 3, rows) for rows in (1, 2, 3)}
     for split in SPLITS.values():
         parts = build(*flags, *split)
         for rows, of_whole in wanted.items():
             found = elbo(parts, 3, rows)
-            # Parts have scales of their own; they stay within what rounding does to the whole.
-            assert (found - of_whole).abs().mean() < (of_whole - plain).abs().mean()
+            # Parts have scales of their own, so that they round otherwise; docs/fp8.md has figures.
+            assert close(found, of_whole, 0.1)
         for n in (1, 2, 3):  # two rows at a time
             assert not (completions_of(parts, n) == parts.model.mask_token_id).any()
         assert torch.equal(gradient(parts, "two_pass"), elbo(parts))
