@@ -17,6 +17,8 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
+from megatron_espo.model.linear import multiply
+
 # What Megatron's autograd function takes after input and weight.
 _OPTIONS = (
     "bias",
@@ -82,7 +84,7 @@ def use_float_logits(head: ColumnParallelLinear) -> None:
     """Let an output head give float32 logits for weights in half precision.
 
     Args:
-        head: the head, without a bias; one in float32 stays as it is.
+        head: the head, without a bias; one in float32 gets the product of the other layers.
     """
     plain = head._forward_impl
 
@@ -90,7 +92,7 @@ def use_float_logits(head: ColumnParallelLinear) -> None:
         # Weights in parts on several ranks (--tensor-parallel-num-weight-shards) are gathered in
         # Megatron's own product.
         if weight.dtype == torch.float32 or options["gtp_remat_size"] != 1:
-            return plain(input=input, weight=weight, **options)
+            return multiply(plain, input, weight, **options)
         assert options["bias"] is None and not options["sequence_parallel"]
         return _FloatLogits.apply(input, weight, *(options[name] for name in _OPTIONS))
 

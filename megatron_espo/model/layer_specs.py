@@ -1,27 +1,20 @@
 """Layer specs of a bidirectional transformer, for Transformer Engine and for plain PyTorch."""
 
 import copy
-from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-    layers,
-)
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from megatron_espo.model.attention import (
     BidirectionalAttention,
     selecting_bias_dropout_add,
     transformer_engine_attention,
 )
-from megatron_espo.parallel import products
+from megatron_espo.model.linear import ColumnParallelLinear, RowParallelLinear
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -42,35 +35,6 @@ class RMSNorm(torch.nn.RMSNorm):
             )
         super().__init__(normalized_shape=hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def _multiply(megatrons: Any, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
-    """Multiply with the CPU's faster kernels, or as Megatron does where they do not apply."""
-    plain = not args and settings.get("bias") is None and settings.get("gtp_remat_size", 1) == 1
-    if not plain or not products.is_handled(input, weight):
-        output: Tensor = megatrons(input, weight, *args, **settings)
-        return output
-    # Collectives of the kinds that Megatron's function makes: gather and reduce-scatter of the
-    # sequence, or the sum of the input's gradient.
-    if settings["sequence_parallel"]:
-        input = gather_from_sequence_parallel_region(input, group=settings["tp_group"])
-    elif settings["allreduce_dgrad"]:
-        input = copy_to_tensor_model_parallel_region(input, group=settings["tp_group"])
-    return products.linear(input, weight)
-
-
-class ColumnParallelLinear(layers.ColumnParallelLinear):
-    """Megatron's layer with the faster kernels on CPUs."""
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
-        return _multiply(super()._forward_impl, input, weight, *args, **settings)
-
-
-class RowParallelLinear(layers.RowParallelLinear):
-    """Megatron's layer with the faster kernels on CPUs."""
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
-        return _multiply(super()._forward_impl, input, weight, *args, **settings)
 
 
 def bidirectional_block_spec(

@@ -20,14 +20,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import (
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
-from megatron_espo.parallel import products
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.parallel.passes import (
     KeyValueCache,
@@ -217,11 +213,6 @@ def select_rows(
         chosen = hidden_states[: batch.rows.numel()]
     else:
         chosen = join_context(hidden_states[: part.places.numel()], *part)
-    weight = output_layer.weight if output_weight is None else output_weight
-    if products.is_handled(chosen, weight):
-        chosen = copy_to_tensor_model_parallel_region(chosen, group=output_layer.tp_group)
-        logits = products.linear(chosen.squeeze(1), weight)  # no view: it is used up
-        return logits_function(scale_logits(logits), batch.payload)
     output_layer.sequence_parallel = False
     try:
         logits, _bias = output_layer(chosen, weight=output_weight)

@@ -36,11 +36,14 @@ def _has_kernel() -> bool:
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``, contiguous."""
-    if hidden.numel() <= _VERY_FEW_ROWS * weight.size(1) and weight.size(0) >= _WIDE:
-        turned = torch.mm(weight, hidden.flatten(0, -2).t())
-        return turned.t().contiguous().unflatten(0, hidden.shape[:-1])
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, None, "none", [], "")
-    return product
+    rows = hidden.flatten(0, -2)
+    if len(rows) <= _VERY_FEW_ROWS and len(weight) >= _WIDE:
+        product = torch.mm(weight, rows.t()).t().contiguous()
+    else:
+        product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+    # No view for autograd: logits are worked on in place, which it forbids on a function's views.
+    shaped: Tensor = torch.ops.aten._unsafe_view(product, (*hidden.shape[:-1], len(weight)))
+    return shaped
 
 
 class _Linear(torch.autograd.Function):

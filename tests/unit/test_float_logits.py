@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_espo.model import float_logits
 from megatron_espo.model.float_logits import use_float_logits
+from megatron_espo.parallel import products
 from megatron_espo.parallel.vocab import cross_entropy
 
 R, H, N = 6, 64, 50
@@ -71,17 +72,23 @@ def test_gradient_is_that_of_double_precision_up_to_the_weights_type(one_rank: o
         assert ((ours.double() - exact).abs().max() / exact.abs().max()) < 2**-7
 
 
-def test_heads_in_float32_are_left_alone(one_rank: object) -> None:
+def test_heads_in_float32_have_the_product_of_the_layers(one_rank: object) -> None:
     plain, ours = make_head(one_rank, torch.float32), make_head(one_rank, torch.float32)
     use_float_logits(ours)
-    for their, our in zip(run(plain, torch.float32), run(ours, torch.float32), strict=True):
+    rounded, *gradients = run(plain, torch.float32)
+    logits, *our_gradients = run(ours, torch.float32)
+    states = hidden_states(torch.float32).detach()
+    assert torch.equal(logits, products.linear(states, ours.weight.detach()))
+    torch.testing.assert_close(logits, rounded)
+    for their, our in zip(gradients, our_gradients, strict=True):
         assert torch.equal(their, our)
 
 
-def test_logits_may_be_overwritten(one_rank: object) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_may_be_overwritten(one_rank: object, dtype: torch.dtype) -> None:
     """Megatron's cross entropy turns a view of them into its gradient, in place."""
-    head = make_head(one_rank, torch.bfloat16)
+    head = make_head(one_rank, dtype)
     use_float_logits(head)
-    logits = head(hidden_states(torch.bfloat16))[0].squeeze(1)
+    logits = head(hidden_states(dtype))[0].squeeze(1)
     cross_entropy(logits, torch.arange(R), N, one_rank).sum().backward()
     assert head.weight.grad.abs().sum() > 0
