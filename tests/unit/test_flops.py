@@ -27,6 +27,7 @@ from megatron_espo.monitor.flops import (
     rollout_flops,
     training_flops,
 )
+from megatron_espo.parallel import products
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.update import accumulate_gradient
@@ -63,9 +64,15 @@ def dimensions(model: DiffusionModel) -> ModelDimensions:
     return ModelDimensions.from_args(get_args())
 
 
+def _onednn_flops(rows: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    """Operations of oneDNN's linear layer, which PyTorch's counter does not know."""
+    return 2 * rows.numel() * weight[0]
+
+
 def counted(work: Callable[[], object]) -> int:
     """Operations of the layers and the output head (drawing tokens takes a product of its own)."""
-    with FlopCounterMode(display=False) as counter:
+    known = {torch.ops.mkldnn._linear_pointwise: _onednn_flops} if products.is_handled() else {}
+    with FlopCounterMode(display=False, custom_mapping=known) as counter:
         work()
     counts = counter.get_flop_counts()
     return sum(sum(counts[f"GPTModel.{part}"].values()) for part in ("decoder", "output_layer"))
