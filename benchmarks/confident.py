@@ -2,10 +2,10 @@
 
 Random weights are never confident, so that parallel decoding by a threshold would commit one token
 per step. Here a model of a benchmark's shape learns a small language through the project's own
-fine-tuning (Megatron's training loop, JSONL of prompts and completions): letters in runs of eight,
-each run followed by one of two others. Inside a run such text is certain; which run follows is a
-free choice of one bit. How many tokens a step can commit follows from that mixture; a benchmark
-prints it beside its ratio, because the ratio depends on it.
+fine-tuning (Megatron's training loop, JSONL of prompts and completions): each letter is the one
+before or, once in 96 places, one of two others. Such text is certain next to what is known and less
+so with every place farther away. How many tokens a step can commit follows from that rate; a
+benchmark prints it beside its ratio, because the ratio depends on it.
 
     python -m benchmarks.confident --shape large-vocabulary    # once, into runs/benchmark/...
 """
@@ -24,7 +24,8 @@ from benchmarks.models import SHAPES
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 
 LETTERS = "abcdefghijklmnop"
-RUN = 8
+# Mean length of a run of one letter, and how many letters may follow.
+RUN = 96
 FOLLOWERS = 2
 LENGTH = 128
 TRAINING = {
@@ -35,24 +36,57 @@ TRAINING = {
 }
 
 
+def followers(letter: int) -> list[int]:
+    """List the letters that may follow a run of one, by their places among LETTERS.
+
+    Args:
+        letter: place of the run's letter.
+
+    Returns:
+        Other places; which ones is what the model has to learn.
+    """
+    return [(5 * letter + 3 + 7 * choice) % len(LETTERS) for choice in range(FOLLOWERS)]
+
+
 def write_text(length: int, generator: random.Random) -> str:
-    """Write a text of that many characters, beginning and ending anywhere.
+    """Write a text of that many characters.
 
     Args:
         length: characters.
-        generator: chooses the runs.
+        generator: chooses the letters and where they change.
 
     Returns:
         The text.
     """
     letter = generator.randrange(len(LETTERS))
-    start = generator.randrange(RUN)
     text = ""
-    while len(text) < start + length:
-        text += RUN * LETTERS[letter]
-        # A fixed graph: which runs may follow is what the model has to learn.
-        letter = (5 * letter + 3 + 7 * generator.randrange(FOLLOWERS)) % len(LETTERS)
-    return text[start : start + length]
+    for _ in range(length):
+        if generator.random() < 1 / RUN:
+            letter = generator.choice(followers(letter))
+        text += LETTERS[letter]
+    return text
+
+
+def reward(prompt: str, completion: str) -> float:
+    """Say how much of a completion is of the language.
+
+    Args:
+        prompt: a text of the language.
+        completion: what a model wrote behind it.
+
+    Returns:
+        Share of the characters that are the one before or may follow it.
+    """
+    pairs = list(zip(prompt[-1] + completion, completion, strict=False))
+    right = [
+        after in LETTERS
+        and (
+            after == before
+            or (before in LETTERS and LETTERS.index(after) in followers(LETTERS.index(before)))
+        )
+        for before, after in pairs
+    ]
+    return sum(right) / len(right)
 
 
 def write_data(folder: Path, count: int = 4000, held_out: int = 64) -> None:

@@ -94,7 +94,7 @@ def measure_rollouts(model: DiffusionModel, llama: Any, work: Workload, pairs: i
     assert temperature > 0.0 or torch.equal(exact, results[BASELINE]), "greedy tokens differ"
     report = {BASELINE: _row(seconds, BASELINE, work)}
     report[BASELINE]["model evaluations"] = work.rollout.denoising_steps
-    for name in variants:
+    for name, config in variants.items():
         result = results[name]
         report[name] = {
             **_row(seconds, name, work),
@@ -103,6 +103,8 @@ def measure_rollouts(model: DiffusionModel, llama: Any, work: Workload, pairs: i
             "mean confidence": float(result.mean_confidence.mean()),
             "equal tokens": float((result.completions == exact).float().mean()),
         }
+        if work.trained is not None:
+            report[name]["reward"] = workloads.held_out_reward(model, work, config)
     return report
 
 
@@ -207,6 +209,7 @@ def print_report(title: str, report: Report) -> None:
         "tokens/evaluation": lambda row: f"{row['tokens per evaluation']:.2f}",
         "confidence": lambda row: f"{row['mean confidence']:.3f}",
         "equal tokens": lambda row: f"{row['equal tokens']:.3f}",
+        "reward": lambda row: f"{row['reward']:.4f}",
         "peak memory": lambda row: f"{row['peak memory'] / MIB:.0f} MiB",
         "share": lambda row: f"1/{base / row['peak memory']:.1f}",
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from benchmarks import straightforward
-from benchmarks.confident import read_prompts
+from benchmarks.confident import read_prompts, reward
 from benchmarks.models import Shape, build_random, build_trained, llama_twin, random_prompts
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.batch import pack_sequences, view_batches
@@ -81,6 +81,17 @@ def our_rollout(model: DiffusionModel, work: Workload, config: RolloutConfig) ->
         chunk.eval()
     ids = torch.arange(work.rows)
     return generate(model, work.prompts(work.rows), ids, config, 1, "benchmark")
+
+
+def held_out_reward(model: DiffusionModel, work: Workload, config: RolloutConfig) -> float:
+    """Complete 64 held-out prompts of a trained model's language; returns the mean reward."""
+    held_out = replace(work, rows=64)
+    tokens = our_rollout(model, held_out, replace(config, micro_batch_size=16)).completions
+    rewards = [
+        reward(bytes(prompt).decode(), "".join(map(chr, completion)))
+        for prompt, completion in zip(held_out.prompts(64), tokens.tolist(), strict=True)
+    ]
+    return sum(rewards) / len(rewards)
 
 
 def their_rollout(llama: LlamaForCausalLM, work: Workload, temperature: float) -> Tensor:

@@ -2,9 +2,10 @@
 
 Megatron spells "cuda" out in allocations, streams, events and random-state calls. On a machine
 without CUDA, :func:`prepare` points these at the CPU and gloo; the code that runs is the same code
-that runs on GPUs. With CUDA present nothing is changed, apart from one repair that users of the
-wheel need on every machine: Megatron's start-up runs ``make`` on the data-set helpers although the
-wheel ships them compiled and without a Makefile.
+that runs on GPUs. With CUDA present nothing is changed, apart from two repairs that do not depend on
+the device: Megatron's start-up runs ``make`` on the data-set helpers although the wheel ships them
+compiled and without a Makefile, and without Apex and Transformer Engine its distributed optimizer
+cannot be resumed.
 """
 
 import contextlib
@@ -69,9 +70,10 @@ def _uncompiled(function: Any = None, **_: object) -> Any:
 def prepare() -> None:
     """Make Megatron-Core usable on this machine; call once, before Megatron's start-up.
 
-    Does nothing but the helper repair where CUDA is present. Calling it again has no effect.
+    Does nothing but the two repairs where CUDA is present. Calling it again has no effect.
     """
     _skip_compiled_helpers()
+    _repair_distributed_optimizer()
     if has_cuda() or _CudaOnCpu.active:
         return
     # torch.compile on a CPU costs minutes of start-up for functions that run once in the warm-up.
@@ -220,3 +222,47 @@ def _skip_compiled_helpers() -> None:
     import megatron.core.datasets.utils as dataset_utils
 
     dataset_utils.compile_helpers = _constant(None)
+
+
+def _repair_distributed_optimizer() -> None:
+    """Let the distributed optimizer be resumed with PyTorch's Adam.
+
+    With Apex or Transformer Engine the count of steps belongs to parameter groups. Without them it
+    is part of every parameter's state: Megatron reads it at loading, before there is a state,
+    looks for it among the sharded tensors, where it is not, and gives all parameters one tensor,
+    to which each of them then adds its own step.
+    """
+    from megatron.core.optimizer import distrib_optimizer
+
+    optimizer = distrib_optimizer.DistributedOptimizer
+    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(optimizer, "_is_repaired"):
+        return
+    optimizer._is_repaired = True
+    state_dict, load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(state_dict)
+    def state_dict_from_the_start(self: Any) -> Any:
+        if not self.optimizer.state:
+            # As PyTorch's optimizer begins at its first step.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        **{key: torch.zeros_like(parameter) for key in self.optimizer_state_keys},
+                    }
+        return state_dict(self)
+
+    @functools.wraps(load_state_dict)
+    def load_state_dict_with_own_steps(self: Any, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(set_states)
+    def set_states_but_steps(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, {"step": None, **tensors})
+
+    optimizer.state_dict = state_dict_from_the_start
+    optimizer._set_main_param_and_optimizer_states = set_states_but_steps
+    optimizer.load_state_dict = load_state_dict_with_own_steps

@@ -1,7 +1,9 @@
 """The same ELBOs, gradients, tokens and losses in every layout as on one rank."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -13,9 +15,12 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.data.batch import pack_sequences, round_up, view_batches
 from megatron_espo.diffusion.noise import elbo_views
+from megatron_espo.generation import sampler
 from megatron_espo.generation.sampler import generate
+from megatron_espo.parallel.passes import KeyValueCache
+from megatron_espo.plan.memory import Passes, cache_memory
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
 from megatron_espo.rl.update import accumulate_gradient
@@ -198,6 +203,40 @@ def test_tokens_do_not_depend_on_layout(compared: Compared) -> None:
         same = actual == compared.expected.tokens[name][own_rows(built)]
         record(compared.name, "tokens", same.double().mean().item())
         assert same.all(), name
+
+
+class CountedCache(KeyValueCache):
+    """Counts the bytes of all caches that are alive at the same time."""
+
+    alive: ClassVar[WeakSet[Any]] = WeakSet()
+    most: ClassVar[int] = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive.add(self)
+
+    def store(self, *arguments: Any) -> None:
+        super().store(*arguments)
+        held = [part.nbytes for c in self.alive for pair in c._layers.values() for part in pair]
+        CountedCache.most = max(self.most, sum(held))
+
+
+def test_planned_caches_are_those_that_the_sampler_keeps(compared: Compared) -> None:
+    """Of this rank's heads, layers, and micro-batches in flight."""
+    built, case = compared.built, compared.case
+    multiple = built.model.pad_multiple
+    configs = samplers(case.shift, case.few_samplers, multiple).values()
+    rows = own_rows(built)
+    # The longest prompt of the rows has 4 + rows.stop tokens.
+    positions = round_up(4 + rows.stop + 16, multiple)
+    for config in configs:
+        if config.cache == "none" or case.cp > 1:
+            continue
+        CountedCache.most = 0
+        with mock.patch.object(sampler, "KeyValueCache", CountedCache):
+            tokens_of(built, config)
+        passes = Passes(1, positions, 0, 1, config, rows.stop - rows.start)
+        assert CountedCache.most == cache_memory(built.args, passes) > 0
 
 
 def test_samplers_and_models_differ(references: dict[bool, Expected]) -> None:

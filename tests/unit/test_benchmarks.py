@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from benchmarks.confident import LENGTH, LETTERS, RUN, write_data
+from benchmarks.confident import LENGTH, RUN, reward, write_data
 from benchmarks.measure import interleaved, peak_memory, ratios, spread
 
 ROOT = Path(__file__).parents[2]
@@ -100,16 +100,33 @@ def test_ratio_is_taken_round_by_round() -> None:
 
 
 def test_training_text_fills_prompt_and_completion_with_runs(tmp_path: Path) -> None:
-    write_data(tmp_path, count=50, held_out=5)
-    followers: dict[str, set[str]] = {}
-    for name, lines in (("train", 50), ("heldout", 5)):
+    write_data(tmp_path, count=200, held_out=5)
+    lengths: list[int] = []
+    for name, lines in (("train", 200), ("heldout", 5)):
         records = [json.loads(x) for x in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
         assert len(records) == lines
         for record in records:
             assert len(record["prompt"].encode()) == len(record["completion"].encode()) == LENGTH
-            runs = ["".join(run) for _, run in groupby(record["prompt"] + record["completion"])]
-            assert {len(run) for run in runs[1:-1]} == {RUN}
-            for run, following in pairwise(runs):
-                followers.setdefault(run[0], set()).add(following[0])
-    assert set(followers) == set(LETTERS)
-    assert {len(found) for found in followers.values()} == {2}
+            assert reward(record["prompt"], record["completion"]) == 1.0
+            lengths += [
+                len(list(run)) for _, run in groupby(record["prompt"] + record["completion"])
+            ]
+    # A run ends at each of the 255 places after the first with that chance.
+    changes = len(lengths) - 205
+    assert changes == pytest.approx(205 * 255 / RUN, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("completion", "wanted"),
+    [
+        ("aaaa", 1.0),
+        ("adca", 0.75),  # d and k may follow a, c and j d, n and e c
+        ("akma", 0.75),  # f and m may follow k
+        ("a?aa", 0.5),
+        ("dddd", 1.0),
+        ("bbbb", 0.75),
+        ("????", 0.0),
+    ],
+)
+def test_reward_counts_the_letters_that_the_language_allows(completion: str, wanted: float) -> None:
+    assert reward("kaa", completion) == wanted

@@ -183,11 +183,11 @@ def documented(tag: str) -> bool:
     return any(re.fullmatch(pattern, tag) for pattern in patterns)
 
 
-def assert_same_run(folder: Path, name: str) -> None:
+def assert_same_run(folder: Path, name: str, whole: str = "whole") -> None:
     """The run ended as the undisturbed one did, to the bit."""
-    assert not unequal_tensors(final_tensors(folder, "whole"), final_tensors(folder, name))
-    assert scalars(folder, "whole") == scalars(folder, name)
-    details = [read_details(folder / f"{run}-events") for run in ("whole", name)]
+    assert not unequal_tensors(final_tensors(folder, whole), final_tensors(folder, name))
+    assert scalars(folder, whole) == scalars(folder, name)
+    details = [read_details(folder / f"{run}-events") for run in (whole, name)]
     assert details[0] == details[1] and len(details[0]) >= 5
 
 
@@ -199,6 +199,14 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
     assert "--espo-num-mc 2, here it is 1; keep the run's value." in printed
     espo(folder, "parts")
     assert_same_run(folder, "parts")
+
+
+def test_the_distributed_optimizer_resumes_bit_for_bit(folder: Path) -> None:
+    flag = "--use-distributed-optimizer"
+    espo(folder, "sharded", flag)
+    espo(folder, "sharded-parts", flag, "--exit-interval", "3")
+    espo(folder, "sharded-parts", flag)
+    assert_same_run(folder, "sharded-parts", whole="sharded")
 
 
 POISON = """

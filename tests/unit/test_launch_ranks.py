@@ -1,5 +1,7 @@
 """The 8B scripts with a tiny model on CPUs, started in all the ways that they promise."""
 
+import json
+import re
 import sys
 from pathlib import Path
 
@@ -9,33 +11,48 @@ from launching import EXAMPLES, ROOT, environment, run
 from megatron_espo.checkpoint.compare import checkpoint_tensors, unequal_tensors
 
 
+def by_torchrun(folder: Path, script: str, *flags: str, bare: bool = False) -> str:
+    """``torchrun SCRIPT`` with two ranks; if bare, without saying how many."""
+    options = () if bare else ("--nproc-per-node", "2")
+    return run(
+        sys.executable, "-m", "torch.distributed.run", "--standalone", *options,
+        str(EXAMPLES / script), *flags,
+        cwd=folder, env=environment(**({"GPUS_PER_NODE": "2"} if bare else {})),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recipe of a tiny job, its data, and its base, fine-tuned for two steps."""
+    """The recipes of tiny jobs, their data, and a base, pre-trained for four steps."""
     folder = tmp_path_factory.mktemp("launch")
     run(sys.executable, str(ROOT / "tools/make_tokenizer.py"), "--out", "tokenizer",
         cwd=folder, env=environment())  # fmt: skip
     run(sys.executable, str(ROOT / "tools/prepare_data.py"), "sudoku", "--out", "data", "--seed",
         "1", "--train", "16", "--test", "4", "--demonstrations", "16",
         cwd=folder, env=environment())  # fmt: skip
-    tiny = (
-        "--preset tiny --num-layers 2 --tokenizer-model tokenizer --seq-length 32 "
-        "--tensor-model-parallel-size 1\n"
+    corpus = [{"text": f"Document {i} of some length. " * 8} for i in range(20)]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in corpus))
+    run(sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", "corpus.jsonl",
+        "--tokenizer-model", "tokenizer", "--output-prefix", "data/text",
+        cwd=folder, env=environment())  # fmt: skip
+    tiny = "--preset tiny --num-layers 2 --tokenizer-model tokenizer --seq-length 32\n"
+    steps = "--global-batch-size 4 --train-iters 4 --lr-warmup-iters 1 --lr-wsd-decay-iters 1\n"
+    (folder / "pretrain.flags").write_text(
+        f"{tiny} {steps} --data-path data/text --split 80,20,0 --eval-interval 2 --eval-iters 1\n"
+        "--log-interval 1\n"
+    )
+    (folder / "sft.flags").write_text(
+        f"{tiny} {steps} --pretrained-checkpoint base --sft-train-data data/demonstrations.jsonl\n"
+        "--sft-completion-length 16 --tensor-model-parallel-size 1 --log-interval 1\n"
     )
     (folder / "espo.flags").write_text(
-        "--recipe sudoku\n" + tiny + "--pretrained-checkpoint base\n"
+        f"--recipe sudoku\n {tiny} --pretrained-checkpoint base --tensor-model-parallel-size 1\n"
         "--espo-train-data data/train.jsonl --espo-eval-data data/test.jsonl\n"
         "--rollout-completion-length 16 --rollout-block-length 8 --rollout-denoising-steps 8\n"
         "--espo-num-rollouts 1 --espo-prompts-per-rollout 2 --espo-group-size 2\n"
         "--espo-updates-per-rollout 2 --lr 1e-3\n"
     )
-    run(
-        sys.executable, "-m", "megatron_espo.training.pretrain", *tiny.split(), "--sft-train-data",
-        "data/demonstrations.jsonl", "--sft-completion-length", "16", "--micro-batch-size", "4",
-        "--global-batch-size", "8", "--train-iters", "2", "--lr", "1e-3", "--save", "base",
-        "--bf16",
-        cwd=folder, env=environment(),
-    )  # fmt: skip
+    by_torchrun(folder, "pretrain_8b.sh", "--recipe", "pretrain.flags", "--save", "base")
     return folder
 
 
@@ -61,13 +78,36 @@ def assert_same_run(folder: Path, one: str, other: str) -> None:
 
 
 def test_torchrun_starts_the_script_as_bash_does(folder: Path, by_bash: str) -> None:
-    printed = run(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(EXAMPLES / "run_espo_8b.sh"), "--recipe", "espo.flags", "--save", "by-torchrun",
-        cwd=folder, env=environment(),
-    )  # fmt: skip
+    flags = ("--recipe", "espo.flags", "--save", "by-torchrun")
+    printed = by_torchrun(folder, "run_espo_8b.sh", *flags)
     check_rollout(printed, folder, "by-torchrun")
     assert_same_run(folder, by_bash, "by-torchrun")
+
+
+@pytest.mark.parametrize("job", ["pretrain", "sft"])
+def test_pretraining_and_fine_tuning_run_save_and_resume(folder: Path, job: str) -> None:
+    """bash, stopped half-way and started again, makes the run that torchrun makes in one go.
+
+    Pre-training has its recipe's layout, two tensor-parallel ranks with sequence parallelism;
+    fine-tuning loads what they wrote on two data-parallel ranks. There, torchrun is not told how
+    many ranks to start, and the script starts one per GPU.
+    """
+    script, recipe = f"{job}_8b.sh", ("--recipe", f"{job}.flags")
+    whole = {"pretrain": "base", "sft": "by-torchrun-sft"}[job]
+    if job == "sft":
+        printed = by_torchrun(folder, script, *recipe, "--save", whole, bare=True)
+        assert "one process, 2 GPUs: starting a rank for each" in printed
+    command = ("bash", str(EXAMPLES / script), *recipe)
+    env = environment(GPUS_PER_NODE="2")
+    first = run(*command, "--exit-interval", "2", cwd=folder, env=env)
+    second = run(*command, cwd=folder, env=env)
+    for printed, steps in ((first, (1, 2)), (second, (3, 4))):
+        assert [int(n) for n in re.findall(r"iteration +(\d+)/ +4 ", printed)] == list(steps)
+    assert ("validation loss at iteration 4" in second) == (job == "pretrain")
+    save = f"runs/{job}-tiny"
+    assert (folder / save / "latest_checkpointed_iteration.txt").read_text() == "4"
+    assert list((folder / save / "tensorboard").iterdir())
+    assert_same_run(folder, whole, save)
 
 
 FAILING_TASK = """
