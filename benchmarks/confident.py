@@ -31,7 +31,7 @@ LENGTH = 128
 TRAINING = {
     # Steps, rows per step and learning rate that make the model confident in some minutes.
     "large-vocabulary": (200, 4, 2e-3),
-    "small-vocabulary": (120, 4, 1e-3),
+    "small-vocabulary": (200, 4, 1e-3),
     "smoke": (3, 4, 1e-3),
 }
 

@@ -248,6 +248,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--head-scale", type=float, default=1.0, help="factor on the head, for peaked softmaxes")
     add("--only", choices=("rollout", "update"), help="measure one part")
     add("--sides", nargs="+", default=(), help="of this project's rollouts; exact among them")
+    add("--held-out", type=int, default=default.held_out, help="prompts for the reward")
     add("--pairs", type=int, default=5, help="interleaved rounds")
     add("--threads", type=int, default=2, help="of either side")
     add("--rows", type=int, default=default.rows, help="completions sampled at once")
@@ -284,6 +285,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         trained=options.trained,
         head_scale=options.head_scale,
         sides=tuple(options.sides),
+        held_out=options.held_out,
     )
     report: dict[str, Any] = {"machine": machine(), "work": asdict(work)}
     print(json.dumps(report["machine"]))

@@ -37,6 +37,7 @@ class Workload:
         head_scale: factor on the output head's weights. Random weights are confident of nothing;
             a large factor makes their softmax peaked, so that a threshold has something to commit.
         sides: names of this project's rollouts to measure; all that make sense if empty.
+        held_out: prompts that a trained model's reward is measured on.
     """
 
     shape: Shape
@@ -52,6 +53,7 @@ class Workload:
     trained: str | None = None
     head_scale: float = 1.0
     sides: tuple[str, ...] = ()
+    held_out: int = 64
 
     def build(self) -> DiffusionModel:
         """Build this project's model, without what Megatron prints meanwhile."""
@@ -84,12 +86,12 @@ def our_rollout(model: DiffusionModel, work: Workload, config: RolloutConfig) ->
 
 
 def held_out_reward(model: DiffusionModel, work: Workload, config: RolloutConfig) -> float:
-    """Complete 64 held-out prompts of a trained model's language; returns the mean reward."""
-    held_out = replace(work, rows=64)
+    """Complete held-out prompts of a trained model's language; returns the mean reward."""
+    held_out = replace(work, rows=work.held_out)
     tokens = our_rollout(model, held_out, replace(config, micro_batch_size=16)).completions
     rewards = [
         reward(bytes(prompt).decode(), "".join(map(chr, completion)))
-        for prompt, completion in zip(held_out.prompts(64), tokens.tolist(), strict=True)
+        for prompt, completion in zip(held_out.prompts(held_out.rows), tokens.tolist(), strict=True)
     ]
     return sum(rewards) / len(rewards)
 

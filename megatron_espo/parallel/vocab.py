@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-_CDF_BLOCK = 512
+_BLOCK = 512
 
 
 class TokenDraw(NamedTuple):
@@ -102,7 +102,7 @@ def draw_tokens(
         hidden = logits[:, forbidden - start].clone()
         logits[:, forbidden - start] = float("-inf")
     divisor = temperature or 1.0
-    top, place = logits.max(dim=-1)
+    top, place = _largest(logits)
     second = logits.topk(2, dim=-1).values[:, 1] if margin else top
     # A shard without any allowed token: its weights become 0, not NaN.
     top = top.clamp(min=torch.finfo(torch.float32).min)
@@ -144,6 +144,23 @@ def draw_tokens(
         margin=margins,
         negative_entropy=negative_entropy,
     )
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Find each row's largest entry and the first place that holds it.
+
+    torch.max with places reads one entry at a time on CPUs; the largest entries of blocks are found
+    in full vectors, and the place is then looked for in one block.
+    """
+    n = logits.size(1)
+    whole = n // _BLOCK * _BLOCK
+    blocks = logits[:, :whole].unflatten(1, (n // _BLOCK, _BLOCK)).amax(-1)
+    if whole < n:
+        blocks = torch.cat((blocks, logits[:, whole:].amax(-1, keepdim=True)), dim=1)
+    top, block = blocks.max(dim=-1)
+    columns = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)
+    inside = logits.gather(1, columns.clamp(max=n - 1)).masked_fill(columns >= n, float("nan"))
+    return top, block * _BLOCK + (inside == top[:, None]).int().argmax(dim=-1)
 
 
 def _moment(logits: Tensor) -> Tensor:
@@ -212,17 +229,17 @@ def _inverse_cdf(weights: Tensor, fraction: Tensor) -> Tensor:
         int64 ``[r]``, an index with positive weight wherever the row has one.
     """
     n = weights.size(1)
-    whole = n // _CDF_BLOCK * _CDF_BLOCK
-    blocks = weights[:, :whole].unflatten(1, (n // _CDF_BLOCK, _CDF_BLOCK))
+    whole = n // _BLOCK * _BLOCK
+    blocks = weights[:, :whole].unflatten(1, (n // _BLOCK, _BLOCK))
     sums = blocks.sum(-1, dtype=torch.float64)
     if whole < n:
         tail = weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
         sums = torch.cat((sums, tail), dim=1)
     block, rest = _pick(sums, fraction.clamp(0.0, 1.0) * sums.sum(-1))
-    columns = block[:, None] * _CDF_BLOCK + torch.arange(_CDF_BLOCK, device=weights.device)
+    columns = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=weights.device)
     inside = weights.gather(1, columns.clamp(max=n - 1)).double().masked_fill(columns >= n, 0.0)
     place, _ = _pick(inside, rest)
-    return (block * _CDF_BLOCK + place).clamp(max=n - 1)
+    return (block * _BLOCK + place).clamp(max=n - 1)
 
 
 def _pick(values: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
