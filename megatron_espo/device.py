@@ -3,9 +3,9 @@
 Megatron spells "cuda" out in allocations, streams, events and random-state calls. On a machine
 without CUDA, :func:`prepare` points these at the CPU and gloo; the code that runs is the same code
 that runs on GPUs. With CUDA present nothing is changed, apart from two repairs that do not depend
-on the device: Megatron's start-up runs ``make`` on the data-set helpers although the wheel ships them
-compiled and without a Makefile, and without Apex and Transformer Engine its distributed optimizer
-cannot be resumed.
+on the device: Megatron's start-up runs ``make`` on the data-set helpers although the wheel ships
+them compiled and without a Makefile, and without Apex and Transformer Engine its distributed
+optimizer cannot be resumed.
 """
 
 import contextlib

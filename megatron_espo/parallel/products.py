@@ -1,8 +1,9 @@
 """Matrix products of float32 on CPUs, with oneDNN's kernels where they are the faster ones.
 
-PyTorch sends float32 products on x86 to MKL. For the forward products of transformer layers, and
-above all for few rows times a wide output head, oneDNN's kernels, which are part of the same
-PyTorch, take less time (docs/performance.md has figures). Nothing here is used on GPUs.
+PyTorch sends float32 products on x86 to MKL. For few rows times a wide output head, and on
+processors without AVX-512 for all forward products of transformer layers, oneDNN's kernels, which
+are part of the same PyTorch, take less time (docs/performance.md has figures). Nothing here is used
+on GPUs.
 
 Symbols: r rows, h input features, n output features.
 """
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Up to this many rows a wide head is multiplied from the left, and the result turned.
-_VERY_FEW_ROWS, _WIDE = 16, 4096
+# Up to this many rows oneDNN's kernel is the faster one with AVX-512, too.
+_FEW_ROWS = 48
 
 
 def is_handled(*tensors: Tensor) -> bool:
@@ -34,15 +35,20 @@ def _has_kernel() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``, contiguous."""
     rows = hidden.flatten(0, -2)
-    if len(rows) <= _VERY_FEW_ROWS and len(weight) >= _WIDE:
-        product = torch.mm(weight, rows.t()).t().contiguous()
+    if _has_avx512() and rows.size(0) > _FEW_ROWS:
+        product = torch.mm(rows, weight.t())
     else:
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
     # No view for autograd: logits are worked on in place, which it forbids on a function's views.
-    shaped: Tensor = torch.ops.aten._unsafe_view(product, (*hidden.shape[:-1], len(weight)))
+    shaped: Tensor = torch.ops.aten._unsafe_view(product, (*hidden.shape[:-1], weight.size(0)))
     return shaped
 
 
