@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes of the unit tests; some of the tests start two ranks of their own.
+WORKERS ?= 2
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300
@@ -31,8 +33,8 @@ pretrain-tiny: setup  ## pre-train a tiny model on plain text and sample from it
 test: test-unit test-dist
 
 test-unit: setup
-	$(RUN) -m pytest tests/unit -q --timeout 300
-	$(RUN) -m pytest tests/te -q --timeout 300
+	$(RUN) -m pytest tests/unit -q --timeout 600 -n $(WORKERS) --dist loadfile
+	$(RUN) -m pytest tests/te -q --timeout 600
 
 test-gpu:  ## on a machine with a GPU and Transformer Engine, in the Python that has them (PYTHON=)
 	$(PYTHON) -m pytest tests/gpu -q --timeout 600

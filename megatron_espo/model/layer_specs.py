@@ -15,6 +15,7 @@ from megatron_espo.model.attention import (
     transformer_engine_attention,
 )
 from megatron_espo.model.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_espo.model.rotary import RotatingSelfAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -73,6 +74,7 @@ def bidirectional_block_spec(
         if not use_transformer_engine:
             layer.submodules.input_layernorm = RMSNorm
             layer.submodules.pre_mlp_layernorm = RMSNorm
+            attention.module = RotatingSelfAttention
             attention.submodules.linear_qkv = ColumnParallelLinear
             attention.submodules.linear_proj = RowParallelLinear
             feed_forward = layer.submodules.mlp.keywords["submodules"]

@@ -7,6 +7,7 @@ from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from torch import Tensor
 
+from megatron_espo.device import skip_interception
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
 from megatron_espo.parallel.passes import current_pass
@@ -64,6 +65,9 @@ def model_provider(
         # Context-parallel ranks take contiguous parts here, see parallel/pipeline.py: without a
         # causal mask there is no load to balance.
         model.rotary_pos_emb.cp_group = None
+    skip_interception(model.decoder)
+    if post_process:
+        skip_interception(model.output_layer)
     return model
 
 

@@ -35,21 +35,21 @@ RECIPES = ("tensorwise", "blockwise", "mxfp8")
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
-def views_of(built: Built) -> tuple[Any, Any]:
-    numbers = (uniform(stream(3, "test-tokens"), torch.arange(N), 32) * 250).long()
-    prompts = [numbers[i, : 6 + i].tolist() for i in range(N)]
-    model, ids = built.model, torch.arange(N)
-    views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, 1)
+def views_of(built: Built, n: int = N, rows: int = 2) -> tuple[Any, Any]:
+    numbers = (uniform(stream(3, "test-tokens"), torch.arange(n), 32) * 250).long()
+    prompts = [numbers[i, : 6 + i].tolist() for i in range(n)]
+    model, ids = built.model, torch.arange(n)
+    views = elbo_views("coupled", stream(5, "elbo"), ids, ids, n, LENGTH, 1)
     sequences = pack_sequences(
         prompts, numbers[:, 16 : 16 + LENGTH], model.pad_token_id, model.pad_multiple
     )
-    return views, view_batches(sequences, views, model.mask_token_id, model.vocab_size, 2)
+    return views, view_batches(sequences, views, model.mask_token_id, model.vocab_size, rows)
 
 
-def elbo(built: Built) -> Tensor:
+def elbo(built: Built, n: int = N, rows: int = 2) -> Tensor:
     for chunk in built.model.chunks:
         chunk.eval()
-    views, batches = views_of(built)
+    views, batches = views_of(built, n, rows)
     return elbo_of_views(built.model, batches, views)
 
 

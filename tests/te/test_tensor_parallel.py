@@ -1,4 +1,4 @@
-"""Transformer Engine's layers on two ranks that share a model.
+"""Transformer Engine's layers and FP8 on two ranks that share a model.
 
 The ranks are tensor-parallel, with and without sequence parallelism, or context-parallel. The file
 starts itself again under torchrun.
@@ -8,14 +8,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TE, Build
+from conftest import FP8, TE, Build, Built
 from megatron.training.checkpointing import save_checkpoint
-from test_fp8 import completions_of, elbo
+from test_fp8 import FULL, RECIPES, completions_of, elbo, gradient
+from torch import Tensor
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 TP = ("--tensor-model-parallel-size", "2")
@@ -24,6 +26,10 @@ SPLITS = {
     "tp, sequence parallel": (*TP, "--sequence-parallel"),
     "cp": ("--context-parallel-size", "2"),
 }
+# Blocks of mxfp8 fill both ranks' parts of every layer.
+EVEN = ("--ffn-hidden-size", "128")
+# Odd: micro-batches of one and of seven rows do not fill what FP8 wants.
+SEQUENCES = 7
 on_two_ranks = pytest.mark.skipif(WORLD != 2, reason="runs inside test_two_ranks_share_a_model")
 
 
@@ -32,10 +38,10 @@ def test_two_ranks_share_a_model() -> None:
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-            "--no-python", sys.executable, "-m", "pytest", __file__, "-q", "-x", "--timeout", "240",
-            "-p", "no:cacheprovider",
+            "--no-python", sys.executable, "-m", "pytest", __file__, "-q", "-x", "--timeout", "500",
+            "-p", "no:cacheprovider", "--show-capture", "no",
         ],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=280, check=False,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=560, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:]
     assert done.stdout.count(" passed") == 2, done.stdout[-2000:]
@@ -63,10 +69,14 @@ def weights(folder: str, build: Build) -> tuple[str, ...]:
     """Flags that load the weights that all models here have."""
     if not Path(folder, "latest_checkpointed_iteration.txt").exists():
         dist.barrier()
-        written = build(*TE, "--save", folder)
+        written = build(*TE, *EVEN, "--save", folder)
         save_checkpoint(1, list(written.model.chunks), written.optimizer, written.scheduler, 0)
     dist.barrier()
-    return ("--pretrained-checkpoint", folder)
+    return (*EVEN, "--pretrained-checkpoint", folder)
+
+
+def close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
+    return bool(((ours - theirs).abs().max() / theirs.abs().max()) < tolerance)
 
 
 @on_two_ranks
@@ -77,5 +87,51 @@ def test_a_model_in_two_parts_is_the_same_model(
     whole = build(*TE, *weights)
     wanted, tokens = elbo(whole), completions_of(whole, 3)
     parts = build(*TE, *SPLITS[split], *weights)
-    assert ((elbo(parts) - wanted).abs().max() / wanted.abs().max()) < 1e-5
+    assert close(elbo(parts), wanted, 1e-5)
     assert torch.equal(completions_of(parts, 3), tokens)
+
+
+@on_two_ranks
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fp8_of_two_parts_takes_any_number_of_rows(
+    build: Build, weights: tuple[str, ...], recipe: str
+) -> None:
+    """Odd numbers of rows, last micro-batches that are not full; and ratios of unchanged weights.
+
+    The stand-in refuses a rank's share that the recipe cannot take.
+    """
+    flags = (*FP8, "--fp8-recipe", recipe, *weights)
+    plain = elbo(build(*TE, "--bf16", *weights), SEQUENCES, 1)
+    whole = build(*flags)
+    wanted = {rows: elbo(whole, SEQUENCES, rows) for rows in (1, 2, 7)}
+    for split in SPLITS.values():
+        parts = build(*flags, *split)
+        for rows, of_whole in wanted.items():
+            found = elbo(parts, SEQUENCES, rows)
+            # Parts have scales of their own, so they round otherwise, but not more coarsely.
+            assert (found - plain).abs().mean() < 2 * (of_whole - plain).abs().mean()
+        for n in (1, 2, 3):  # two rows at a time
+            assert not (completions_of(parts, n) == parts.model.mask_token_id).any()
+        assert torch.equal(gradient(parts, "two_pass"), elbo(parts))
+
+
+@on_two_ranks
+def test_ratio_of_unchanged_weights_is_one_exactly_with_recomputation(
+    build: Build, weights: tuple[str, ...]
+) -> None:
+    built = build(*FP8, *SPLITS["tp, sequence parallel"], *FULL.split(), *weights)
+    old = elbo(built)
+    for mode in ("two_pass", "joint"):
+        assert torch.equal(gradient(built, mode), old)
+
+
+@on_two_ranks
+def test_less_padding_than_both_ranks_need_is_refused(
+    build: Build, weights: tuple[str, ...]
+) -> None:
+    """The check of the stand-in is what the tests above rest on."""
+    built: Built = build(*FP8, "--fp8-recipe", "mxfp8", *SPLITS["tp, sequence parallel"], *weights)
+    assert built.model.pad_multiple == 64
+    short = replace(built, model=replace(built.model, pad_multiple=32))
+    with pytest.raises(ValueError, match="is not a multiple of 32"):
+        elbo(short, 1, 1)

@@ -24,7 +24,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(*command: str, cwd: Path, env: Mapping[str, str], status: int = 0) -> str:
     done = subprocess.run(
-        command, cwd=cwd, env=env, text=True, timeout=280, check=False,
+        command, cwd=cwd, env=env, text=True, timeout=560, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
     assert done.returncode == status, done.stdout[-5000:]

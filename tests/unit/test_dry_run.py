@@ -98,7 +98,7 @@ def results() -> dict[str, Any]:
         input=json.dumps(wanted),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=560,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -29,7 +29,7 @@ def run(
     *arguments: str,
     fails: bool = False,
     environment: Mapping[str, str] | None = None,
-    timeout: int = 280,
+    timeout: int = 560,
 ) -> str:
     """Run Python with arguments; returns what it printed."""
     done = subprocess.run(
@@ -405,7 +405,7 @@ def test_text_pretraining_samples_at_the_end(folder: Path, tmp_path: Path) -> No
         ["bash", "examples/pretrain_tiny.sh", "--text", str(tmp_path), "--out",
          str(folder / "text"), "--", "--train-iters", "4", "--eval-iters", "1",
          "--lr-warmup-iters", "1"],
-        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": sys.executable}, text=True, timeout=240,
+        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": sys.executable}, text=True, timeout=560,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

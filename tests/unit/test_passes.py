@@ -12,8 +12,10 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.global_vars import destroy_global_vars
 from torch import Tensor
 
+from megatron_espo import device
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
+from megatron_espo.model import rotary
 from megatron_espo.model.provider import model_provider
 from megatron_espo.parallel import pipeline
 from megatron_espo.parallel.passes import KeyValueCache, select_positions
@@ -90,6 +92,55 @@ def test_leaving_out_rows_changes_neither_logits_nor_gradients(
         scale = gradient.abs().max()
         assert scale > 0, name
         assert (lean[1][name] - gradient).abs().max() <= 1e-5 * scale, name
+
+
+def test_rotation_gives_megatrons_logits_and_gradients(
+    deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> dict[str, Tensor]:
+        deep.zero_grad()
+        logits = logits_of(deep.train(), UNEVEN)
+        (logits.sin() * torch.arange(1.0, 9.0)[:, None]).sum().backward()
+        return {"logits": logits.detach(), **{n: p.grad for n, p in deep.named_parameters()}}
+
+    ours, calls = run(), []
+    rotate = rotary.rotate
+    monkeypatch.setattr(rotary, "rotate", lambda *args: calls.append(1) or rotate(*args))
+    assert torch.equal(run()["logits"], ours["logits"]) and len(calls) == 2 * 3
+    monkeypatch.setattr(rotary.RotatingSelfAttention, "_is_handled", lambda *_: False)
+    for name, expected in run().items():
+        assert (ours[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
+    assert len(calls) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["--rotary-percent 0.5", "--rotary-interleaved", "--position-embedding-type none"],
+)
+def test_other_rotations_are_left_to_megatron(
+    tokenizer: str, flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rotary, "rotate", None)
+    assert logits_of(build(tokenizer, "--num-layers", "1", *flags.split()), UNEVEN).isfinite().all()
+
+
+def test_layers_run_without_a_look_at_each_call_and_give_the_same(
+    deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    look = device._CudaOnCpu.__torch_function__
+
+    def counted(self: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        calls.append(func)
+        return look(self, func, types, args, kwargs)
+
+    monkeypatch.setattr(device._CudaOnCpu, "__torch_function__", counted)
+    unwatched, few = logits_of(deep.eval(), UNEVEN), len(calls)
+    for module in (deep.decoder, deep.output_layer):
+        monkeypatch.delitem(module.__dict__, "forward")
+    calls.clear()
+    assert torch.equal(logits_of(deep, UNEVEN), unwatched)
+    assert few < 100 < 300 < len(calls)
 
 
 def test_last_layer_computes_just_the_rows_that_are_read(deep: torch.nn.Module) -> None:
