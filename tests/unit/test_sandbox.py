@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -69,6 +70,11 @@ HONEST = {
         ["try:\n    f(1)\nexcept KeyError:\n    pass\nelse:\n    assert False",
          "try:\n    f(1)\nexcept TypeError:\n    pass"], "10",
     ),
+    "assertion of the code": (
+        "def f(x): assert x > 0",
+        ["try:\n    f(-1)\nexcept AssertionError:\n    pass\nelse:\n    raise ValueError", "f(-1)"],
+        "10",
+    ),
     "class": (
         "class Stack:\n    def __init__(self, *v): self.v = list(v)\n"
         "    def push(self, x): self.v.append(x)\n    def __len__(self): return len(self.v)",
@@ -78,6 +84,20 @@ HONEST = {
     "passed function": ("def f(g, v): return [g(x) for x in v]",
                         ["assert f(lambda x: x * 2, [1, 2]) == [2, 4]",
                          "assert f(str, [1]) == ['1']"], "11"),
+    "passed function that calls the code": (
+        "def g(x): return x + 1\ndef f(h, v): return [h(x) for x in v]",
+        ["assert f(lambda x: g(x) * 2, [1, 2]) == [4, 6]",
+         "assert f(lambda x: f(lambda y: g(x + y), [1]), [2]) == [[4]]"], "11",
+    ),
+    "passed method": (
+        "class C:\n    def g(self, x): return x + 1\ndef g(x): return 0\ndef f(h, x): return h(x)",
+        ["assert f(C().g, 2) == 3", "assert f(g, 2) == 0"], "11",
+    ),
+    "passed function that raises": (
+        "def f(g): return g()",
+        ["def h(): raise KeyError\ntry:\n    f(h)\nexcept KeyError:\n    pass\nelse:\n"
+         "    raise ValueError", "assert f(lambda: 3) == 3"], "11",
+    ),
     "built-in's name": ("def sum(a, b): return a * b", ["assert sum(2, 3) == 6"], "1"),
     "constant": ("LIMIT = 3\ndef f(x): return x", ["assert f(1) < LIMIT"], "1"),
     "no shared state": ("n = []\ndef f(): n.append(1); return len(n)", ["assert f() == 1"] * 2, "11"),
@@ -301,41 +321,47 @@ ENDLESS = {
 }  # fmt: skip
 
 
-def jail_processes() -> list[str]:
+# A size that tells the processes of these jails from those of others on the machine.
+OWN = Limits(test_seconds=1.0, total_seconds=1.5, memory=(256 << 20) + 4096 * (os.getpid() % 4096))
+
+
+def own_processes() -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if "code_side.py" in line:
-            found.append(line)
+            if "code_side.py" in line and f'"memory": {OWN.memory},' in line:
+                found.append(line)
     return found
 
 
-def wait_for_none(before: list[str]) -> bool:
+def wait_for_none() -> bool:
     end = time.monotonic() + 5
-    while len(jail_processes()) > len(before) and time.monotonic() < end:
+    while own_processes() and time.monotonic() < end:
         time.sleep(0.05)
-    return len(jail_processes()) <= len(before)
+    return not own_processes()
+
+
+def test_processes_of_a_jail_can_be_told_from_others() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs, sandbox._jail("code_side.py", [theirs], OWN, WORKING[0]):
+        assert own_processes()
+    assert wait_for_none()
 
 
 @pytest.mark.parametrize("program", ENDLESS)
 def test_endless_code_ends_in_time_and_leaves_no_process(program: str) -> None:
-    before, started = jail_processes(), time.monotonic()
-    limits = Limits(test_seconds=1.0, total_seconds=1.5, memory=256 << 20)
-    assert run_tests([ENDLESS[program] + "\ndef f(x): return 4"], [TEST], limits) == [False]
+    started = time.monotonic()
+    assert run_tests([ENDLESS[program] + "\ndef f(x): return 4"], [TEST], OWN) == [False]
     assert time.monotonic() - started < 30
-    assert wait_for_none(before)
+    assert wait_for_none()
 
 
 @pytest.mark.parametrize("mode", WORKING[1:])
 def test_other_modes_end_processes_too(mode: str) -> None:
-    before = jail_processes()
-    limits = Limits(test_seconds=1.0, total_seconds=1.5, memory=256 << 20)
     for program in ("fork bomb", "orphan", "deaf"):
-        assert run_tests([ENDLESS[program]], [TEST], limits, mode) == [False]
-        assert wait_for_none(before)
+        assert run_tests([ENDLESS[program]], [TEST], OWN, mode) == [False]
+        assert wait_for_none()
 
 
 def test_total_time_is_limited_whatever_the_number_of_tests() -> None:
@@ -347,6 +373,10 @@ def test_total_time_is_limited_whatever_the_number_of_tests() -> None:
         == [True] + [False] * 50
     )
     assert time.monotonic() - started < 30
+    # A single test has no more than that, either.
+    limits, code = Limits(test_seconds=60.0, total_seconds=2.0), "from time import sleep as f"
+    assert run_tests([code], ["f(600)"], limits) == [False]
+    assert time.monotonic() - started < 50
 
 
 PLAIN = st.recursive(

@@ -67,14 +67,21 @@ class _Server:
 
     def serve(self) -> None:
         """Answer until the test ends."""
+        self._next_result()
+
+    def _next_result(self) -> dict[str, Any] | None:
+        """Answer until the test says what a function of its own returned; None when it ends."""
         while (message := receive(self.connection, MAX_MESSAGE)) is not None:
             if "end" in message:
-                return
+                return None
+            if "value" in message:
+                return message
             try:
                 answer = self._answer(message)
             except BaseException as error:
                 answer = _raised(error)
             send(self.connection, answer)
+        return None
 
     def _answer(self, message: dict[str, Any]) -> dict[str, Any]:
         target, args, kwargs = self._target(message), [], {}
@@ -107,9 +114,9 @@ class _Server:
 
         def call_back(*args: Any) -> Any:
             send(self.connection, {"callback": content, "args": [encode(a) for a in args]})
-            answer = receive(self.connection, MAX_MESSAGE)
-            if answer is None or "value" not in answer:
-                raise RuntimeError("a function of the test failed")
+            answer = self._next_result()
+            if answer is None:  # it raised, which ended the call or the test
+                os._exit(0)
             return decode(answer["value"], self._foreign)
 
         return call_back
