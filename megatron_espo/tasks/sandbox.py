@@ -226,13 +226,19 @@ def _prefix(mode: Mode, limits: Limits, *, root: bool) -> list[str]:
         return []
     if mode == "namespaces":
         own = [] if root else ["--user", "--map-current-user"]
-        found = shutil.which("unshare") or "/usr/bin/unshare"
-        return [found, *own, "--pid", "--fork", "--kill-child", "--mount-proc", "--net", "--ipc"]
+        # unshare ends its child when it ends, but not itself when this process is killed.
+        return [
+            shutil.which("setpriv") or "/usr/bin/setpriv", "--pdeathsig", "KILL",
+            shutil.which("unshare") or "/usr/bin/unshare", *own, "--pid", "--fork", "--kill-child",
+            "--mount-proc", "--net", "--ipc",
+        ]  # fmt: skip
     base = os.path.realpath(sys.base_prefix)
     binds = [(folder, folder) for folder in ("/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache")]
     binds += [(folder, folder) for folder in dict.fromkeys((base, *_library()))]
     # bwrap would make the folders above them readable to root alone.
     above = {str(folder) for path, _ in binds for folder in Path(path).parents} - {"/"}
+    # With an init of bwrap's in the jail (no --as-pid-1): bwrap has no right to end a process of
+    # another user when this process is killed, but it may end its own.
     user: list[str]
     if root:  # enough rights to become another user inside, and then none
         user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -241,7 +247,7 @@ def _prefix(mode: Mode, limits: Limits, *, root: bool) -> list[str]:
     return [
         shutil.which("bwrap") or "/usr/bin/bwrap",
         "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
-        *user, "--die-with-parent", "--as-pid-1", "--clearenv",
+        *user, "--die-with-parent", "--clearenv",
         *(part for name, value in _ENVIRONMENT.items() for part in ("--setenv", name, value)),
         *(part for path in sorted(above) for part in ("--perms", "0755", "--dir", path)),
         *(part for pair in binds for part in ("--ro-bind-try", *pair)),
