@@ -49,6 +49,22 @@ def test_right_value_and_a_normal_end_pass() -> None:
     assert not passes("assert f(2) == 5", framed({"gone": True}) * 2)
 
 
+def test_a_test_that_catches_everything_is_not_passed_by_leaving_or_by_nonsense() -> None:
+    lenient = "try:\n    f(2)\nexcept Exception:\n    pass"
+    gone = framed({"gone": True})
+    assert passes(lenient, framed({"raised": "ValueError", "text": "no"}) + gone)
+    assert not passes(lenient, gone)
+    assert not passes(lenient, gone * 2)
+    assert not passes(lenient, framed({"value": ["nonsense", 1]}) + gone)
+    assert not passes(lenient, framed(["no object"]) + gone)
+
+
+def test_nonsense_after_the_right_value_does_not_pass() -> None:
+    too_long = struct.pack("!Q", channel.MAX_MESSAGE + 1)
+    for said in (too_long, framed(["no object"]), framed({"value": 5})):
+        assert not passes("assert f(2) == 5", framed({"value": 5}) + said)
+
+
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers().filter(lambda n: n != 5) | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3)

@@ -3,6 +3,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import socket
 import subprocess
@@ -484,6 +485,12 @@ PLAIN = st.recursive(
 def test_values_arrive_as_they_were(value: object) -> None:
     back = decode(encode(value))
     assert back == value and type(back) is type(value)
+
+
+@pytest.mark.parametrize("endless", [itertools.count(), itertools.repeat("x", 10**6)])
+def test_values_with_too_many_items_are_refused(endless: object) -> None:
+    with pytest.raises(ValueError, match="too many items"):
+        encode(endless)
 
 
 JSON = st.recursive(
