@@ -280,6 +280,24 @@ def check_limits(locked_memory: int | None, open_files: int, infiniband: bool) -
     return found
 
 
+def check_sandbox(mode: str | None) -> list[Finding]:
+    """Say how generated code would be run.
+
+    Args:
+        mode: what the sandbox says when a run starts, or None where none works.
+
+    Returns:
+        Findings.
+    """
+    if mode is None:
+        text = (
+            "no sandbox works here for --espo-task code: install bubblewrap; in Docker, "
+            "--security-opt seccomp=unconfined lets it make namespaces."
+        )
+        return [Finding("warning", text)]
+    return [Finding("ok", f"{mode} (--espo-task code)")]
+
+
 def examine(wanted_gpus: int | None) -> list[Finding]:
     """Make all checks on this machine.
 
@@ -308,6 +326,7 @@ def examine(wanted_gpus: int | None) -> list[Finding]:
     )
     unlimited = locked == resource.RLIM_INFINITY
     found += check_limits(None if unlimited else locked, files, bool(infiniband))
+    found += check_sandbox(_sandbox())
     return found
 
 
@@ -374,6 +393,15 @@ def _engine_error() -> str | None:
     except Exception as error:
         return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
     return None
+
+
+def _sandbox() -> str | None:
+    from megatron_espo.tasks import sandbox
+
+    try:
+        return sandbox.start_line()
+    except ValueError:
+        return None
 
 
 def _free_shared_memory() -> int | None:

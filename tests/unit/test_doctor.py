@@ -15,6 +15,7 @@ from megatron_espo.doctor import (
     check_limits,
     check_nccl,
     check_network,
+    check_sandbox,
     check_shared_memory,
     check_transformer_engine,
     check_versions,
@@ -112,6 +113,14 @@ def test_limits_matter_where_they_are_reached() -> None:
     assert "ulimit -n" in check_limits(None, 1024, infiniband=True)[0].text
 
 
+def test_sandbox_is_named_and_missed_where_none_works() -> None:
+    assert check_sandbox("sandbox: limits only") == [
+        Finding("ok", "sandbox: limits only (--espo-task code)")
+    ]
+    (missing,) = check_sandbox(None)
+    assert missing.level == "warning" and "install bubblewrap" in missing.text
+
+
 def doctor(*arguments: str, status: int) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [sys.executable, "-m", "megatron_espo.doctor", *arguments],
@@ -130,6 +139,7 @@ def test_the_command_checks_this_machine_and_starts_what_follows() -> None:
     done = doctor("--then", "echo", "started", status=0)
     assert done.stdout == "started\n"
     assert "warning  no GPU is visible" in done.stderr and "megatron-core 0.19" in done.stderr
+    assert "ok       sandbox: " in done.stderr
 
 
 def test_the_command_stops_at_a_problem() -> None:
