@@ -141,6 +141,7 @@ def _run_from(
     end: float,
 ) -> bool:  # fmt: skip
     """Run tests in two fresh jails until one hangs or dies; False if the code does not load."""
+    seconds = limits.test_seconds + 2.0  # for loading, and for the start
     with ExitStack() as stack:
         code_end, test_end = map(stack.enter_context, socket.socketpair())
         control, control_end = map(stack.enter_context, socket.socketpair())
@@ -152,7 +153,6 @@ def _run_from(
             test_end.close()
             control_end.close()
             send(control, {"tests": list(tests), "first": len(passed)})
-            seconds = limits.test_seconds + 2.0  # and for the start
             control.settimeout(max(min(seconds, end - time.monotonic()), 0.01))
             hello = receive(control)
             if not (hello and hello["loaded"]):

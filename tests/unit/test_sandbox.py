@@ -56,6 +56,14 @@ def test_missing_programs_leave_the_next_mode(
     assert sandbox.sandbox_mode.__wrapped__() == expected
 
 
+def test_a_jail_that_ends_at_once_is_a_failed_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the kernel refuses namespaces: its socket is closed before or while it is used."""
+    monkeypatch.setattr(sandbox, "_prefix", lambda *_, **__: ["/bin/false"])
+    large = "x = 1\n" * 10**6  # more than the socket holds: sending it fails, surely
+    for code in ("def f(x): return 5", large):
+        assert run_tests([code], [TEST], LIMITS, "namespaces") == [False]
+
+
 HONEST = {
     "function": ("def f(x): return x + 3", [TEST, "assert f(0) == 3", "assert f(0) == 4"], "110"),
     "helper": ("import math\ndef g(x): return 3\ndef f(x): return x + g(x)", [TEST], "1"),
