@@ -237,8 +237,6 @@ def _prefix(mode: Mode, limits: Limits, *, root: bool) -> list[str]:
     binds += [(folder, folder) for folder in dict.fromkeys((base, *_library()))]
     # bwrap would make the folders above them readable to root alone.
     above = {str(folder) for path, _ in binds for folder in Path(path).parents} - {"/"}
-    # With an init of bwrap's in the jail (no --as-pid-1): bwrap has no right to end a process of
-    # another user when this process is killed, but it may end its own.
     user: list[str]
     if root:  # enough rights to become another user inside, and then none
         user = ["--cap-drop", "ALL", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
@@ -247,6 +245,8 @@ def _prefix(mode: Mode, limits: Limits, *, root: bool) -> list[str]:
     return [
         shutil.which("bwrap") or "/usr/bin/bwrap",
         "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try",
+        # No --as-pid-1: when this process is killed, bwrap may end an init of its own in the jail,
+        # and with it all that is there, but no process of another user.
         *user, "--die-with-parent", "--clearenv",
         *(part for name, value in _ENVIRONMENT.items() for part in ("--setenv", name, value)),
         *(part for path in sorted(above) for part in ("--perms", "0755", "--dir", path)),

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from conftest import FP8, TE, Build, Built
 from megatron.training.checkpointing import save_checkpoint
 from test_fp8 import FULL, RECIPES, completions_of, elbo, gradient
-from torch import Tensor
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 TP = ("--tensor-model-parallel-size", "2")
@@ -75,10 +74,6 @@ def weights(folder: str, build: Build) -> tuple[str, ...]:
     return (*EVEN, "--pretrained-checkpoint", folder)
 
 
-def close(ours: Tensor, theirs: Tensor, tolerance: float) -> bool:
-    return bool(((ours - theirs).abs().max() / theirs.abs().max()) < tolerance)
-
-
 @on_two_ranks
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_model_in_two_parts_is_the_same_model(
@@ -87,7 +82,7 @@ def test_a_model_in_two_parts_is_the_same_model(
     whole = build(*TE, *weights)
     wanted, tokens = elbo(whole), completions_of(whole, 3)
     parts = build(*TE, *SPLITS[split], *weights)
-    assert close(elbo(parts), wanted, 1e-5)
+    assert ((elbo(parts) - wanted).abs().max() / wanted.abs().max()) < 1e-5
     assert torch.equal(completions_of(parts, 3), tokens)
 
 
@@ -104,12 +99,14 @@ def test_fp8_of_two_parts_takes_any_number_of_rows(
     plain = elbo(build(*TE, "--bf16", *weights), SEQUENCES, 1)
     whole = build(*flags)
     wanted = {rows: elbo(whole, SEQUENCES, rows) for rows in (1, 2, 7)}
-    for split in SPLITS.values():
+    for name, split in SPLITS.items():
         parts = build(*flags, *split)
         for rows, of_whole in wanted.items():
             found = elbo(parts, SEQUENCES, rows)
             # Parts have scales of their own, so they round otherwise, but not more coarsely.
-            assert (found - plain).abs().mean() < 2 * (of_whole - plain).abs().mean()
+            ratio = (found - plain).abs().mean() / (of_whole - plain).abs().mean()
+            print(f"{recipe}, {name}, {rows} rows: {ratio:.2f} of one rank's distance from bf16")
+            assert ratio < 2
         for n in (1, 2, 3):  # two rows at a time
             assert not (completions_of(parts, n) == parts.model.mask_token_id).any()
         assert torch.equal(gradient(parts, "two_pass"), elbo(parts))

@@ -333,7 +333,7 @@ def test_jail_has_none_of_the_standard_streams(mode: str) -> None:
         os.close(end)
 
 
-@pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="other modes give the machine's files")
+@pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="only bubblewrap mounts folders read-only")
 def test_bubblewrap_lets_nothing_be_written_where_packages_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -349,7 +349,7 @@ def test_bubblewrap_lets_nothing_be_written_where_packages_are(
         assert run_tests([code], [f"assert f() == {errno.EROFS}"], LIMITS) == [True]
 
 
-@pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="other modes limit each file by itself")
+@pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="only bubblewrap limits the sum of files")
 def test_bubblewrap_limits_all_files_together() -> None:
     code = (
         "def f():\n    for i in range(40):\n        try: open(str(i), 'wb').write(bytes(1 << 20))\n"
