@@ -42,7 +42,7 @@ ranks() {
   set +e
   "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@" 2>&1 |
     tee "$out/$log.log" | grep -E --line-buffered '^error|^rollout|^held-out|iteration +[0-9]+/|^\[rank[0-9]+\]: [A-Za-z.]*Error' |
-    sed -u -E 's/consumed samples.*learning rate/learning rate/; s/global batch size.*lm loss/lm loss/; s/ \| loss scale.*//'
+    sed -u -E 's/^.* \[20/[20/; s/consumed samples.*learning rate/learning rate/; s/global batch size.*lm loss/lm loss/; s/ \| loss scale.*//'
   status=${PIPESTATUS[0]} # of the ranks: grep fails where it has nothing to show
   set -e
   return "$status"
@@ -50,8 +50,9 @@ ranks() {
 
 # Settings that were tuned on the validation split only: first those of the task.
 source examples/tiny_"$task".sh
-# A cell is read by its absolute place; rotary positions alone make so small a model learn slowly.
-shape=(--position-embedding-type learned_absolute --max-position-embeddings 64)
+# A cell is read by its place, and so small a model learns places slowly from the waves of 6 to 20,000
+# positions that a rotary base of 10,000 makes; with 10 they are 6 to 47 long, like the sequences.
+shape=(--rotary-base 10)
 sft_rate=(--lr 3e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 30)
 espo_rate=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 4)
 prompts=32 group=8 updates=2
@@ -100,7 +101,11 @@ ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-
   --espo-num-rollouts "$rollouts" "${espo[@]}" "${espo_rate[@]}" --pretrained-checkpoint "$out/base" \
   --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
 
-tested=(base espo)
+say "Writing the model as a LLaDA folder for Hugging Face, $out/hf"
+"$python" tools/convert_hf.py to-hf --megatron "$out/espo" --family llada --out "$out/hf" 2>&1 |
+  grep -aE "^error|^$out/hf"
+
+tested=(base espo hf)
 if ((control)); then
   say "Control: the compute of ESPO spent on more fine-tuning ($control_iters steps)"
   ranks control "${sft[@]}" --train-iters "$control_iters" "${espo_rate[@]}" \
@@ -111,7 +116,9 @@ fi
 
 say "Held-out test problems, greedy sampling"
 for name in "${tested[@]}"; do
-  ranks "test-$name" tools/evaluate.py --load "$out/$name" --tokenizer-model "$out/tokenizer" \
+  source=(--load "$out/$name" --tokenizer-model "$out/tokenizer")
+  [[ $name == hf ]] && source=(--hf "$out/hf" --hf-cache "$out/hf-cache")
+  ranks "test-$name" tools/evaluate.py "${source[@]}" \
     --seq-length "$seq_length" "${sampling[@]}" --espo-task "$task" \
     --espo-eval-data "$out/data/test.jsonl" --out "$out/evaluation/$name"
 done

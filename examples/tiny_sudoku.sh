@@ -3,4 +3,4 @@
 data=(--train 4000 --validation 200 --test 500 --demonstrations 20000 --noise 0.6)
 seq_length=32 completion=16
 sft_iters=900
-rollouts=40
+rollouts=48

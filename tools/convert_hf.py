@@ -3,6 +3,7 @@
     python tools/convert_hf.py to-megatron --hf GSAI-ML/LLaDA-8B-Instruct --out llada-8b
     python tools/convert_hf.py to-hf --megatron runs/espo --hf-template GSAI-ML/LLaDA-8B-Instruct \
         --out llada-8b-espo
+    python tools/convert_hf.py to-hf --megatron runs/own-model --family llada --out own-model
 
 One process, no GPU, a few gigabytes of memory.
 """
@@ -12,6 +13,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from megatron_espo.checkpoint.families import FAMILIES
 from megatron_espo.training.conversion import (
     DTYPES,
     convert_to_hugging_face,
@@ -35,8 +37,11 @@ def main(argv: Sequence[str]) -> None:
     back = commands.add_parser("to-hf", help="torch_dist -> Hugging Face folder")
     back.add_argument("--megatron", required=True, help="--save folder of a run")
     back.add_argument("--iteration", type=int, help="which checkpoint of it (default: the latest)")
+    form = back.add_mutually_exclusive_group(required=True)
+    form.add_argument("--hf-template", help="model whose config, tokenizer and code are copied")
+    form.add_argument("--family", choices=FAMILIES, help="write the config of such a model")
     back.add_argument(
-        "--hf-template", required=True, help="model whose config, tokenizer and code are copied"
+        "--tokenizer-model", help="tokenizer folder, with --family (default: the checkpoint's)"
     )
     for command in (forward, back):
         command.add_argument("--out", required=True, help="folder to make; must not exist")
@@ -45,6 +50,8 @@ def main(argv: Sequence[str]) -> None:
             "--verify", action="store_true", help="compare the logits of both sides at the end"
         )
     args = parser.parse_args(argv)
+    if args.command == "to-hf" and args.hf_template and args.tokenizer_model:
+        parser.error("--tokenizer-model goes with --family; a template brings its own tokenizer")
     # A scheduler's stop signal cleans up like Ctrl-C.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.command == "to-megatron":
@@ -53,7 +60,14 @@ def main(argv: Sequence[str]) -> None:
         )
     else:
         convert_to_hugging_face(
-            args.megatron, args.hf_template, args.out, args.iteration, args.dtype, args.verify
+            args.megatron,
+            args.out,
+            args.hf_template,
+            args.family,
+            args.tokenizer_model,
+            args.iteration,
+            args.dtype,
+            args.verify,
         )
 
 

@@ -11,7 +11,12 @@ from pathlib import Path
 
 from megatron_espo.monitor.curves import draw_runs, find_events, read_scalars, run_names
 
-_ROWS = {"base": "before (fine-tuned base)", "espo": "after ESPO", "control": "control (more SFT)"}
+_ROWS = {
+    "base": "before (fine-tuned base)",
+    "espo": "after ESPO",
+    "hf": "the same, from Hugging Face",
+    "control": "control (more SFT)",
+}
 
 
 def read_evaluation(log: Path) -> dict[str, float] | None:

@@ -1,6 +1,5 @@
 """Model folders with random weights, for trying things out at any size."""
 
-import json
 import zlib
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from megatron_espo.checkpoint.families import Family
 from megatron_espo.checkpoint.hugging_face import write_weights
 from megatron_espo.checkpoint.mapping import model_blocks
 from megatron_espo.checkpoint.shape import ModelShape
+from megatron_espo.checkpoint.side_files import write_side_files
 from megatron_espo.data.whole import whole_folder
 
 
@@ -65,10 +65,6 @@ def write_random_model(
             bar.update(tensor.nbytes)
             return tensor
 
-        tokenizer.save_pretrained(str(partial))
-        fields = {**family.write_config(shape), "torch_dtype": str(dtype).removeprefix("torch.")}
-        (partial / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
-        tokens = {"eos_token_id": shape.eos_token_id, "pad_token_id": shape.eos_token_id}
-        (partial / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n")
+        write_side_files(partial, family, shape, dtype, tokenizer)
         tensors = {name: (size, dtype) for name, size in sources.items()}
         write_weights(partial, tensors, make, max_shard_size=max_shard_size)

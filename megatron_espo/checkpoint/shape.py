@@ -33,6 +33,34 @@ class ModelShape:
         """Channels of one head."""
         return self.hidden_size // self.num_attention_heads
 
+    @classmethod
+    def of(cls, args: argparse.Namespace, eos_token_id: int) -> "ModelShape":
+        """Read the shape from the arguments of a checkpoint.
+
+        Args:
+            args: Megatron's arguments, as stored in a checkpoint.
+            eos_token_id: end of sequence, which they do not name.
+
+        Returns:
+            The shape; :meth:`differences` tells whether it says all that the arguments do.
+        """
+        grouped = getattr(args, "group_query_attention", False)
+        return cls(
+            num_layers=args.num_layers,
+            hidden_size=args.hidden_size,
+            ffn_hidden_size=args.ffn_hidden_size,
+            num_attention_heads=args.num_attention_heads,
+            num_query_groups=args.num_query_groups if grouped else args.num_attention_heads,
+            vocab_size=args.vocab_size,
+            max_position_embeddings=args.max_position_embeddings,
+            rotary_base=args.rotary_base,
+            norm_epsilon=args.layernorm_epsilon,
+            qkv_bias=args.add_qkv_bias,
+            logit_shift=args.logit_shift,
+            mask_token_id=args.mask_token_id,
+            eos_token_id=eos_token_id,
+        )
+
     def flags(self) -> list[str]:
         """Write the shape as Megatron's flags and the project's."""
         flags = (
@@ -63,21 +91,10 @@ class ModelShape:
         Returns:
             One phrase per difference; empty if the weights fit this shape.
         """
-        grouped = getattr(args, "group_query_attention", False)
-        theirs = {
-            "num_layers": args.num_layers,
-            "hidden_size": args.hidden_size,
-            "ffn_hidden_size": args.ffn_hidden_size,
-            "num_attention_heads": args.num_attention_heads,
-            "num_query_groups": args.num_query_groups if grouped else args.num_attention_heads,
-            "head_dim": args.kv_channels,
-            "vocab_size": args.vocab_size,
-            "rotary_base": args.rotary_base,
-            "norm_epsilon": args.layernorm_epsilon,
-            "qkv_bias": args.add_qkv_bias,
-            "logit_shift": args.logit_shift,
-            "mask_token_id": args.mask_token_id,
-        }
+        theirs = dataclasses.asdict(ModelShape.of(args, self.eos_token_id))
+        theirs["head_dim"] = args.kv_channels
+        # A limit on the length of sequences, which changes no result.
+        del theirs["max_position_embeddings"]
         found = [
             f"{name} is {value} there and {getattr(self, name)} here"
             for name, value in theirs.items()

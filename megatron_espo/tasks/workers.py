@@ -47,7 +47,6 @@ class _Worker:
 
     def __init__(self, task_name: str) -> None:
         ours, theirs = socket.socketpair()
-        path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
         with theirs:
             # A fresh interpreter, not a fork: it has no threads, CUDA context or process group of
             # the trainer. In a session of its own, signals for the trainer's group pass it by: a
@@ -57,7 +56,7 @@ class _Worker:
                  str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
                 start_new_session=True,
             )  # fmt: skip
         self.connection = ours

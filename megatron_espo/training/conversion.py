@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_espo.arguments import initialize_arguments, stored_arguments
 from megatron_espo.checkpoint.convert import check_weights, write_hugging_face, write_megatron
-from megatron_espo.checkpoint.families import Family, family_of
+from megatron_espo.checkpoint.families import FAMILIES, Family, family_of
 from megatron_espo.checkpoint.hugging_face import (
     HuggingFaceWeights,
     copy_other_files,
@@ -27,6 +27,7 @@ from megatron_espo.checkpoint.hugging_face import (
 from megatron_espo.checkpoint.lora import MergedWeights
 from megatron_espo.checkpoint.mapping import Block, Names, extra_states, model_blocks
 from megatron_espo.checkpoint.shape import Config, ModelShape
+from megatron_espo.checkpoint.side_files import write_side_files
 from megatron_espo.checkpoint.torch_dist import CheckpointReader
 from megatron_espo.checkpoint.tracker import TRACKER, checkpoint_folder, tokenizer_folder
 from megatron_espo.data.tokenizer import copy_tokenizer, load_tokenizer, special_ids
@@ -122,8 +123,10 @@ def convert_to_megatron(
 
 def convert_to_hugging_face(
     megatron: str,
-    template: str,
     out: str,
+    template: str | None = None,
+    family: str | None = None,
+    tokenizer: str | None = None,
     iteration: int | None = None,
     dtype: str | None = None,
     check_logits: bool = False,
@@ -132,9 +135,12 @@ def convert_to_hugging_face(
 
     Args:
         megatron: a --save folder.
+        out: the folder to make.
         template: folder or hub name of the model whose config, tokenizer and code are copied; if
             it has weights or an index, the tensors are split into files as there.
-        out: the folder to make.
+        family: without a template, the family whose config and names are written; there is no code
+            in the folder then.
+        tokenizer: without a template, the tokenizer folder; None takes the checkpoint's.
         iteration: which checkpoint; None takes the latest.
         dtype: convert the weights to this type; None keeps them.
         check_logits: compare the logits of both sides at the end.
@@ -142,35 +148,77 @@ def convert_to_hugging_face(
     Raises:
         ValueError: one sentence on what is wrong; ``out`` does not exist then.
     """
-    model = _read_model(resolve_folder(template, "--hf-template", weights=False))
     folder = checkpoint_folder(megatron, iteration)
-    if differences := model.shape.differences(stored_arguments(folder)):
-        raise ValueError(
-            f"--megatron {megatron} does not fit --hf-template {template}: "
-            f"{'; '.join(differences)}."
-        )
-    reader = CheckpointReader(Path(folder))
-    check_weights(reader, model.blocks)
+    args, reader = stored_arguments(folder), CheckpointReader(Path(folder))
     kept = DTYPES[dtype] if dtype else reader.dtype()
-    files = _files(model)
-    with whole_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
-        copy_other_files(model.folder, partial)
-        write_hugging_face(reader, partial, model.blocks, kept, files)
-        written = HuggingFaceWeights(partial)
-        written.check(model.sources)
-        if check_logits:
-            with tempfile.TemporaryDirectory() as scratch:
-                tokenizer = Path(scratch, "tokenizer")
-                copy_tokenizer(model.folder, tokenizer, model.family.tokenizer_class)
-                args = _initialize_megatron(model, tokenizer)
-            verify(Path(folder), written, args.logit_shift)
-    print(f"{out}: {model.describe(kept)}.")
-    named = read_json(model.folder / "config.json").get("torch_dtype")
+    with tempfile.TemporaryDirectory() as scratch:
+        if template is not None:
+            flag = f"--hf-template {template}"
+            model = _read_model(resolve_folder(template, "--hf-template", weights=False))
+        else:
+            assert family is not None
+            flag = f"--family {family}"
+            model = _write_template(Path(scratch), megatron, args, family, tokenizer, kept)
+        if differences := model.shape.differences(args):
+            found = "; ".join(differences)
+            raise ValueError(f"--megatron {megatron} does not fit {flag}: {found}.")
+        check_weights(reader, model.blocks)
+        files = _files(model)
+        with whole_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
+            copy_other_files(model.folder, partial)
+            write_hugging_face(reader, partial, model.blocks, kept, files)
+            written = HuggingFaceWeights(partial)
+            written.check(model.sources)
+            if check_logits:
+                copied = Path(scratch, "tokenizer")
+                copy_tokenizer(model.folder, copied, model.family.tokenizer_class)
+                shift = _initialize_megatron(model, copied).logit_shift
+                verify(Path(folder), written, shift)
+        print(f"{out}: {model.describe(kept)}.")
+        named = read_json(model.folder / "config.json").get("torch_dtype")
     if named is not None and named != _name(kept):
         print(
             f"note: config.json says torch_dtype {named}, the weights are {_name(kept)}; "
             f"--dtype {named} converts them."
         )
+
+
+def _write_template(
+    scratch: Path,
+    megatron: str,
+    args: argparse.Namespace,
+    family: str,
+    tokenizer: str | None,
+    dtype: torch.dtype,
+) -> _Model:
+    """Make the folder that would be the template of a checkpoint that has none.
+
+    Args:
+        scratch: where to.
+        megatron: the --save folder.
+        args: the checkpoint's arguments.
+        family: the family to write it as.
+        tokenizer: the tokenizer folder; None takes the checkpoint's.
+        dtype: type of the weights.
+
+    Returns:
+        The model.
+    """
+    beside = tokenizer_folder(megatron)
+    loaded = load_tokenizer(tokenizer or (beside if beside.is_dir() else args.tokenizer_model))
+    shape = ModelShape.of(args, special_ids(loaded, args.mask_token_id).eos_token_id)
+    if len(loaded) > shape.vocab_size:
+        raise ValueError(
+            f"--tokenizer-model {loaded.name_or_path} has {len(loaded)} tokens, more than the "
+            f"{shape.vocab_size} of --megatron {megatron}; give the one that it was trained with."
+        )
+    try:
+        write_side_files(scratch, FAMILIES[family], shape, dtype, loaded)
+    except ValueError as error:
+        raise ValueError(
+            f"--megatron {megatron} does not fit --family {family}: {error}"
+        ) from error
+    return _read_model(scratch)
 
 
 def _name(dtype: torch.dtype) -> str:

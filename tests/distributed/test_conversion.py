@@ -164,7 +164,7 @@ def test_the_same_bits_come_back_from_every_layout(loaded: Loaded) -> None:
     problem = [""]
     if dist.get_rank() == 0:
         out = Path(loaded.saved, "hf")
-        convert_to_hugging_face(loaded.saved, str(source), str(out))
+        convert_to_hugging_face(loaded.saved, str(out), str(source))
         names = sorted(path.name for path in source.iterdir())
         assert sorted(path.name for path in out.iterdir()) == names and len(names) > 8
         _, different, unread = filecmp.cmpfiles(source, out, names, shallow=False)

@@ -21,11 +21,13 @@ from safetensors.torch import save_file
 from test_end_to_end import ENVIRONMENT, ROOT, TORCHRUN, run
 from test_hugging_face_folder import truncate, write_adapter
 
+from megatron_espo.arguments import stored_arguments
 from megatron_espo.checkpoint import dream, llada
 from megatron_espo.checkpoint.families import FAMILIES
 from megatron_espo.checkpoint.hugging_face import INDEX, HuggingFaceWeights, read_json
 from megatron_espo.checkpoint.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer
+from megatron_espo.training import conversion
 from megatron_espo.training.conversion import convert_to_hugging_face, convert_to_megatron
 
 TINY = {
@@ -199,7 +201,7 @@ def test_a_broken_checkpoint_leaves_nothing(
     (tmp_path / "outs").mkdir()
     with pytest.raises(ValueError, match=message.replace(" blocks", r" \S*blocks")):
         convert_to_hugging_face(
-            str(tmp_path / "checkpoint"), str(template), str(tmp_path / "outs" / "out")
+            str(tmp_path / "checkpoint"), str(tmp_path / "outs" / "out"), str(template)
         )
     assert not list((tmp_path / "outs").iterdir())
 
@@ -210,9 +212,9 @@ def test_the_iteration_and_the_type_can_be_chosen(
     shutil.copytree(checkpoint / "release", tmp_path / "run" / "iter_0000007")
     template = str(models / "llada")
     with pytest.raises(ValueError, match=r"iter_0000008: no such checkpoint"):
-        convert_to_hugging_face(str(tmp_path / "run"), template, str(tmp_path / "a"), iteration=8)
+        convert_to_hugging_face(str(tmp_path / "run"), str(tmp_path / "a"), template, iteration=8)
     convert_to_hugging_face(
-        str(tmp_path / "run"), template, str(tmp_path / "b"), iteration=7, dtype="bfloat16"
+        str(tmp_path / "run"), str(tmp_path / "b"), template, iteration=7, dtype="bfloat16"
     )
     before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "b")
     assert after.dtype() == torch.bfloat16
@@ -224,10 +226,71 @@ def test_a_template_without_weights_is_enough(
 ) -> None:
     template = tmp_path / "template"
     shutil.copytree(models / "llada", template, ignore=shutil.ignore_patterns("*.safetensors*"))
-    convert_to_hugging_face(str(checkpoint), str(template), str(tmp_path / "out"))
+    convert_to_hugging_face(str(checkpoint), str(tmp_path / "out"), str(template))
     before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "out")
     assert {stored.file for stored in after.tensors.values()} == {"model.safetensors"}
     assert all(torch.equal(before.read(n), after.read(n)) for n in before.tensors)
+
+
+@pytest.mark.parametrize("family", SHAPES)
+def test_a_model_without_a_template_is_written_from_its_arguments(
+    models: Path, tmp_path: Path, family: str
+) -> None:
+    made, out = ["--out", str(tmp_path / "checkpoint")], tmp_path / "out"
+    run(TOOL, "to-megatron", "--hf", str(models / family), *made)
+    printed = run(
+        TOOL, "to-hf", "--megatron", str(tmp_path / "checkpoint"), "--family", family, "--out",
+        str(out), "--verify",
+    )  # fmt: skip
+    assert "equal argmax at 100.00%" in printed
+    before, after = HuggingFaceWeights(models / family), HuggingFaceWeights(out)
+    assert before.tensors.keys() == after.tensors.keys()
+    assert all(torch.equal(before.read(n), after.read(n)) for n in before.tensors)
+    for name in ("config.json", "generation_config.json"):
+        assert read_json(out / name) == read_json(models / family / name)
+    tokenizers = [load_tokenizer(folder) for folder in (models / family, out)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
+    # It can be the template of the next one.
+    convert_to_hugging_face(str(tmp_path / "checkpoint"), str(tmp_path / "again"), str(out))
+
+
+@pytest.mark.parametrize(
+    ("change", "family", "message"),
+    [
+        ({}, "dream", "a DreamModel cannot have qkv_bias False, logit_shift False"),
+        ({"logit_shift": True}, "llada", "a LLaDAModelLM cannot have logit_shift True"),
+        ({"position_embedding_type": "learned_absolute"}, "llada", "must be rope"),
+        ({"kv_channels": 4}, "llada", "head_dim is 4 there and 8 here"),
+    ],
+)
+def test_a_model_that_is_none_of_the_family_is_refused(
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, object],
+    family: str,
+    message: str,
+) -> None:
+    args = stored_arguments(str(checkpoint / "release"))
+    vars(args).update(change)
+    monkeypatch.setattr(conversion, "stored_arguments", lambda folder: args)
+    with pytest.raises(ValueError, match=f"does not fit --family {family}: .*{message}"):
+        convert_to_hugging_face(str(checkpoint), str(tmp_path / "out"), family=family)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"word{number}" for number in range(40)])
+    tokenizer.save_pretrained(str(tmp_path / "larger"))
+    with pytest.raises(ValueError, match=r"larger has 302 tokens, more than the 300"):
+        convert_to_hugging_face(
+            str(checkpoint), str(tmp_path / "out"), family="llada",
+            tokenizer=str(tmp_path / "larger"),
+        )  # fmt: skip
 
 
 def limit_file_size() -> None:
@@ -311,7 +374,7 @@ def test_an_adapter_is_merged_on_the_way(models: Path, tmp_path: Path) -> None:
     assert "merging 4 adapted weights" in printed
     assert "was to adapt gate_proj, o_proj too, but no layer of this model is called so" in printed
     assert "equal argmax at 100.00%" in printed
-    convert_to_hugging_face(str(tmp_path / "merged"), str(models / "llada"), str(tmp_path / "back"))
+    convert_to_hugging_face(str(tmp_path / "merged"), str(tmp_path / "back"), str(models / "llada"))
     before, after = HuggingFaceWeights(models / "llada"), HuggingFaceWeights(tmp_path / "back")
     changed = {n for n in before.tensors if not torch.equal(before.read(n), after.read(n))}
     assert changed == {f"{path}.weight" for path in shapes}
@@ -417,6 +480,6 @@ def test_the_same_bits_come_back_from_tp_4_and_pp_2(
         "--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "2",
     )  # fmt: skip
     out = tmp_path / "out"
-    convert_to_hugging_face(str(tmp_path / "saved"), str(models / "llada"), str(out))
+    convert_to_hugging_face(str(tmp_path / "saved"), str(out), str(models / "llada"))
     names = [path.name for path in (models / "llada").iterdir()]
     assert filecmp.cmpfiles(models / "llada", out, names, shallow=False)[0] == names

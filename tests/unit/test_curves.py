@@ -99,7 +99,7 @@ def test_tool_prints_the_table_of_a_demo(tmp_path: Path) -> None:
     assert "control (more SFT)" not in rows
     assert (tmp_path / "curves.png").stat().st_size > 1000
     stored = json.loads((tmp_path / "results.json").read_text())
-    assert stored == {"base": base, "espo": espo, "control": None}
+    assert stored == {"base": base, "espo": espo, "hf": None, "control": None}
 
 
 def test_tool_compares_runs(tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def test_killed_worker_is_replaced_and_its_completion_scored_anew(
 
 def test_worker_killed_from_outside_while_idle_or_at_work_is_replaced(pool: Pool) -> None:
     workers = pool(1)
-    os.kill(int(workers.score(example(0), "pid").reward), signal.SIGKILL)
+    pid = int(workers.score(example(0), "pid").reward)
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: not alive(pid))
     assert workers.score(example(3), "ok").reward == 3.0
     job = workers.submit(example(4), "sleep 1")
     (pid,) = workers.processes()
@@ -155,6 +157,16 @@ def test_exception_of_a_score_arrives_with_its_type_and_message(pool: Pool) -> N
     assert "told_task.py" in str(caught.value)
 
 
+def test_first_exception_cancels_what_waits(pool: Pool) -> None:
+    workers = pool(1)
+    jobs = [workers.submit(example(0), text) for text in ("raise", "sleep 3", "ok", "ok")]
+    with pytest.raises(RewardError):
+        collect(jobs)
+    assert jobs[2].cancelled() and jobs[3].cancelled()
+    # The worker passes over what was cancelled.
+    assert workers.submit(example(8), "ok").result(timeout=60).reward == 8.0
+
+
 def test_task_that_workers_cannot_import_is_an_error_and_no_hang() -> None:
     workers = RewardWorkers(sudoku, "no_such_package.task", 1, 5.0)
     with pytest.raises(RewardError, match="cannot start"):
@@ -169,10 +181,35 @@ def test_closing_ends_workers_at_work_and_cancels_what_waits(pool: Pool) -> None
     jobs = [workers.submit(example(0), "sleep 600") for _ in range(3)]
     assert wait_until(jobs[0].running)
     workers.close()
-    assert not alive(pid)
+    assert not alive(pid) and workers.processes() == []
     assert jobs[1].cancelled() and jobs[2].cancelled()
     with pytest.raises(ValueError, match="closed"):
         workers.submit(example(0), "ok")
+
+
+def test_signal_for_the_group_of_the_trainer_passes_workers_by(tmp_path: Path) -> None:
+    (tmp_path / "told_task.py").write_text(TASK)
+    code = (
+        "import os, signal\n"
+        "from megatron_espo.tasks import Example, load_task\n"
+        "from megatron_espo.tasks.workers import RewardWorkers\n"
+        "workers = RewardWorkers(load_task('told_task'), 'told_task', 1, 600.0)\n"
+        "first = workers.score(Example('p', {'n': 0}), 'pid').reward\n"
+        "job = workers.submit(Example('p', {'n': 0}), 'sleep 1')\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "os.killpg(0, signal.SIGINT)\n"
+        "os.killpg(0, signal.SIGTERM)\n"
+        "job.result()\n"
+        "same = workers.score(Example('p', {'n': 0}), 'pid').reward == first\n"
+        "print(same, workers.take_failures().crashes)\n"
+        "workers.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        capture_output=True, text=True, check=False, start_new_session=True,
+    )  # fmt: skip
+    assert done.stdout == "True 0\n", done.stderr
 
 
 def test_workers_import_neither_torch_nor_megatron() -> None:

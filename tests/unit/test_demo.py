@@ -1,0 +1,54 @@
+"""The demo's script at its smallest: every stage runs, and what it leaves agrees."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_end_to_end import ENVIRONMENT, ROOT
+
+
+def demo(out: Path, *flags: str) -> str:
+    done = subprocess.run(
+        ["examples/run_espo_tiny.sh", "sudoku", "--out", str(out), *flags],
+        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": sys.executable, "SMOKE": "1"},
+        text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def completions(run: Path, name: str) -> list[list[int]]:
+    lines = (run / "evaluation" / name / "completions.jsonl").read_text().splitlines()
+    made = sorted((json.loads(line) for line in lines), key=lambda c: c["problem"])
+    return [completion["token_ids"] for completion in made]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "run"
+    printed = demo(out)
+    for label in ("before", "after ESPO", "the same, from Hugging Face", "control"):
+        assert f"\n{label}" in printed
+    return out
+
+
+def test_demo_leaves_a_table_a_picture_and_a_hugging_face_folder(run: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    assert {result["num_problems"] for result in results.values()} == {20}
+    assert results["hf"]["reward"] == results["espo"]["reward"]
+    assert completions(run, "hf") == completions(run, "espo")
+    # So little training changes no greedy token yet, but how sure the model is of them.
+    sure = {name: result["confidence"] for name, result in results.items()}
+    assert sure["hf"] == pytest.approx(sure["espo"], rel=1e-6)
+    assert abs(sure["espo"] / sure["base"] - 1) > 1e-4
+    assert json.loads((run / "hf/config.json").read_text())["architectures"] == ["LLaDAModelLM"]
+    assert (run / "curves.png").stat().st_size > 1000
+
+
+def test_demo_starts_from_the_base_of_another_run(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "second"
+    demo(out, "--base", str(run), "--no-control", "--", "--rollout-block-length", "8")
+    assert completions(out, "base") == completions(run, "base")
+    assert "control" not in [path.name for path in (out / "evaluation").iterdir()]
