@@ -35,6 +35,7 @@ class Rows:
         num_evaluations: int64 ``[n]`` on the host.
         num_committed: int64 ``[n]`` on the host, tokens that the model decided.
         confidence: float64 ``[n]``, summed probabilities of the committed tokens.
+        work: float64 ``[n, 4]`` on the host, see Generation.
     """
 
     order: Tensor
@@ -49,6 +50,7 @@ class Rows:
     num_evaluations: Tensor
     num_committed: Tensor
     confidence: Tensor
+    work: Tensor
 
     def places(self, index: Tensor) -> Tensor:
         """Positions of the current blocks of some rows: int64 ``[a, k]``."""
@@ -93,6 +95,19 @@ class Rows:
         self.masked[index] &= ~committed
         self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
         self.num_committed[index.cpu()] += committed.sum(1).cpu()
+
+    def count_pass(self, index: Tensor, positions: int, keys: int, head_rows: Tensor) -> None:
+        """Note what a pass did for some rows.
+
+        Args:
+            index: int64 ``[b]`` on the host.
+            positions: positions of each row that passed through the layers; twice as many where
+                it passed twice.
+            keys: positions that they attended to.
+            head_rows: int64 ``[b]`` on the host, hidden states of each that reached the head.
+        """
+        passed = torch.full_like(head_rows, positions)
+        self.work[index] += torch.stack((passed, passed * keys, head_rows, head_rows * keys), dim=1)
 
     def end_step(self, index: Tensor, num_blocks: int, stops: Tensor | None, fill: int) -> Tensor:
         """Count a step of some rows and find those that are final.
@@ -173,4 +188,5 @@ def lay_out_rows(
         num_evaluations=torch.zeros(n, dtype=torch.int64),
         num_committed=torch.zeros(n, dtype=torch.int64),
         confidence=torch.zeros(n, dtype=torch.float64, device=device),
+        work=torch.zeros(n, 4, dtype=torch.float64),
     )

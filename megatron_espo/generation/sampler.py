@@ -51,12 +51,17 @@ class Generation(NamedTuple):
             filled in after the end of the sequence.
         mean_confidence: float32 ``[n]``, mean probability of these tokens when they were
             committed, before temperature (with guidance: under the guided distribution).
+        work: float64 ``[n, 4]``, what passed through the model for each completion: positions,
+            positions times the keys that they attended to, hidden states that reached the output
+            head, and these times their keys (``monitor.flops.passed_flops`` makes operations of
+            them). Padding is counted, copies of rows that fill up a micro-batch are not.
     """
 
     completions: Tensor
     num_evaluations: Tensor
     num_committed: Tensor
     mean_confidence: Tensor
+    work: Tensor
 
     @property
     def tokens_per_step(self) -> Tensor:
@@ -99,7 +104,8 @@ def generate(
     length, n = config.completion_length, len(prompts)
     if n == 0:
         nothing = torch.empty(0, dtype=torch.int64)
-        return Generation(nothing.view(0, length), nothing, nothing, torch.empty(0))
+        work = torch.empty(0, 4, dtype=torch.float64)
+        return Generation(nothing.view(0, length), nothing, nothing, torch.empty(0), work)
     rows = lay_out_rows(model, prompts, sample_ids, config)
     # Back to the caller's order.
     back = rows.order.argsort().to(model.device)
@@ -119,6 +125,7 @@ def generate(
         rows.num_evaluations[host],
         rows.num_committed[host],
         (rows.confidence[back].cpu() / rows.num_committed[host]).float(),
+        rows.work[host],
     )
 
 
@@ -138,11 +145,12 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
         noise = torch.zeros(len(index), 2, config.block_length, device=index.device)
     counts = commit_schedule(config)[rows.step[host]].to(model.device)
     picked = _candidates(rows.masked[index], noise[:, 1], rows.step[host], config, counts)
-    evaluated = picked.any(1).cpu()
+    candidates = picked.sum(1).cpu()
+    evaluated = candidates > 0
     if evaluated.any():
         place = {row: i for i, row in enumerate(host.tolist()) if evaluated[i]}
         parts = [[place[row] for row in batch.rows if row in place] for batch in flight.batches]
-        draws = _evaluate(model, rows, flight, index, parts, picked, noise[:, 0])
+        draws = _evaluate(model, rows, flight, host, parts, picked, candidates, noise[:, 0])
         flight.passes += 1
         chosen, confidence = _choose(model, draws, picked, config, counts)
         rows.commit(index, chosen, confidence)
@@ -184,9 +192,10 @@ def _evaluate(
     model: DiffusionModel,
     rows: Rows,
     flight: Flight,
-    index: Tensor,
+    host: Tensor,
     parts: Sequence[list[int]],
     picked: Tensor,
+    candidates: Tensor,
     uniforms: Tensor,
 ) -> Tensor:
     """Run the model and draw a token for every candidate.
@@ -195,16 +204,17 @@ def _evaluate(
         model: the model.
         rows: the rows.
         flight: the micro-batches; their caches are filled by whole passes and used by others.
-        index: int64 ``[a]``, the rows of this step.
-        parts: places in ``index`` of the rows of each micro-batch that have candidates.
+        host: int64 ``[a]`` on the host, the rows of this step.
+        parts: places in ``host`` of the rows of each micro-batch that have candidates.
         picked: bool ``[a, k]``, the candidates.
+        candidates: int64 ``[a]`` on the host, their number.
         uniforms: float64 ``[a, k]``.
 
     Returns:
         float64 ``[3, a, k]``: token, score and log-probability of each candidate; on the last
         pipeline stage only.
     """
-    config = flight.config
+    config, index = flight.config, host.to(model.device)
     one_shape = model.layout.pp_size > 1  # pipeline stages pass hidden states of one shape
     most = max(len(part) for part in parts)
     widths = [max((rows.widths[row] for row in batch.rows), default=0) for batch in flight.batches]
@@ -233,6 +243,10 @@ def _evaluate(
         else:
             names, starts = mine.tolist(), places[:, 0]
             made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model))
+        kept, copies = torch.tensor(part), 2 if config.guidance_scale > 0.0 else 1
+        passed, cache = made[-1].tokens.size(1), made[-1].cache
+        keys = passed if made[-1].offsets is None or cache is None else cache.width
+        rows.count_pass(host[kept], copies * passed, keys, copies * candidates[kept])
     results = forward_only(
         model.chunks,
         made,

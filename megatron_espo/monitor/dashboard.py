@@ -1,13 +1,13 @@
 """Where the loop hands over what it has to report: TensorBoard, warnings, hardware."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import ArrayLike
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.monitor.flops import ModelDimensions, rollout_flops
+from megatron_espo.monitor.flops import ModelDimensions, passed_flops, rollout_flops
 from megatron_espo.monitor.hardware import GpuMonitor, gather_hardware, local_hardware
 from megatron_espo.monitor.tensorboard import write_histograms, write_scalars
 from megatron_espo.monitor.throughput import throughput_scalars
@@ -66,7 +66,7 @@ class Dashboard:
         rollout: RolloutConfig,
         seconds: Mapping[str, float],
         updates: int,
-        nfe: float,
+        work: Sequence[float],
     ) -> dict[str, float]:
         """Count a rollout's operations and relate them to its seconds.
 
@@ -76,8 +76,8 @@ class Dashboard:
             rollout: sampling settings.
             seconds: of this rank, by phase.
             updates: optimizer steps that these seconds cover.
-            nfe: mean model evaluations per completion; counts where they do not follow from the
-                settings (parallel decoding, early stop).
+            work: what sampling passed through the model, summed over all completions (see
+                generation.sampler.Generation).
 
         Returns:
             See :func:`megatron_espo.monitor.throughput.throughput_scalars`.
@@ -85,8 +85,6 @@ class Dashboard:
         if self.dimensions is None:
             return {}
         flops = rollout_flops(self.dimensions, positions, espo, rollout)
-        if rollout.is_parallel or rollout.early_stop:
-            evaluated = flops.generation * nfe / rollout.denoising_steps
-            flops = replace(flops, generation=evaluated)
+        flops = replace(flops, generation=passed_flops(self.dimensions, *work))
         share = updates / espo.updates_per_rollout
         return throughput_scalars(flops, seconds, share, self.devices, self.peak)

@@ -86,20 +86,38 @@ def forward_flops(
         of positions that are read; where they differ, the shorter ones are filled up.
     """
     keys = positions if keys is None else keys
+    passed = rows * positions
+    read = min(head_rows, passed)
+    return passed_flops(model, passed, passed * keys, head_rows, read * keys)
+
+
+def passed_flops(
+    model: ModelDimensions, positions: float, pairs: float, head_rows: float, head_pairs: float
+) -> float:
+    """Count passes of any widths by what went through them; see :func:`forward_flops`.
+
+    Args:
+        model: dimensions.
+        positions: positions that passed through the layers, of all sequences and passes.
+        pairs: each of them times the keys that it attended to.
+        head_rows: hidden states that reached the output head.
+        head_pairs: each of them times its keys.
+
+    Returns:
+        Operations.
+    """
     attention_size = model.num_attention_heads * model.head_dim
     key_value_size = model.num_query_groups * model.head_dim
     inputs = model.hidden_size * (attention_size + 2 * key_value_size)  # q, k, v
     outputs = (
         attention_size * model.hidden_size  # output projection
         + (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
-        # Scores (one product per key and channel), and as many to apply them to the values.
-        + 2 * keys * attention_size
     )
-    all_positions = rows * positions
     if model.num_layers:
-        layers = model.num_layers * all_positions * inputs
-        layers += (model.num_layers - 1) * all_positions * outputs
-        layers += min(head_rows, all_positions) * outputs
+        layers = model.num_layers * positions * inputs
+        layers += ((model.num_layers - 1) * positions + min(head_rows, positions)) * outputs
+        # Scores (one product per key and channel), and as many to apply them to the values.
+        layers += ((model.num_layers - 1) * pairs + head_pairs) * 2 * attention_size
     else:
         layers = 0
     return 2.0 * (layers + head_rows * model.hidden_size * model.vocab_size)
@@ -123,7 +141,10 @@ def training_flops(model: ModelDimensions, rows: float, positions: int, head_row
 def generation_flops(
     model: ModelDimensions, rows: float, positions: int, config: RolloutConfig
 ) -> float:
-    """Count the sampling of completions, without caches.
+    """Count the sampling of completions by its settings alone, for planning.
+
+    Caches, parallel decoding and early stop are left out: what they save shows when they run
+    (:func:`passed_flops`).
 
     The head runs on the candidates of each step: the positions of the block that are still masked
     for orders that rank them, or just those that will be committed for ``random`` and ``origin``.

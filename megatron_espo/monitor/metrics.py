@@ -1,6 +1,7 @@
 """Per-completion numbers, brought together from the data-parallel ranks."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -11,18 +12,19 @@ from megatron_espo.parallel.layout import Layout
 Columns = dict[str, NDArray[np.float64]]
 
 
-def gather_columns(columns: Mapping[str, Sequence[float]], layout: Layout) -> Columns:
+def gather_columns(columns: Mapping[str, Sequence[Any]], layout: Layout) -> Columns:
     """Join each named column over the data-parallel ranks, in rank order.
 
     Args:
-        columns: one number per completion of this rank; ranks may lack columns that others have.
+        columns: one number, or list of numbers, per completion of this rank; ranks may lack columns
+            that others have.
         layout: process groups.
 
     Returns:
         float64 arrays, the same on every rank; statistics of them do not depend on how the
         completions are split.
     """
-    parts: list[Mapping[str, Sequence[float]] | None] = [columns]
+    parts: list[Mapping[str, Sequence[Any]] | None] = [columns]
     if layout.dp_size > 1:
         parts = [None] * layout.dp_size
         dist.all_gather_object(parts, dict(columns), group=layout.dp)

@@ -148,6 +148,7 @@ def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Colum
             "nfe": rollout.num_evaluations.double().tolist(),
             "committed": rollout.num_committed.double().tolist(),
             "confidence": rollout.mean_confidence.double().tolist(),
+            "work": rollout.work.tolist(),
             **{
                 f"metric/{name}": [s.metrics[name] for s in rollout.scores if name in s.metrics]
                 for name in metrics

@@ -24,7 +24,7 @@ from megatron_espo.tasks.base import Score
 RolloutRecord = dict[str, Any]
 
 # What sampling says of each completion besides its tokens, in Generation's order.
-_SAMPLING = ("num_evaluations", "num_committed", "mean_confidence")
+_SAMPLING = ("num_evaluations", "num_committed", "mean_confidence", "work")
 
 
 def record_rollout(prepared: PreparedRollout, layout: Layout) -> RolloutRecord:

@@ -203,6 +203,7 @@ def assemble_rollout(
         num_evaluations=generation.num_evaluations,
         num_committed=generation.num_committed,
         mean_confidence=generation.mean_confidence,
+        work=generation.work,
     )
 
 

@@ -368,9 +368,8 @@ def _report(
     mine |= rollout_scalars(columns, trainer.task.name, espo, length, clock)
     mine |= failure_scalars(take_failures(trainer.task, layout))
     width = rollout.sequences.tokens.size(1)
-    mine |= board.throughput(
-        width, espo, trainer.rollout, clock.seconds, updates, mine["rollout/nfe"]
-    )
+    work = columns["work"].sum(axis=0).tolist()
+    mine |= board.throughput(width, espo, trainer.rollout, clock.seconds, updates, work)
     mine |= board.hardware()
     board.report(mine, done)
     names = {

@@ -42,6 +42,7 @@ class Rollout:
         num_evaluations: int64 ``[n]``, model evaluations (NFE).
         num_committed: int64 ``[n]``, tokens that the model decided.
         mean_confidence: float32 ``[n]``, their mean probability when they were committed.
+        work: float64 ``[n, 4]``, see generation.sampler.Generation.
     """
 
     sequences: Sequences
@@ -55,6 +56,7 @@ class Rollout:
     num_evaluations: Tensor
     num_committed: Tensor
     mean_confidence: Tensor
+    work: Tensor
 
 
 @dataclass(frozen=True)

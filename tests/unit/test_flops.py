@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from megatron_espo.monitor.flops import (
     ModelDimensions,
     forward_flops,
     generation_flops,
+    passed_flops,
     rollout_flops,
     training_flops,
 )
@@ -96,6 +98,37 @@ def test_generation_flops_are_those_of_the_sampler(
     ids = torch.arange(len(PROMPTS))
     got = counted(lambda: generate(model, PROMPTS, ids, config, 1, "flops"))
     assert got == generation_flops(dimensions, len(PROMPTS), POSITIONS, config)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"remasking": "random"},
+        {"guidance_scale": 1.0},
+        {"cache": "prefix"},
+        {"cache": "dual"},
+        {"cache": "dual", "cache_refresh_steps": 2, "denoising_steps": 16},
+        {"cache": "dual", "block_length": 16},
+        {"threshold": 1e-9},
+        {"cache": "dual", "threshold": 0.5, "micro_batch_size": 1},
+        {"early_stop": True, "micro_batch_size": 1},
+    ],
+)
+def test_what_a_call_says_that_it_passed_is_what_it_computed(
+    model: DiffusionModel, dimensions: ModelDimensions, sampling: dict[str, Any]
+) -> None:
+    config = RolloutConfig(**{"completion_length": LENGTH, "block_length": 8,
+                              "denoising_steps": 6, **sampling})  # fmt: skip
+    made = []
+    got = counted(
+        lambda: made.append(
+            generate(model, PROMPTS, torch.arange(len(PROMPTS)), config, 1, "flops")
+        )
+    )
+    work = made[0].work
+    assert work.shape == (2, 4) and bool((work > 0).all())
+    assert got == passed_flops(dimensions, *work.sum(0).tolist())
 
 
 @pytest.mark.parametrize("gradient", ["joint", "two_pass"])

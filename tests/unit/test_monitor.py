@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
 from megatron_espo.monitor import hardware
 from megatron_espo.monitor.dashboard import Dashboard
-from megatron_espo.monitor.flops import ModelDimensions, RolloutFlops, rollout_flops
+from megatron_espo.monitor.flops import ModelDimensions, RolloutFlops, forward_flops, rollout_flops
 from megatron_espo.monitor.hardware import (
     gather_hardware,
     hardware_scalars,
@@ -158,16 +157,12 @@ def test_dashboard_counts_the_runs_own_operations() -> None:
     espo, rollout = EspoConfig(), RolloutConfig()
     board = Dashboard(dimensions=model, devices=4, peak=0.5)
     seconds = {"rollout": 2.0, "update": 3.0}
-    rates = board.throughput(300, espo, rollout, seconds, updates=2, nfe=32.0)
+    # Two passes of 10 rows, whole ones of 300 positions and windows of 32, and 4 candidates each.
+    work = [10 * 332, 10 * 332 * 300, 10 * 8, 10 * 8 * 300]
+    rates = board.throughput(300, espo, rollout, seconds, updates=2, work=work)
+    generation = forward_flops(model, 10, 300, 40) + forward_flops(model, 10, 32, 40, keys=300)
+    assert rates["performance/rollout_mfu"] == pytest.approx(generation / 2 / 4 / 0.5e12)
     flops = rollout_flops(model, 300, espo, rollout)
-    assert rates["performance/rollout_mfu"] == pytest.approx(flops.generation / 2 / 4 / 0.5e12)
-    # Parallel decoding makes fewer evaluations than the settings allow for.
-    parallel = replace(rollout, threshold=0.9)
-    fewer = board.throughput(300, espo, parallel, seconds, updates=2, nfe=32.0)
-    share = 32 / rollout.denoising_steps
-    assert fewer["performance/rollout_mfu"] == pytest.approx(
-        rates["performance/rollout_mfu"] * share
-    )
     assert rates["performance/update_tflops"] == pytest.approx(flops.update / 4 / 3 / 4 / 1e12)
 
 

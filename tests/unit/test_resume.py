@@ -52,7 +52,8 @@ def prepared(dp_rank: int, dp_size: int, with_reference: bool) -> PreparedRollou
     scores = [Score(i / 8, i % 3 == 0, {"kept": i / 4} if i % 2 else {}) for i in range(N)][rows]
     texts = decode_completions(completions[rows], TOKENIZER, (257,))
     cost = torch.arange(N)[rows]
-    generation = Generation(completions[rows], cost + 9, cost + 20, cost / N)
+    work = (cost[:, None] * 5 + torch.arange(4)).double()
+    generation = Generation(completions[rows], cost + 9, cost + 20, cost / N, work)
     rollout = assemble_rollout(
         model(dp_rank, dp_size), prompts(dp_rank, dp_size), generation, texts, scores, ESPO
     )
