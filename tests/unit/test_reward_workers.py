@@ -174,6 +174,17 @@ def test_task_that_workers_cannot_import_is_an_error_and_no_hang() -> None:
     workers.close()
 
 
+def test_task_whose_import_ends_the_process_is_an_error_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ending_task.py").write_text("import os\nos._exit(3)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    workers = RewardWorkers(sudoku, "ending_task", 1, 5.0)
+    with pytest.raises(RewardError, match="ending_task cannot start: exit code 3"):
+        workers.score(example(0), "x")
+    workers.close()
+
+
 def test_closing_ends_workers_at_work_and_cancels_what_waits(pool: Pool) -> None:
     workers = pool(1)
     workers.score(example(0), "ok")
