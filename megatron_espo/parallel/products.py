@@ -1,9 +1,8 @@
 """Matrix products of float32 on CPUs, with oneDNN's kernels where they are the faster ones.
 
-PyTorch sends float32 products on x86 to MKL. For few rows times a wide output head, and on
-processors without AVX-512 for all forward products of transformer layers, oneDNN's kernels, which
-are part of the same PyTorch, take less time (docs/performance.md has figures). Nothing here is used
-on GPUs.
+PyTorch sends float32 products on x86 to MKL. For few rows oneDNN's kernels, which are part of the
+same PyTorch, take less time (docs/performance.md has figures); how few depends on the processor.
+Nothing here is used on GPUs.
 
 Symbols: r rows, h input features, n output features.
 """
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Up to this many rows oneDNN's kernel is the faster one with AVX-512, too.
-_FEW_ROWS = 48
+# Up to this many rows oneDNN's kernel is the faster one.
+_FEW_ROWS_WITH_AVX512, _FEW_ROWS = 48, 256
 
 
 def is_handled(*tensors: Tensor) -> bool:
@@ -36,14 +35,15 @@ def _has_kernel() -> bool:
 
 
 @cache
-def _has_avx512() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+def _few_rows() -> int:
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return _FEW_ROWS_WITH_AVX512 if has_avx512 else _FEW_ROWS
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``, contiguous."""
     rows = hidden.flatten(0, -2)
-    if _has_avx512() and rows.size(0) > _FEW_ROWS:
+    if rows.size(0) > _few_rows():
         product = torch.mm(rows, weight.t())
     else:
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")

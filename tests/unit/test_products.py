@@ -8,7 +8,7 @@ from megatron_espo.parallel import products
 DTYPE = torch.float64
 
 
-@pytest.mark.parametrize("shape", [(3,), (7, 2), (1, 1), (17, 1), (40, 3)])
+@pytest.mark.parametrize("shape", [(3,), (7, 2), (1, 1), (17, 1), (40, 3), (150, 2)])
 @pytest.mark.parametrize("outputs", [12, 5000])
 def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
     """Few rows and more, narrow weights and wide ones; the logits may be overwritten in place."""
@@ -34,7 +34,7 @@ def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
         assert (found - expected).abs().max() < 5e-6 * expected.abs().max()
 
 
-@pytest.mark.parametrize("rows", [3, 33])
+@pytest.mark.parametrize("rows", [3, 33, 150])
 def test_forward_is_the_same_with_and_without_gradients(rows: int) -> None:
     """Old and new ELBOs of unchanged weights are equal to the bit: the ratio starts at 1."""
     hidden, weight = torch.randn(rows, 2, 64), torch.randn(5000, 64, requires_grad=True)

@@ -2,20 +2,23 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from megatron_espo.tasks import Example, load_task, sudoku
+from megatron_espo.tasks import Example, Score, code, load_task, sudoku
+from megatron_espo.tasks.base import start_line
 from megatron_espo.tasks.workers import Failures, RewardError, RewardWorkers, collect
 
 ROOT = Path(__file__).parents[2]
 TASK = """
-import os, signal, time
+import os, signal, sys, time
 from pathlib import Path
 from megatron_espo.tasks import Score
 
@@ -41,6 +44,16 @@ def score(example, completion):
         raise MemoryError
     elif what == "pid":
         return Score(float(os.getpid()), True, {})
+    elif what == "leave-child-and-die":
+        os.posix_spawn("/bin/sleep", ["sleep", "20"], os.environ)
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "partly":
+        return Score(0.5, False, {})
+    elif what == "turns":
+        assert isinstance(example.prompt, tuple) and isinstance(example.prompt[0], dict)
+        return Score(float(len(example.prompt)), True, {})
+    elif what == "stdin":
+        return Score(float(len(sys.stdin.read())), True, {})
     elif what == "print":
         print("chatter", flush=True)
     return Score(float(example.answer["n"]), True, {"length": len(completion)})
@@ -93,7 +106,13 @@ def test_scores_are_those_of_the_task_in_the_order_asked_for(pool: Pool) -> None
     assert [score.reward for score in scores] == list(range(30))
     assert scores[1].metrics == {"length": 2.0} and scores[1].correct
     assert len(workers.processes()) == 3
+    assert workers.score(example(1), "partly") == Score(0.5, False, {})
     assert workers.take_failures() == Failures(0, 0)
+
+
+def test_chat_prompts_arrive_as_turns(pool: Pool) -> None:
+    turns = tuple({"role": role, "content": "?"} for role in ("system", "user"))
+    assert pool(1).score(Example(turns, {}), "turns").reward == 2.0
 
 
 def test_chat_prompts_and_built_in_tasks_travel() -> None:
@@ -149,6 +168,37 @@ def test_completion_that_kills_its_worker_twice_scores_zero(pool: Pool, text: st
     assert workers.take_failures() == Failures(timeouts=0, crashes=2)
 
 
+def test_child_that_a_dead_worker_leaves_holds_nothing_up(pool: Pool) -> None:
+    workers = pool(1, timeout=10.0)
+    assert workers.score(example(5), "leave-child-and-die").reward == 0.0
+    assert workers.take_failures() == Failures(timeouts=0, crashes=2)
+
+
+def limits(pid: int) -> dict[str, str]:
+    """Soft limits of a process by name."""
+    lines = Path(f"/proc/{pid}/limits").read_text().splitlines()[1:]
+    return {line[:26].strip(): line[26:].split()[0] for line in lines}
+
+
+def test_built_in_tasks_have_a_limit_on_memory_and_no_worker_dumps_core(pool: Pool) -> None:
+    own = limits(os.getpid())
+    told = pool(1)
+    told.score(example(0), "ok")
+    (pid,) = told.processes()
+    found = limits(pid)
+    assert found["Max core file size"] == "0"
+    assert found["Max address space"] == own["Max address space"]
+
+    built_in = RewardWorkers(sudoku, "sudoku", 1, 30.0)
+    try:
+        puzzle = {"puzzle": "3102200002100320", "solution": "3142243142131324"}
+        built_in.score(Example("", puzzle), "")
+        (pid,) = built_in.processes()
+        assert limits(pid)["Max address space"] == str(4 << 30)
+    finally:
+        built_in.close()
+
+
 def test_exception_of_a_score_arrives_with_its_type_and_message(pool: Pool) -> None:
     workers = pool(2)
     jobs = [workers.submit(example(0), text) for text in ("ok", "raise", "ok")]
@@ -169,7 +219,7 @@ def test_first_exception_cancels_what_waits(pool: Pool) -> None:
 
 def test_task_that_workers_cannot_import_is_an_error_and_no_hang() -> None:
     workers = RewardWorkers(sudoku, "no_such_package.task", 1, 5.0)
-    with pytest.raises(RewardError, match="cannot start"):
+    with pytest.raises(RewardError, match=r"(?s)cannot start: .*no_such_package"):
         workers.score(example(0), "x")
     workers.close()
 
@@ -198,29 +248,74 @@ def test_closing_ends_workers_at_work_and_cancels_what_waits(pool: Pool) -> None
         workers.submit(example(0), "ok")
 
 
-def test_signal_for_the_group_of_the_trainer_passes_workers_by(tmp_path: Path) -> None:
-    (tmp_path / "told_task.py").write_text(TASK)
-    code = (
-        "import os, signal\n"
+def trainer_says(folder: Path, code: str, **settings: Any) -> str:
+    """Run a program with one worker, and return what it prints."""
+    (folder / "told_task.py").write_text(TASK)
+    beginning = (
+        "import os, signal, time\n"
         "from megatron_espo.tasks import Example, load_task\n"
         "from megatron_espo.tasks.workers import RewardWorkers\n"
         "workers = RewardWorkers(load_task('told_task'), 'told_task', 1, 600.0)\n"
-        "first = workers.score(Example('p', {'n': 0}), 'pid').reward\n"
-        "job = workers.submit(Example('p', {'n': 0}), 'sleep 1')\n"
+        "problem = Example('p', {'n': 0})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", beginning + code],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
+        capture_output=True, text=True, check=False, timeout=60, **settings,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_signal_for_the_group_of_the_trainer_passes_workers_by(tmp_path: Path) -> None:
+    code = (
+        "first = workers.score(problem, 'pid').reward\n"
+        "job = workers.submit(problem, 'sleep 1')\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "os.killpg(0, signal.SIGINT)\n"
         "os.killpg(0, signal.SIGTERM)\n"
         "job.result()\n"
-        "same = workers.score(Example('p', {'n': 0}), 'pid').reward == first\n"
+        "same = workers.score(problem, 'pid').reward == first\n"
         "print(same, workers.take_failures().crashes)\n"
         "workers.close()\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
-        capture_output=True, text=True, check=False, start_new_session=True,
-    )  # fmt: skip
-    assert done.stdout == "True 0\n", done.stderr
+    assert trainer_says(tmp_path, code, start_new_session=True) == "True 0\n"
+
+
+def test_worker_has_nothing_to_read_from_the_terminal_of_the_trainer(tmp_path: Path) -> None:
+    code = "print(workers.score(problem, 'stdin').reward, input())\nworkers.close()\n"
+    assert trainer_says(tmp_path, code, input="typed\n") == "0.0 typed\n"
+
+
+def test_trainer_that_ends_without_closing_waits_for_no_score(tmp_path: Path) -> None:
+    code = (
+        "workers.score(problem, 'ok')\n"
+        "job = workers.submit(problem, 'sleep 600')\n"
+        "while not job.running(): time.sleep(0.01)\n"
+        "print(*workers.processes())\n"
+    )
+    pid = int(trainer_says(tmp_path, code))
+    assert wait_until(lambda: not alive(pid))
+
+
+def test_worker_whose_parent_is_gone_already_ends() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "megatron_espo.tasks.worker", str(theirs.fileno()), "1"],
+            cwd=ROOT, pass_fds=[theirs.fileno()],
+        )  # fmt: skip
+        try:
+            assert worker.wait(60) == 0
+        finally:
+            worker.kill()
+
+
+def test_workers_say_at_the_start_what_their_task_says() -> None:
+    workers = RewardWorkers(code, "code", 1, 30.0)
+    assert workers.start_line() == start_line(code)
+    assert "sandbox" in str(workers.start_line())
 
 
 def test_workers_import_neither_torch_nor_megatron() -> None:
