@@ -1,6 +1,7 @@
 """Reward workers: same scores in any order, replaced when they hang or die, light, never left."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -181,9 +182,13 @@ def limits(pid: int) -> dict[str, str]:
 
 
 def test_built_in_tasks_have_a_limit_on_memory_and_no_worker_dumps_core(pool: Pool) -> None:
-    own = limits(os.getpid())
+    own, (soft, hard) = limits(os.getpid()), resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
     told = pool(1)
-    told.score(example(0), "ok")
+    try:
+        told.score(example(0), "ok")
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, (soft, hard))
     (pid,) = told.processes()
     found = limits(pid)
     assert found["Max core file size"] == "0"
