@@ -20,7 +20,7 @@ cached=("${exact[@]}" --rollout-cache dual --rollout-threshold 0.9)
 evaluate() { # CHECKPOINT DATA-FOLDER flags...
   local checkpoint=$1 folder=$2; shift 2
   "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" tools/evaluate.py \
-    --load "$checkpoint" --tokenizer-model "$folder/tokenizer" --seq-length 33 \
+    --load "$checkpoint" --tokenizer-model "$folder/tokenizer" --seq-length 32 \
     --rollout-completion-length 16 --rollout-denoising-steps 16 --rollout-micro-batch-size 128 \
     --espo-task sudoku --espo-eval-data "$folder/data/test.jsonl" "$@" 2>/dev/null |
     grep '^{"accuracy"'

@@ -51,7 +51,7 @@ class Run:
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(ranks), "-m", "megatron_espo.training.espo",
             "--preset", "tiny", "--num-layers", "4", "--tokenizer-model",
-            str(self.data / "tokenizer"), "--seq-length", "40", "--espo-task", "sudoku",
+            str(self.data / "tokenizer"), "--seq-length", "32", "--espo-task", "sudoku",
             "--rollout-completion-length", length, "--rollout-block-length", length,
             "--rollout-denoising-steps", length, "--rollout-micro-batch-size", "8",
             "--espo-train-data", str(self.data / "train.jsonl"),

@@ -3,8 +3,7 @@
 File format: {"puzzle": "3102200002100320", "solution": "3142243142131324"}, row by row, 0 = blank.
 The prompt explains the rules in a chat, and the answer stands between <answer> tags (d1, ESPO). A
 record with "style": "bare" is for a model too small to talk: the prompt is the puzzle's 16
-characters with a colon after them, from which a model without absolute positions can tell the cells
-apart, and the completion nothing but the 16 digits.
+characters and the completion nothing but the 16 digits.
 """
 
 import re
@@ -77,7 +76,7 @@ def _parse(record: Mapping[str, Any]) -> Example:
     if any(given not in (_BLANK, digit) for given, digit in zip(puzzle, solution, strict=True)):
         raise ValueError("'solution' contradicts a given of 'puzzle'; correct one of them")
     if is_bare(record):
-        return Example(f"{puzzle}:", {"puzzle": puzzle, "solution": solution, "style": "bare"})
+        return Example(puzzle, {"puzzle": puzzle, "solution": solution, "style": "bare"})
     prompt = tagged_prompt(INSTRUCTION, f"Puzzle: {puzzle}")
     return Example(prompt, {"puzzle": puzzle, "solution": solution})
 

@@ -118,7 +118,7 @@ def test_malformed_line_and_long_prompt_are_named(tmp_path: Path, tokenizer: str
     record = {"puzzle": "3102200002100320", "solution": "3142243142131324", "style": "bare"}
     good = json.dumps(record)
     path.write_text(good + "\n{broken\n")
-    args = Namespace(seq_length=33, rollout_completion_length=16)
+    args = Namespace(seq_length=32, rollout_completion_length=16)
     task, loaded = load_task("sudoku"), load_tokenizer(tokenizer)
     with pytest.raises(ValueError, match=r"train\.jsonl:2"):
         load_task_data(task, str(path), loaded, args)
@@ -126,6 +126,6 @@ def test_malformed_line_and_long_prompt_are_named(tmp_path: Path, tokenizer: str
         load_task_data(task, str(tmp_path / "missing.jsonl"), loaded, args)
     path.write_text(good + "\n")
     assert load_task_data(task, str(path), loaded, args) is not None
-    args.seq_length = 32
-    with pytest.raises(ValueError, match="17 tokens but 1 to 16 fit"):
+    args.seq_length = 31
+    with pytest.raises(ValueError, match="16 tokens but 1 to 15 fit"):
         load_task_data(task, str(path), loaded, args)

@@ -407,7 +407,7 @@ def test_a_converted_model_is_sampled_trained_and_exported(
         *TORCHRUN, "-m", "megatron_espo.training.espo", "--use-checkpoint-args",
         "--pretrained-checkpoint", str(moved), "--load", str(tmp_path / "espo"),
         "--save", str(tmp_path / "espo"), "--espo-task", "sudoku",
-        "--espo-train-data", str(tmp_path / "data/train.jsonl"), "--seq-length", "40",
+        "--espo-train-data", str(tmp_path / "data/train.jsonl"), "--seq-length", "32",
         "--rollout-completion-length", "16", "--rollout-block-length", "16",
         "--rollout-denoising-steps", "4", "--espo-num-rollouts", "1",
         "--espo-prompts-per-rollout", "2", "--espo-group-size", "4",

@@ -90,7 +90,7 @@ def model(folder: Path) -> list[str]:
         "--tokenizer-model",
         str(folder / "tokenizer"),
         "--seq-length",
-        "40",
+        "32",
     ]
 
 
@@ -363,7 +363,7 @@ def evaluate(folder: Path, *flags: str, launch: Sequence[str] = ()) -> tuple[str
     """Evaluate the undisturbed run; what was printed and the finished completions."""
     printed = run(
         *launch, "tools/evaluate.py", "--load", str(folder / "whole"),
-        "--tokenizer-model", str(folder / "tokenizer"), "--seq-length", "40", *SAMPLING,
+        "--tokenizer-model", str(folder / "tokenizer"), "--seq-length", "32", *SAMPLING,
         "--espo-eval-data", str(folder / "data/test.jsonl"), "--out", str(folder / "evaluation"),
         *flags,
     )  # fmt: skip

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run(sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", "corpus.jsonl",
         "--tokenizer-model", "tokenizer", "--output-prefix", "data/text",
         cwd=folder, env=environment())  # fmt: skip
-    tiny = "--preset tiny --num-layers 2 --tokenizer-model tokenizer --seq-length 40\n"
+    tiny = "--preset tiny --num-layers 2 --tokenizer-model tokenizer --seq-length 32\n"
     steps = "--global-batch-size 4 --train-iters 4 --lr-warmup-iters 1 --lr-wsd-decay-iters 1\n"
     (folder / "pretrain.flags").write_text(
         f"{tiny} {steps} --data-path data/text --split 80,20,0 --eval-interval 2 --eval-iters 1\n"

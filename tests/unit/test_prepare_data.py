@@ -59,7 +59,7 @@ def test_demonstrations_come_from_the_train_split_and_follow_the_noise(
         assert [path.name for path in tmp_path.iterdir()] == ["demonstrations.jsonl"]
         lines = [json.loads(line) for line in (tmp_path / "demonstrations.jsonl").open()]
         assert all(line.keys() == {"prompt", "completion"} for line in lines)
-        assert {split_of(line["prompt"].removesuffix(":")) for line in lines} == {"train"}
+        assert {split_of(line["prompt"]) for line in lines} == {"train"}
         solutions = [r["solution"] for r in BUILT_IN["sudoku"].generate(60, 0, "train")]
         exact = sum(
             line["completion"] == right for line, right in zip(lines, solutions, strict=True)

@@ -14,7 +14,7 @@ from megatron_espo.tasks.base import SPLITS, Example, split_of
 
 PUZZLE, SOLUTION = "3102200002100320", "3142243142131324"
 RECORD = {"puzzle": PUZZLE, "solution": SOLUTION, "style": "bare"}
-EXAMPLE = Example(f"{PUZZLE}:", RECORD)
+EXAMPLE = Example(PUZZLE, RECORD)
 BLANKS = [cell for cell, digit in enumerate(PUZZLE) if digit == "0"]
 GIVENS = [cell for cell, digit in enumerate(PUZZLE) if digit != "0"]
 
@@ -42,7 +42,7 @@ def solutions_by_brute_force(puzzle: str) -> list[str]:
     return fillings
 
 
-def test_reader_gives_the_puzzle_and_a_colon_as_prompt(tmp_path: Path) -> None:
+def test_reader_gives_the_puzzle_as_prompt(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(RECORD) + "\n")
     assert sudoku.read(path) == [EXAMPLE]
@@ -200,7 +200,7 @@ def test_generated_puzzles_have_one_solution_and_are_accepted_by_the_reader(
         assert solutions_by_brute_force(record["puzzle"]) == [record["solution"]]
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert [e.prompt for e in sudoku.read(path)] == [f"{record['puzzle']}:" for record in records]
+    assert [e.prompt for e in sudoku.read(path)] == [record["puzzle"] for record in records]
 
 
 def test_number_of_blanks_is_uniform_over_six_to_ten() -> None:
