@@ -5,13 +5,15 @@
 #
 #   benchmarks/cached_espo.sh [seeds, default: 1 2 3]
 #
-# Environment: PYTHON (python3), RANKS (2), OUT (runs/cached). A run that is there is not repeated.
+# Environment: PYTHON (python3), RANKS (2), OUT (runs/cached), POSITIONS (rotary or learned). A run
+# that is there is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 seeds=("$@")
 ((${#seeds[@]})) || seeds=(1 2 3)
 python=${PYTHON:-python3} ranks=${RANKS:-2} out=${OUT:-runs/cached}
+positions=${POSITIONS:-rotary}
 export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
 # The demo's completion of 16 tokens is one block; a cache is used where there are several.
 exact=(--rollout-block-length 4)
@@ -29,11 +31,12 @@ evaluate() { # CHECKPOINT DATA-FOLDER flags...
 for seed in "${seeds[@]}"; do
   folder=$out/seed$seed
   if [[ ! -e $folder-exact/results.json ]]; then
-    examples/run_espo_tiny.sh sudoku --seed "$seed" --out "$folder-exact" --no-control -- "${exact[@]}"
+    examples/run_espo_tiny.sh sudoku --seed "$seed" --out "$folder-exact" --no-control \
+      --positions "$positions" -- "${exact[@]}"
   fi
   if [[ ! -e $folder-cached/results.json ]]; then
     examples/run_espo_tiny.sh sudoku --seed "$seed" --out "$folder-cached" --no-control \
-      --base "$folder-exact" -- "${cached[@]}"
+      --positions "$positions" --base "$folder-exact" -- "${cached[@]}"
   fi
   for run in exact cached; do
     for sampler in exact cached; do

@@ -51,4 +51,18 @@ def test_demo_starts_from_the_base_of_another_run(run: Path, tmp_path: Path) -> 
     out = tmp_path / "second"
     demo(out, "--base", str(run), "--no-control", "--", "--rollout-block-length", "8")
     assert completions(out, "base") == completions(run, "base")
-    assert "control" not in [path.name for path in (out / "evaluation").iterdir()]
+    assert {path.name for path in (out / "evaluation").iterdir()} == {"base", "espo", "hf"}
+
+
+def test_demo_refuses_what_it_does_not_know(tmp_path: Path) -> None:
+    for flags, message in (
+        (["--positions", "none"], "--positions none is unknown"),
+        (["--shape"], "unknown argument --shape"),
+        (["--base", str(tmp_path)], "holds no fine-tuned model"),
+    ):
+        done = subprocess.run(
+            ["examples/run_espo_tiny.sh", "--out", str(tmp_path / "out"), *flags],
+            cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 2 and message in done.stderr
+        assert not (tmp_path / "out").exists()
