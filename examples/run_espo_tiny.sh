@@ -8,7 +8,7 @@
 # --base DIR starts from the data and the fine-tuned model of an earlier run in DIR. A model with
 # rotary positions is a LLaDA and is written as one at the end; learned ones suit so small a model
 # better, but fit no Hugging Face folder.
-# Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of a minute that learns nothing.
+# Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of two minutes that learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
