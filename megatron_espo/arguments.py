@@ -23,7 +23,7 @@ from megatron_espo.checkpoint.tracker import (
     checkpoint_folder,
     has_checkpoint,
     repair_tracker,
-    tokenizer_folder,
+    stored_tokenizer,
 )
 from megatron_espo.config import (
     DiffusionConfig,
@@ -404,10 +404,7 @@ def _load_model_settings(args: argparse.Namespace) -> None:
         value = getattr(loaded[1], name, None)
         if value is not None:
             setattr(args, name, value)
-    # A folder that was moved: the command line and what lies beside the checkpoint know better.
-    beside = tokenizer_folder(root)
-    stored = str(beside) if beside.is_dir() else getattr(loaded[1], "tokenizer_model", None)
-    args.tokenizer_model = tokenizer or stored
+    args.tokenizer_model = tokenizer or stored_tokenizer(root, loaded[1])
     # The padding of the vocabulary depends on the layout; it is worked out anew.
     args.padded_vocab_size = None
     args.iteration = 0

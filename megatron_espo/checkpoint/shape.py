@@ -7,6 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def query_groups(args: argparse.Namespace) -> int:
+    """Read the key/value heads from Megatron's arguments; without grouped queries all heads."""
+    grouped = getattr(args, "group_query_attention", False)
+    groups: int = args.num_query_groups if grouped else args.num_attention_heads
+    return groups
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """The facts that decide which tensors a model has and what they compute."""
@@ -44,13 +51,12 @@ class ModelShape:
         Returns:
             The shape; :meth:`differences` tells whether it says all that the arguments do.
         """
-        grouped = getattr(args, "group_query_attention", False)
         return cls(
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
             num_attention_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups if grouped else args.num_attention_heads,
+            num_query_groups=query_groups(args),
             vocab_size=args.vocab_size,
             max_position_embeddings=args.max_position_embeddings,
             rotary_base=args.rotary_base,

@@ -1,5 +1,6 @@
 """Where the parts of a checkpoint lie, and the tracker file that names the latest one."""
 
+import argparse
 import os
 import re
 import sys
@@ -45,6 +46,20 @@ def checkpoint_folder(root: str, iteration: int | None = None) -> str:
 def tokenizer_folder(root: str | Path) -> Path:
     """Name the folder of the tokenizer that a converted checkpoint brings."""
     return Path(root, "tokenizer")
+
+
+def stored_tokenizer(root: str, args: argparse.Namespace) -> str | None:
+    """Find the tokenizer of a checkpoint.
+
+    Args:
+        root: the --save folder, which may have been moved.
+        args: the arguments stored in it.
+
+    Returns:
+        The folder beside the checkpoint, else the one that it was trained with, if any.
+    """
+    beside = tokenizer_folder(root)
+    return str(beside) if beside.is_dir() else getattr(args, "tokenizer_model", None)
 
 
 def espo_folder(root: str, iteration: int) -> str:

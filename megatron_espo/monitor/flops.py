@@ -19,6 +19,7 @@ Rows are counted at the width that they are given, the same for all.
 import argparse
 from dataclasses import dataclass
 
+from megatron_espo.checkpoint.shape import query_groups
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
 
@@ -50,13 +51,12 @@ class ModelDimensions:
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "ModelDimensions":
         """Read the dimensions from Megatron's validated arguments."""
-        grouped = args.group_query_attention
         return cls(
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
             num_attention_heads=args.num_attention_heads,
-            num_query_groups=args.num_query_groups if grouped else args.num_attention_heads,
+            num_query_groups=query_groups(args),
             head_dim=args.kv_channels,
             vocab_size=args.vocab_size,
             gated=bool(args.swiglu),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_espo.checkpoint.shape import query_groups
 from megatron_espo.config import RolloutConfig
 from megatron_espo.generation.flight import micro_batches
 from megatron_espo.plan.parameters import StageParameters
@@ -124,7 +125,7 @@ def layer_activations(args: argparse.Namespace, rows: int, positions: int) -> fl
     tp, size = args.tensor_model_parallel_size, 2 if args.bf16 or args.fp16 else 4
     shared = tp if args.sequence_parallel else 1
     heads, dim = args.num_attention_heads, args.kv_channels
-    groups = args.num_query_groups if args.group_query_attention else heads
+    groups = query_groups(args)
     selective = args.recompute_granularity == "selective"
     again = args.recompute_modules if selective else ()
     # Input and output of both norms.
@@ -203,7 +204,7 @@ def cache_memory(args: argparse.Namespace, passes: Passes) -> float:
     if sampling is None or sampling.cache == "none":
         return 0.0
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    groups = query_groups(args)
     number, rows = micro_batches(passes.sampled_rows, sampling.micro_batch_size, pp)
     size = 2 if args.bf16 or args.fp16 else 4
     per_position = 2 * size * groups / tp * args.kv_channels * args.num_layers / pp

@@ -29,7 +29,12 @@ from megatron_espo.checkpoint.mapping import Block, Names, extra_states, model_b
 from megatron_espo.checkpoint.shape import Config, ModelShape
 from megatron_espo.checkpoint.side_files import write_side_files
 from megatron_espo.checkpoint.torch_dist import CheckpointReader
-from megatron_espo.checkpoint.tracker import TRACKER, checkpoint_folder, tokenizer_folder
+from megatron_espo.checkpoint.tracker import (
+    TRACKER,
+    checkpoint_folder,
+    stored_tokenizer,
+    tokenizer_folder,
+)
 from megatron_espo.data.tokenizer import copy_tokenizer, load_tokenizer, special_ids
 from megatron_espo.data.whole import whole_folder
 from megatron_espo.model.provider import model_provider
@@ -204,8 +209,12 @@ def _write_template(
     Returns:
         The model.
     """
-    beside = tokenizer_folder(megatron)
-    loaded = load_tokenizer(tokenizer or (beside if beside.is_dir() else args.tokenizer_model))
+    found = tokenizer or stored_tokenizer(megatron, args)
+    if found is None:
+        raise ValueError(
+            f"--megatron {megatron} names no tokenizer; pass --tokenizer-model FOLDER."
+        )
+    loaded = load_tokenizer(found)
     shape = ModelShape.of(args, special_ids(loaded, args.mask_token_id).eos_token_id)
     if len(loaded) > shape.vocab_size:
         raise ValueError(
