@@ -153,6 +153,11 @@ class RolloutConfig:
     """Denoising steps from one whole pass to the next within a block; 0: only at its start, 1: at
     every step, which is exact."""
 
+    cache_unsure: Literal["refresh", "commit"] = "refresh"
+    """What parallel decoding does where a pass over a window of cached rows finds no token that is
+    confident enough: refresh commits nothing and makes the row's next pass a whole one; commit
+    takes the most confident token, as Fast-dLLM does."""
+
     early_stop: bool = False
     """End a completion with the first block that holds a stop token; what follows is filled with
     end-of-sequence tokens instead of being sampled."""
@@ -233,12 +238,17 @@ class RolloutConfig:
                 f"--rollout-cache-refresh-steps {self.cache_refresh_steps} must be 0 (at the start "
                 "of a block only) or positive."
             )
+        if self.cache == "none" and self.cache_refresh_steps:
+            raise ValueError(
+                "--rollout-cache-refresh-steps has no effect without --rollout-cache prefix or "
+                "dual."
+            )
+        if self.cache_unsure == "commit" and (self.cache == "none" or not self.is_parallel):
+            raise ValueError(
+                "--rollout-cache-unsure commit has no effect without --rollout-cache prefix or "
+                "dual and --rollout-threshold or --rollout-factor."
+            )
         if self.cache == "none":
-            if self.cache_refresh_steps:
-                raise ValueError(
-                    "--rollout-cache-refresh-steps has no effect without --rollout-cache prefix or "
-                    "dual."
-                )
             return
         if self.guidance_scale > 0.0:
             raise ValueError(

@@ -83,14 +83,6 @@ class Flight:
         """All rows in flight, micro-batch by micro-batch."""
         return [row for batch in self.batches for row in batch.rows]
 
-    @property
-    def passes_whole(self) -> bool:
-        """Whether the next pass is over whole rows, not over windows of cached ones."""
-        refresh = self.config.cache_refresh_steps
-        if self.config.cache == "none":
-            return True
-        return self.passes % refresh == 0 if refresh else self.passes == 0
-
     def admit(self) -> bool:
         """Give free places to waiting rows where they may enter; False when no row is left."""
         cache = self.config.cache

@@ -70,10 +70,11 @@ def dream_commit_shares(steps: int, epsilon: float = 1e-3) -> Tensor:
 def commit_schedule(config: RolloutConfig) -> Tensor:
     """Tokens that each step of a block commits, by the schedule of the order: int64 ``[steps]``.
 
-    With parallel decoding: the one that every step commits at least.
+    With parallel decoding: the one that every step commits at least, but for those steps that
+    leave it to the next one (--rollout-cache-unsure refresh).
     """
     if config.is_parallel:
-        return torch.ones(config.block_length, dtype=torch.int64)
+        return torch.ones(2 * config.block_length, dtype=torch.int64)
     counts = dream_commit_counts if config.remasking in DREAM_ORDERS else commit_counts
     return torch.tensor(counts(config.block_length, config.steps_per_block))
 
@@ -98,7 +99,7 @@ def rank_by(order: Remasking, draw: TokenDraw) -> Tensor:
 
 
 def select_confident(
-    log_confidence: Tensor, threshold: float | None, factor: float | None
+    log_confidence: Tensor, threshold: float | None, factor: float | None, least: int = 1
 ) -> Tensor:
     """Choose what a step of parallel decoding commits (Fast-dLLM, arXiv 2505.22618, section 3.3).
 
@@ -111,6 +112,7 @@ def select_confident(
         log_confidence: float ``[b, c]``, -inf where there is no candidate.
         threshold: the threshold, or None for the factor's rule.
         factor: the factor, or None.
+        least: committed in any case; 0 in a step that may leave it to the next one.
 
     Returns:
         bool ``[b, c]``; in a row without candidates nothing.
@@ -123,7 +125,7 @@ def select_confident(
         assert factor is not None
         # The left side grows with n, so what holds for the n-th holds for those before it.
         confident = (ranks + 2) * (1 - confidence) < factor
-    return (confident | (ranks == 0)) & (log_confidence > -torch.inf)
+    return (confident | (ranks < least)) & (log_confidence > -torch.inf)
 
 
 def select_highest(scores: Tensor, counts: Tensor | int) -> Tensor:

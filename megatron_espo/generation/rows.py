@@ -32,6 +32,7 @@ class Rows:
         block: int64 ``[n]`` on the host, the block that the row is in.
         step: int64 ``[n]`` on the host, the denoising step of that block.
         complete: bool ``[n]`` on the host, whether nothing in that block is masked.
+        undecided: bool ``[n]`` on the host, whether the last step of the row committed nothing.
         num_evaluations: int64 ``[n]`` on the host.
         num_committed: int64 ``[n]`` on the host, tokens that the model decided.
         confidence: float64 ``[n]``, summed probabilities of the committed tokens.
@@ -47,6 +48,7 @@ class Rows:
     block: Tensor
     step: Tensor
     complete: Tensor
+    undecided: Tensor
     num_evaluations: Tensor
     num_committed: Tensor
     confidence: Tensor
@@ -94,7 +96,24 @@ class Rows:
         self.tokens[rows, places] = torch.where(committed, chosen, self.tokens[rows, places])
         self.masked[index] &= ~committed
         self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
-        self.num_committed[index.cpu()] += committed.sum(1).cpu()
+        number = committed.sum(1).cpu()
+        self.num_committed[index.cpu()] += number
+        self.undecided[index.cpu()] = number == 0
+
+    def want_whole_passes(self, index: Tensor, refresh_steps: int) -> Tensor:
+        """Say which rows' next pass is over all their positions, not over a window.
+
+        Args:
+            index: int64 ``[a]`` on the host.
+            refresh_steps: --rollout-cache-refresh-steps.
+
+        Returns:
+            bool ``[a]`` on the host: rows that begin a block, are due for a refresh, or could
+            decide on nothing by the keys and values that they have.
+        """
+        step = self.step[index]
+        due = step % refresh_steps == 0 if refresh_steps else step == 0
+        return due | self.undecided[index]
 
     def count_pass(self, index: Tensor, positions: int, keys: int, head_rows: Tensor) -> None:
         """Note what a pass did for some rows.
@@ -185,6 +204,7 @@ def lay_out_rows(
         block=torch.zeros(n, dtype=torch.int64),
         step=torch.zeros(n, dtype=torch.int64),
         complete=torch.zeros(n, dtype=torch.bool),
+        undecided=torch.zeros(n, dtype=torch.bool),
         num_evaluations=torch.zeros(n, dtype=torch.int64),
         num_committed=torch.zeros(n, dtype=torch.int64),
         confidence=torch.zeros(n, dtype=torch.float64, device=device),

@@ -132,12 +132,20 @@ def generate(
 def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpose: str) -> Tensor:
     """Make one denoising step with all rows in flight whose block is not complete.
 
+    With a cache a step passes either whole rows or windows: rows that want a whole pass wait until
+    no other can go on with a window, so that they pass together.
+
     Returns:
         int64 ``[f]`` on the host: the rows that are final now.
     """
     config = flight.config
     host = torch.tensor(flight.rows)
     host = host[~rows.complete[host]]
+    windows = False
+    if config.cache != "none":
+        whole = rows.want_whole_passes(host, config.cache_refresh_steps)
+        windows = not bool(whole.all())
+        host = host[~whole] if windows else host
     index = host.to(model.device)
     if config.temperature > 0.0 or config.remasking in ("random", "origin"):
         noise = rows.noise(index, seed, purpose)
@@ -150,9 +158,11 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
     if evaluated.any():
         place = {row: i for i, row in enumerate(host.tolist()) if evaluated[i]}
         parts = [[place[row] for row in batch.rows if row in place] for batch in flight.batches]
-        draws = _evaluate(model, rows, flight, host, parts, picked, candidates, noise[:, 0])
+        draws = _evaluate(
+            model, rows, flight, host, parts, picked, candidates, noise[:, 0], windows
+        )
         flight.passes += 1
-        chosen, confidence = _choose(model, draws, picked, config, counts)
+        chosen, confidence = _choose(model, draws, picked, config, counts, windows)
         rows.commit(index, chosen, confidence)
         rows.num_evaluations[host] += evaluated
     stops = None
@@ -197,18 +207,20 @@ def _evaluate(
     picked: Tensor,
     candidates: Tensor,
     uniforms: Tensor,
+    windows: bool,
 ) -> Tensor:
     """Run the model and draw a token for every candidate.
 
     Args:
         model: the model.
         rows: the rows.
-        flight: the micro-batches; their caches are filled by whole passes and used by others.
+        flight: the micro-batches and their caches, which whole passes fill.
         host: int64 ``[a]`` on the host, the rows of this step.
         parts: places in ``host`` of the rows of each micro-batch that have candidates.
         picked: bool ``[a, k]``, the candidates.
         candidates: int64 ``[a]`` on the host, their number.
         uniforms: float64 ``[a, k]``.
+        windows: whether windows of cached rows pass instead of whole rows.
 
     Returns:
         float64 ``[3, a, k]``: token, score and log-probability of each candidate; on the last
@@ -242,7 +254,7 @@ def _evaluate(
             made.append(uncached)
         else:
             names, starts = mine.tolist(), places[:, 0]
-            made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model))
+            made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model, windows))
         kept, copies = torch.tensor(part), 2 if config.guidance_scale > 0.0 else 1
         passed, cache = made[-1].tokens.size(1), made[-1].cache
         keys = passed if made[-1].offsets is None or cache is None else cache.width
@@ -284,6 +296,7 @@ def _use_cache(
     starts: Tensor,
     flight: Flight,
     model: DiffusionModel,
+    windows: bool,
 ) -> RowBatch:
     """Make a pass fill its micro-batch's cache, or pass only a window of its rows.
 
@@ -293,8 +306,9 @@ def _use_cache(
         batch: the micro-batch.
         names: its b rows of this pass.
         starts: int64 ``[b]``, where their blocks start.
-        flight: says which of the two the pass is.
+        flight: knows whether the pass is the first one of the rows' blocks.
         model: the model.
+        windows: which of the two the pass is.
 
     Returns:
         The pass.
@@ -307,7 +321,7 @@ def _use_cache(
     rows = None  # all of them: then nothing of the cache is copied
     if names != batch.cached:
         rows = torch.tensor([batch.cached.index(name) for name in names], device=model.device)
-    if flight.passes_whole:
+    if not windows:
         # The cache keeps its width when the longest of its rows have left.
         whole = replace(whole, tokens=tokens[:, : batch.cache.width])
         return replace(whole, cache=batch.cache, cache_rows=rows)
@@ -347,7 +361,12 @@ def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: Rollo
 
 
 def _choose(
-    model: DiffusionModel, draws: Tensor, picked: Tensor, config: RolloutConfig, counts: Tensor
+    model: DiffusionModel,
+    draws: Tensor,
+    picked: Tensor,
+    config: RolloutConfig,
+    counts: Tensor,
+    windows: bool,
 ) -> tuple[Tensor, Tensor]:
     """Decide which candidates are committed.
 
@@ -357,6 +376,7 @@ def _choose(
         picked: bool ``[a, k]``, the candidates.
         config: sampling settings.
         counts: int64 ``[a]``, tokens that the schedule commits.
+        windows: whether the draws come from windows of cached rows.
 
     Returns:
         int64 ``[a, k]``, the token for each place of the block or -1, and float64 ``[a, k]``,
@@ -369,7 +389,8 @@ def _choose(
         if config.remasking not in ("random", "origin"):
             scores = scores.masked_fill(~picked, -torch.inf)
             if config.is_parallel:
-                kept = select_confident(scores, config.threshold, config.factor)
+                least = 0 if windows and config.cache_unsure == "refresh" else 1
+                kept = select_confident(scores, config.threshold, config.factor, least)
             else:
                 kept = picked & select_highest(scores, counts)
         decision = torch.stack((torch.where(kept, tokens, -1.0), log_confidence.exp()))

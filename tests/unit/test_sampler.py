@@ -122,12 +122,14 @@ def window_logits(llama: LlamaForCausalLM, x: Tensor, past: Any, window: range) 
 
 
 def block_logits(
-    llama: LlamaForCausalLM, x: Tensor, start: int, end: int, step: int, past: Any,
+    llama: LlamaForCausalLM, x: Tensor, start: int, end: int, past: Any,
     config: RolloutConfig, shift: int,
 ) -> tuple[dict[int, Tensor], Any]:  # fmt: skip
-    """Logits that predict each position of a block, and the keys and values to go on with."""
-    refresh = config.cache_refresh_steps
-    if config.cache == "none" or (step % refresh == 0 if refresh else step == 0):
+    """Logits that predict each position of a block, and the keys and values to go on with.
+
+    A whole pass without ``past``, a window of it otherwise.
+    """
+    if past is None:
         with torch.no_grad():
             mask = torch.zeros(1, 1, len(x), len(x))
             output = llama(input_ids=x[None], attention_mask=mask, use_cache=True)
@@ -139,14 +141,14 @@ def block_logits(
     return {place: logits[place - shift - first] for place in range(start, end)}, past
 
 
-def number_to_commit(scores: list[float], step: int, config: RolloutConfig) -> int:
+def number_to_commit(scores: list[float], step: int, config: RolloutConfig, least: int) -> int:
     """How many of the candidates with these descending log-probabilities a step commits."""
     confidences = [math.exp(score) for score in scores]
     if config.threshold is not None:
-        return max(1, sum(confidence >= config.threshold for confidence in confidences))
+        return max(least, sum(confidence >= config.threshold for confidence in confidences))
     if config.factor is not None:
         fits = [n for n, c in enumerate(confidences, 1) if (n + 1) * (1 - c) < config.factor]
-        return max(fits, default=1)
+        return max(fits, default=least)
     # n // s per step, the remainder to the early ones.
     return config.block_length // config.steps_per_block + (
         step < config.block_length % config.steps_per_block
@@ -163,16 +165,19 @@ def sample_by_the_rules(
         The completion and the model evaluations.
     """
     length, k = config.completion_length, config.block_length
-    steps, evaluations = config.steps_per_block, 0
+    refresh, evaluations = config.cache_refresh_steps, 0
+    # Where windows may leave a token to the next pass, a block takes up to two steps for each.
+    steps = 2 * k if config.is_parallel else config.steps_per_block
     x = torch.tensor(prompt + [MASK] * length)
     for block in range(length // k):
         noise = uniform(stream(seed, "token/test", block), torch.tensor([row]), 2 * steps * k)
         noise = noise.view(steps, 2, k)
         start, past = len(prompt) + block * k, None
         for step in range(steps):
-            predicted, past = block_logits(
-                llama, x, start, start + k, step, past, config, shift
-            )  # fmt: skip
+            if config.cache == "none" or (refresh and step % refresh == 0):
+                past = None
+            is_window = past is not None
+            predicted, past = block_logits(llama, x, start, start + k, past, config, shift)
             candidates = {}
             if config.guidance_scale:
                 hidden = x.clone()
@@ -201,7 +206,11 @@ def sample_by_the_rules(
                 break
             evaluations += 1
             best = sorted(candidates, key=lambda place: -candidates[place][0])
-            count = number_to_commit([candidates[place][0] for place in best], step, config)
+            least = 0 if is_window and config.cache_unsure == "refresh" else 1
+            scores = [candidates[place][0] for place in best]
+            count = number_to_commit(scores, step, config, least)
+            if count == 0:
+                past = None
             for place in best[:count]:
                 x[place] = candidates[place][1]
         if config.early_stop and stop in x[start : start + k]:
@@ -224,7 +233,16 @@ CONFIGS = {
     "dual, refreshed": RolloutConfig(12, 6, 12, cache="dual", cache_refresh_steps=2),
     "dual, random": RolloutConfig(12, 4, 6, remasking="random", cache="dual"),
     "prefix, factor": RolloutConfig(12, 6, factor=1.2, cache="prefix"),
+    "prefix, factor, unsure": RolloutConfig(
+        12, 6, factor=1.2, cache="prefix", cache_unsure="commit"
+    ),
     "dual, threshold": RolloutConfig(12, 6, threshold=0.5, cache="dual"),
+    "dual, threshold, unsure": RolloutConfig(
+        12, 6, threshold=0.5, cache="dual", cache_unsure="commit"
+    ),
+    "dual, threshold, refreshed": RolloutConfig(
+        12, 6, 12, 0.0, threshold=0.5, cache="dual", cache_refresh_steps=3
+    ),
 }
 
 
@@ -324,6 +342,48 @@ def test_blocks_of_one_step_never_use_the_cache(
     ids = torch.arange(4)
     ours, theirs = (generate(model, PROMPTS, ids, c, 17, "test") for c in (cached, plain))
     assert torch.equal(ours.completions, theirs.completions)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_unsure_windows_leave_every_decision_to_whole_passes(
+    model: DiffusionModel, cache: str
+) -> None:
+    """With a threshold that nothing reaches: the tokens are those without a cache, and between two
+    of a block lies a window that decides nothing."""
+    plain = RolloutConfig(12, 4, threshold=1.01, temperature=0.0, micro_batch_size=3)
+    cached = replace(plain, cache=cache)  # type: ignore[arg-type]
+    committing = replace(cached, cache_unsure="commit")
+    ids = torch.arange(4)
+    ours, theirs, others = (
+        generate(model, PROMPTS, ids, c, 17, "test") for c in (cached, plain, committing)
+    )
+    assert torch.equal(ours.completions, theirs.completions)
+    assert not torch.equal(others.completions, theirs.completions)
+    assert theirs.num_evaluations.tolist() == others.num_evaluations.tolist() == [12] * 4
+    assert ours.num_evaluations.tolist() == [12 + 3 * 3] * 4
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 4])
+def test_unsure_rows_do_not_change_the_ones_beside_them(
+    model: DiffusionModel, micro_batch_size: int
+) -> None:
+    """Rows want whole passes at different steps, and wait for each other."""
+    config = replace(CONFIGS["dual, threshold"], micro_batch_size=micro_batch_size)
+    passed: list[int] = []
+    result = generate(
+        model, PROMPTS * 2, torch.arange(8), config, 17, "test",
+        lambda completions: passed.append(int((completions == MASK).sum())),
+    )  # fmt: skip
+    alone = [
+        generate(model, [prompt], torch.tensor([i]), config, 17, "test")
+        for i, prompt in enumerate(PROMPTS * 2)
+    ]
+    for i, one in enumerate(alone):
+        assert torch.equal(result.completions[i], one.completions[0])
+        assert result.num_evaluations[i] == one.num_evaluations[0]
+    # Steps at which nothing was committed, and rows that wanted different numbers of them.
+    assert any(before == after for before, after in itertools.pairwise(passed))
+    assert len(set(result.num_evaluations.tolist())) > 1
 
 
 def test_caches_are_approximate(model: DiffusionModel) -> None:
