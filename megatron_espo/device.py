@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -132,6 +132,16 @@ def skip_interception(module: torch.nn.Module) -> None:
             return forward(*args, **kwargs)
 
     module.forward = unwatched
+
+
+@contextlib.contextmanager
+def no_interception() -> Iterator[None]:
+    """Without CUDA, run some code without a look at each of its torch calls.
+
+    For code that makes many small ones and names no device but those of its tensors.
+    """
+    with contextlib.nullcontext() if has_cuda() else torch._C.DisableTorchFunction():
+        yield
 
 
 class _NoStream:

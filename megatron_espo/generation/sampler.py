@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.data.batch import round_up
+from megatron_espo.device import no_interception
 from megatron_espo.generation.flight import Flight, MicroBatch
 from megatron_espo.generation.remasking import (
     commit_schedule,
@@ -111,7 +112,8 @@ def generate(
     back = rows.order.argsort().to(model.device)
     flight = Flight.of(n, config, model.layout.pp_size)
     while flight.admit():
-        final = _denoise(model, rows, flight, seed, purpose)
+        with no_interception():
+            final = _denoise(model, rows, flight, seed, purpose)
         if on_step is not None:
             on_step(rows.completions(back, length))
         if len(final) and on_finished is not None:

@@ -1,8 +1,8 @@
 """Matrix products of float32 on CPUs, with oneDNN's kernels where they are the faster ones.
 
-PyTorch sends float32 products on x86 to MKL. For few rows oneDNN's kernels, which are part of the
-same PyTorch, take less time (docs/performance.md has figures); how few depends on the processor.
-Nothing here is used on GPUs.
+PyTorch sends float32 products on x86 to MKL. For few rows and a large weight, such as an output
+head, oneDNN's kernels, which are part of the same PyTorch, take less time (docs/performance.md has
+figures); how few depends on the processor. Nothing here is used on GPUs.
 
 Symbols: r rows, h input features, n output features.
 """
@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 
 # Up to this many rows oneDNN's kernel is the faster one.
 _FEW_ROWS_WITH_AVX512, _FEW_ROWS = 48, 256
+# Weights of fewer entries are MKL's, whose call costs some 30 microseconds less.
+_LARGE_WEIGHT = 2**20
 
 
 def is_handled(*tensors: Tensor) -> bool:
@@ -43,7 +45,7 @@ def _few_rows() -> int:
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
     """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``, contiguous."""
     rows = hidden.flatten(0, -2)
-    if rows.size(0) > _few_rows():
+    if rows.size(0) > _few_rows() or weight.numel() < _LARGE_WEIGHT:
         product = torch.mm(rows, weight.t())
     else:
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
