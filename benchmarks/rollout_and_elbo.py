@@ -54,6 +54,7 @@ def rollout_variants(work: Workload) -> dict[str, RolloutConfig]:
         "dual cache": cached,
         "threshold 0.9": confident,
         "dual cache, threshold 0.9": {**cached, **confident},
+        "dual cache, threshold 0.9, unsure too": {**cached, **confident, "cache_unsure": "commit"},
     }
     chosen = work.sides or [
         name

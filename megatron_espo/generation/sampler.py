@@ -11,6 +11,7 @@ k block length, r candidates of a step.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,7 +113,8 @@ def generate(
     back = rows.order.argsort().to(model.device)
     flight = Flight.of(n, config, model.layout.pp_size)
     while flight.admit():
-        with no_interception():
+        # Megatron's pipeline schedules name the device "cuda".
+        with no_interception() if model.layout.pp_size == 1 else nullcontext():
             final = _denoise(model, rows, flight, seed, purpose)
         if on_step is not None:
             on_step(rows.completions(back, length))

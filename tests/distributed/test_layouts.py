@@ -161,7 +161,8 @@ SAMPLERS = {
     "maskgit_plus": RolloutConfig(16, 16, 8, 0.9, "maskgit_plus", micro_batch_size=4),
     "threshold": RolloutConfig(16, 8, threshold=0.5, early_stop=True, micro_batch_size=2),
     "prefix": RolloutConfig(16, 8, 8, cache="prefix", early_stop=True, micro_batch_size=2),
-    "dual, factor": RolloutConfig(16, 4, factor=1.2, cache="dual", micro_batch_size=3),
+    # So low that about every other window commits something and the rest leave it to a whole pass.
+    "dual, factor": RolloutConfig(16, 4, factor=1.95, cache="dual", micro_batch_size=3),
     "dual, early stop": RolloutConfig(
         16, 8, 8, cache="dual", cache_refresh_steps=2, early_stop=True, micro_batch_size=2
     ),
