@@ -98,8 +98,9 @@ def _attend(
     dropout = module.dropout_probability if module.training else 0.0
     # Megatron's tracker keeps the draws of tensor-parallel ranks apart.
     tracked = dropout > 0.0 and not module.config.sequence_parallel
+    mask = attention_mask if state.padded else None
     with get_cuda_rng_tracker().fork() if tracked else nullcontext():
-        output = fused_attention(query, key, value, attention_mask, module.score_scale, dropout)
+        output = fused_attention(query, key, value, mask, module.score_scale, dropout)
     return output if selected is None else selected.of_attention(output)
 
 

@@ -202,6 +202,8 @@ class PassState:
         positions: int64 ``[b, w]``, the window that passes through the model; None where it is the
             whole row (which fills the cache).
         width: positions of the whole rows.
+        padded: whether any row is shorter than that. PyTorch's fused attention has faster kernels
+            for passes without a mask, and some devices' fastest one takes none.
     """
 
     selected: SelectedRows | None = None
@@ -209,6 +211,7 @@ class PassState:
     cache_rows: Tensor | None = None
     positions: Tensor | None = None
     width: int = 0
+    padded: bool = True
 
 
 _current: ContextVar[PassState | None] = ContextVar("model_pass", default=None)

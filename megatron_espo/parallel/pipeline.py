@@ -132,7 +132,8 @@ def run_model(
         if rows.numel() == 0:  # the layers want something to work on; it is dropped before the head
             rows, places = part.places.new_zeros(1), part.places.new_zeros(1)
     selected = _select(stage, tokens, rows, places)
-    state = PassState(selected, batch.cache, batch.cache_rows, window, s)
+    padded = bool((batch.lengths < s).any())
+    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
     with running(state), _rotation_by_row(config, batch.offsets is not None):
