@@ -59,12 +59,14 @@ class Flight:
         waiting: rows that have not begun, in order.
         batches: the micro-batches in flight.
         passes: model passes since the rows entered their blocks; counted for caches.
+        windows: whether the step under way passes windows of cached rows, not whole rows.
     """
 
     config: RolloutConfig
     waiting: deque[int]
     batches: list[MicroBatch]
     passes: int = 0
+    windows: bool = False
 
     @classmethod
     def of(cls, n: int, config: RolloutConfig, pp_size: int) -> "Flight":

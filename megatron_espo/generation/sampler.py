@@ -145,11 +145,10 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
     config = flight.config
     host = torch.tensor(flight.rows)
     host = host[~rows.complete[host]]
-    windows = False
     if config.cache != "none":
         whole = rows.want_whole_passes(host, config.cache_refresh_steps)
-        windows = not bool(whole.all())
-        host = host[~whole] if windows else host
+        flight.windows = not bool(whole.all())
+        host = host[~whole] if flight.windows else host
     index = host.to(model.device)
     if config.temperature > 0.0 or config.remasking in ("random", "origin"):
         noise = rows.noise(index, seed, purpose)
@@ -162,11 +161,9 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
     if evaluated.any():
         place = {row: i for i, row in enumerate(host.tolist()) if evaluated[i]}
         parts = [[place[row] for row in batch.rows if row in place] for batch in flight.batches]
-        draws = _evaluate(
-            model, rows, flight, host, parts, picked, candidates, noise[:, 0], windows
-        )
+        draws = _evaluate(model, rows, flight, host, parts, picked, candidates, noise[:, 0])
         flight.passes += 1
-        chosen, confidence = _choose(model, draws, picked, config, counts, windows)
+        chosen, confidence = _choose(model, draws, picked, flight, counts)
         rows.commit(index, chosen, confidence)
         rows.num_evaluations[host] += evaluated
     stops = None
@@ -211,7 +208,6 @@ def _evaluate(
     picked: Tensor,
     candidates: Tensor,
     uniforms: Tensor,
-    windows: bool,
 ) -> Tensor:
     """Run the model and draw a token for every candidate.
 
@@ -224,7 +220,6 @@ def _evaluate(
         picked: bool ``[a, k]``, the candidates.
         candidates: int64 ``[a]`` on the host, their number.
         uniforms: float64 ``[a, k]``.
-        windows: whether windows of cached rows pass instead of whole rows.
 
     Returns:
         float64 ``[3, a, k]``: token, score and log-probability of each candidate; on the last
@@ -258,7 +253,7 @@ def _evaluate(
             made.append(uncached)
         else:
             names, starts = mine.tolist(), places[:, 0]
-            made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model, windows))
+            made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model))
         kept, copies = torch.tensor(part), 2 if config.guidance_scale > 0.0 else 1
         passed, cache = made[-1].tokens.size(1), made[-1].cache
         keys = passed if made[-1].offsets is None or cache is None else cache.width
@@ -300,7 +295,6 @@ def _use_cache(
     starts: Tensor,
     flight: Flight,
     model: DiffusionModel,
-    windows: bool,
 ) -> RowBatch:
     """Make a pass fill its micro-batch's cache, or pass only a window of its rows.
 
@@ -310,9 +304,8 @@ def _use_cache(
         batch: the micro-batch.
         names: its b rows of this pass.
         starts: int64 ``[b]``, where their blocks start.
-        flight: knows whether the pass is the first one of the rows' blocks.
+        flight: says which of the two the pass is.
         model: the model.
-        windows: which of the two the pass is.
 
     Returns:
         The pass.
@@ -325,7 +318,7 @@ def _use_cache(
     rows = None  # all of them: then nothing of the cache is copied
     if names != batch.cached:
         rows = torch.tensor([batch.cached.index(name) for name in names], device=model.device)
-    if not windows:
+    if not flight.windows:
         # The cache keeps its width when the longest of its rows have left.
         whole = replace(whole, tokens=tokens[:, : batch.cache.width])
         return replace(whole, cache=batch.cache, cache_rows=rows)
@@ -365,12 +358,7 @@ def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: Rollo
 
 
 def _choose(
-    model: DiffusionModel,
-    draws: Tensor,
-    picked: Tensor,
-    config: RolloutConfig,
-    counts: Tensor,
-    windows: bool,
+    model: DiffusionModel, draws: Tensor, picked: Tensor, flight: Flight, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Decide which candidates are committed.
 
@@ -378,22 +366,21 @@ def _choose(
         model: the model.
         draws: float64 ``[3, a, k]``, read on the last pipeline stage.
         picked: bool ``[a, k]``, the candidates.
-        config: sampling settings.
+        flight: says whether the draws come from windows of cached rows.
         counts: int64 ``[a]``, tokens that the schedule commits.
-        windows: whether the draws come from windows of cached rows.
 
     Returns:
         int64 ``[a, k]``, the token for each place of the block or -1, and float64 ``[a, k]``,
         their probabilities; on every rank.
     """
-    decision = draws[:2].clone()
+    config, decision = flight.config, draws[:2].clone()
     if model.layout.is_last_stage:
         tokens, scores, log_confidence = draws
         kept = picked
         if config.remasking not in ("random", "origin"):
             scores = scores.masked_fill(~picked, -torch.inf)
             if config.is_parallel:
-                least = 0 if windows and config.cache_unsure == "refresh" else 1
+                least = 0 if flight.windows and config.cache_unsure == "refresh" else 1
                 kept = select_confident(scores, config.threshold, config.factor, least)
             else:
                 kept = picked & select_highest(scores, counts)

@@ -132,7 +132,8 @@ def run_model(
         if rows.numel() == 0:  # the layers want something to work on; it is dropped before the head
             rows, places = part.places.new_zeros(1), part.places.new_zeros(1)
     selected = _select(stage, tokens, rows, places)
-    padded = bool((batch.lengths < s).any())
+    # Attention that runs again in the backward pass knows of no pass and takes the mask.
+    padded = config.recompute_granularity is not None or bool((batch.lengths < s).any())
     state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
