@@ -13,7 +13,7 @@ import functools
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,14 +134,12 @@ def skip_interception(module: torch.nn.Module) -> None:
     module.forward = unwatched
 
 
-@contextlib.contextmanager
-def no_interception() -> Iterator[None]:
+def no_interception() -> contextlib.AbstractContextManager[object]:
     """Without CUDA, run some code without a look at each of its torch calls.
 
     For code that makes many small ones and names no device but those of its tensors.
     """
-    with contextlib.nullcontext() if has_cuda() else torch._C.DisableTorchFunction():
-        yield
+    return contextlib.nullcontext() if has_cuda() else torch._C.DisableTorchFunction()
 
 
 class _NoStream:

@@ -142,7 +142,8 @@ def mask_rows(
     payload = MaskedTargets(
         tokens[rows, positions], rows, columns, mask.size(0), mask.size(1), is_dummy, vocab_size
     )
-    return RowBatch(noised, lengths, rows, positions, payload)
+    padded = int(lengths.min()) < noised.size(1)
+    return RowBatch(noised, lengths, rows, positions, payload, padded=padded)
 
 
 def view_batches(

@@ -96,9 +96,9 @@ class Rows:
         self.tokens[rows, places] = torch.where(committed, chosen, self.tokens[rows, places])
         self.masked[index] &= ~committed
         self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
-        number = committed.sum(1).cpu()
-        self.num_committed[index.cpu()] += number
-        self.undecided[index.cpu()] = number == 0
+        host, number = index.cpu(), committed.sum(1).cpu()
+        self.num_committed[host] += number
+        self.undecided[host] = number == 0
 
     def want_whole_passes(self, index: Tensor, refresh_steps: int) -> Tensor:
         """Say which rows' next pass is over all their positions, not over a window.

@@ -258,6 +258,8 @@ def _evaluate(
         passed, cache = made[-1].tokens.size(1), made[-1].cache
         keys = passed if made[-1].offsets is None or cache is None else cache.width
         rows.count_pass(host[kept], copies * passed, keys, copies * candidates[kept])
+        shortest = min(rows.widths[row] for row in host[kept].tolist())
+        made[-1] = replace(made[-1], padded=shortest < keys)
     results = forward_only(
         model.chunks,
         made,

@@ -57,6 +57,8 @@ class RowBatch:
             that passes through the model. It lies inside the rows and holds every hidden state that
             is read; its tokens replace those that the cache was filled with.
         cache_rows: int64 ``[b]``, the rows of the cache that these are; None for all, in order.
+        padded: whether any of ``lengths`` is below the rows' positions. Who makes the batch says
+            it, on the host: to look at it in a pass would be to wait for the device.
     """
 
     tokens: Tensor
@@ -67,6 +69,7 @@ class RowBatch:
     cache: KeyValueCache | None = None
     offsets: Tensor | None = None
     cache_rows: Tensor | None = None
+    padded: bool = True
 
     def to(self, device: torch.device) -> "RowBatch":
         """Return the batch with its tensors on ``device`` (the payload is left alone)."""
@@ -133,7 +136,7 @@ def run_model(
             rows, places = part.places.new_zeros(1), part.places.new_zeros(1)
     selected = _select(stage, tokens, rows, places)
     # Attention that runs again in the backward pass knows of no pass and takes the mask.
-    padded = config.recompute_granularity is not None or bool((batch.lengths < s).any())
+    padded = batch.padded or config.recompute_granularity is not None
     state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None

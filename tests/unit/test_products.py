@@ -9,12 +9,12 @@ DTYPE = torch.float64
 
 
 @pytest.mark.parametrize("shape", [(3,), (7, 2), (1, 1), (17, 1), (40, 3), (150, 2)])
-@pytest.mark.parametrize("outputs", [12, 60000])
+@pytest.mark.parametrize("outputs", [12, 5000])
 def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
     """Few rows and more, small weights and large ones; the logits may be overwritten in place."""
     torch.manual_seed(1)
-    hidden = torch.randn(*shape, 20, requires_grad=True)
-    weight = torch.randn(outputs, 20, requires_grad=True)
+    hidden = torch.randn(*shape, 220, requires_grad=True)
+    weight = torch.randn(outputs, 220, requires_grad=True)
     upstream = torch.randn(*shape, outputs)
     output = products.linear(hidden, weight)
     assert output.is_contiguous()
@@ -30,8 +30,8 @@ def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
         (weight.grad, exact_weight.grad),
     ):
         assert found is not None and expected is not None
-        # Sums of up to 60,000 terms: units in the last place of the largest partial sums.
-        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+        # Sums of up to 5,000 terms: some units in the last place of the largest sum.
+        assert (found - expected).abs().max() < 5e-6 * expected.abs().max()
 
 
 @pytest.mark.parametrize("rows", [3, 33, 150])
