@@ -259,7 +259,7 @@ def _evaluate(
         keys = passed if made[-1].offsets is None or cache is None else cache.width
         rows.count_pass(host[kept], copies * passed, keys, copies * candidates[kept])
         shortest = min(rows.widths[row] for row in host[kept].tolist())
-        made[-1] = replace(made[-1], padded=shortest < keys)
+        made[-1] = replace(made[-1], padded=shortest < keys, sampling=True)
     results = forward_only(
         model.chunks,
         made,

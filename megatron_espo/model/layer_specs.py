@@ -1,6 +1,7 @@
 """Layer specs of a bidirectional transformer, for Transformer Engine and for plain PyTorch."""
 
 import copy
+from functools import partial
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -14,7 +15,12 @@ from megatron_espo.model.attention import (
     selecting_bias_dropout_add,
     transformer_engine_attention,
 )
-from megatron_espo.model.linear import ColumnParallelLinear, RowParallelLinear
+from megatron_espo.model.feed_forward import GatedFeedForward
+from megatron_espo.model.linear import (
+    ColumnParallelLinear,
+    FeatureMajorColumnParallelLinear,
+    RowParallelLinear,
+)
 from megatron_espo.model.rotary import RotatingSelfAttention
 
 
@@ -79,7 +85,10 @@ def bidirectional_block_spec(
             attention.submodules.linear_proj = RowParallelLinear
             feed_forward = layer.submodules.mlp.keywords["submodules"]
             if isinstance(feed_forward, MLPSubmodules):
-                feed_forward.linear_fc1 = ColumnParallelLinear
+                layer.submodules.mlp = partial(
+                    GatedFeedForward.as_mlp_submodule, **layer.submodules.mlp.keywords
+                )
+                feed_forward.linear_fc1 = FeatureMajorColumnParallelLinear
                 feed_forward.linear_fc2 = RowParallelLinear
     if is_last_stage and block.layer_specs:
         block.layer_specs[-1].submodules.self_attn_bda = selecting_bias_dropout_add

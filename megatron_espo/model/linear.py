@@ -10,9 +10,17 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from megatron_espo.parallel import products
+from megatron_espo.parallel.passes import current_pass
 
 
-def multiply(megatrons: Any, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
+def multiply(
+    megatrons: Any,
+    input: Tensor,
+    weight: Tensor,
+    *args: Any,
+    by_features: bool = False,
+    **settings: Any,
+) -> Tensor:
     """Multiply with the CPU's faster kernels, or as Megatron does where they do not apply.
 
     Args:
@@ -20,7 +28,8 @@ def multiply(megatrons: Any, input: Tensor, weight: Tensor, *args: Any, **settin
         input: ``[..., h]``.
         weight: ``[n, h]``, this rank's part.
         *args: further arguments of Megatron's product.
-        **settings: the same.
+        by_features: see :func:`products.linear`.
+        **settings: further arguments of Megatron's product.
 
     Returns:
         ``[..., n]``, with gradients to both.
@@ -35,18 +44,89 @@ def multiply(megatrons: Any, input: Tensor, weight: Tensor, *args: Any, **settin
         input = gather_from_sequence_parallel_region(input, group=settings["tp_group"])
     elif settings["allreduce_dgrad"]:
         input = copy_to_tensor_model_parallel_region(input, group=settings["tp_group"])
-    return products.linear(input, weight)
+    return products.linear(input, weight, by_features)
+
+
+def _is_plain(layer: Any) -> bool:
+    """Say whether a layer is nothing but a product: whole on this rank, without a bias."""
+    return (
+        layer.tp_group.size() == 1
+        and layer.weight is not None
+        and layer.bias is None
+        and not layer.explicit_expert_comm
+        and layer.gtp_remat_size == 1
+        and not layer.config.defer_embedding_wgrad_compute
+        and not layer.config.cpu_offloading
+    )
 
 
 class ColumnParallelLinear(layers.ColumnParallelLinear):
     """Megatron's layer with the faster kernels on CPUs."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._is_plain = _is_plain(self)
+
+    def forward(self, input_: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+        """Multiply; see Megatron's layer.
+
+        Args:
+            input_: ``[w, b, h]``.
+            *args: as in Megatron's.
+            **settings: as in Megatron's.
+
+        Returns:
+            ``[w, b, n]`` and the bias that is left to the caller.
+        """
+        plain = self._is_plain and not args and not settings
+        if plain and products.is_handled(input_, self.weight):
+            return products.linear(input_, self.weight, self._by_features()), None
+        output: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **settings)
+        return output
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
-        return multiply(super()._forward_impl, input, weight, *args, **settings)
+        by_features = self._by_features()
+        return multiply(
+            super()._forward_impl, input, weight, *args, by_features=by_features, **settings
+        )
+
+    def _by_features(self) -> bool:
+        """Say whether the output's reader takes any layout; see :func:`products.linear`."""
+        return False
+
+
+class FeatureMajorColumnParallelLinear(ColumnParallelLinear):
+    """The same with an output that may be laid out by features where tokens are sampled.
+
+    Elsewhere the layout would have to be the same with and without gradients, and costs more in the
+    backward pass than it saves.
+    """
+
+    def _by_features(self) -> bool:
+        state = current_pass()
+        return state is not None and state.sampling
 
 
 class RowParallelLinear(layers.RowParallelLinear):
     """Megatron's layer with the faster kernels on CPUs."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self._is_plain = _is_plain(self)
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Multiply; see Megatron's layer.
+
+        Args:
+            input_: ``[w, b, h]``.
+
+        Returns:
+            ``[w, b, n]`` and the bias that is left to the caller.
+        """
+        if self._is_plain and products.is_handled(input_, self.weight):
+            return products.linear(input_, self.weight), None
+        output: tuple[Tensor, Tensor | None] = super().forward(input_)
+        return output
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
         return multiply(super()._forward_impl, input, weight, *args, **settings)

@@ -41,13 +41,14 @@ class RotatingSelfAttention(SelfAttention):
             The projected output ``[w, b, h]`` and its bias.
         """
         if self._is_handled(rotary_pos_emb):
-            self._angles, rotary_pos_emb = rotary_pos_emb, None
+            # Into the dictionary itself: a module's own assignment looks for parameters first.
+            self.__dict__["_angles"], rotary_pos_emb = rotary_pos_emb, None
         try:
             output: tuple[Tensor, Tensor | None] = super().forward(
                 hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, **settings
             )
         finally:
-            self._angles = None
+            self.__dict__["_angles"] = None
         return output
 
     def _is_handled(self, angles: Any) -> bool:

@@ -204,6 +204,8 @@ class PassState:
         width: positions of the whole rows.
         padded: whether any row is shorter than that. PyTorch's fused attention has faster kernels
             for passes without a mask, and some devices' fastest one takes none.
+        sampling: whether tokens are drawn from the pass. Nothing compares it with a pass that has
+            gradients, so the layers may take kernels that round otherwise.
     """
 
     selected: SelectedRows | None = None
@@ -212,6 +214,7 @@ class PassState:
     positions: Tensor | None = None
     width: int = 0
     padded: bool = True
+    sampling: bool = False
 
 
 _current: ContextVar[PassState | None] = ContextVar("model_pass", default=None)

@@ -59,6 +59,7 @@ class RowBatch:
         cache_rows: int64 ``[b]``, the rows of the cache that these are; None for all, in order.
         padded: whether any of ``lengths`` is below the rows' positions. Who makes the batch says
             it, on the host: to look at it in a pass would be to wait for the device.
+        sampling: whether tokens are drawn from the pass; see :class:`PassState`.
     """
 
     tokens: Tensor
@@ -70,6 +71,7 @@ class RowBatch:
     offsets: Tensor | None = None
     cache_rows: Tensor | None = None
     padded: bool = True
+    sampling: bool = False
 
     def to(self, device: torch.device) -> "RowBatch":
         """Return the batch with its tensors on ``device`` (the payload is left alone)."""
@@ -137,7 +139,7 @@ def run_model(
     selected = _select(stage, tokens, rows, places)
     # Attention that runs again in the backward pass knows of no pass and takes the mask.
     padded = batch.padded or config.recompute_granularity is not None
-    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded)
+    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, batch.sampling)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
     with running(state), _rotation_by_row(config, batch.offsets is not None):

@@ -1,8 +1,9 @@
-"""Matrix products of float32 on CPUs, with oneDNN's kernels where they are the faster ones.
+"""Matrix products of float32 on CPUs, each with the kernel that is the fastest for its sizes.
 
 PyTorch sends float32 products on x86 to MKL. For few rows and a large weight, such as an output
-head, oneDNN's kernels, which are part of the same PyTorch, take less time (docs/performance.md has
-figures); how few depends on the processor. Nothing here is used on GPUs.
+head, oneDNN's kernels, which are part of the same PyTorch, take less time; how few depends on the
+processor. Where a product's reader takes it laid out by features, MKL is at its fastest with the
+weight as the left factor (docs/performance.md has figures). Nothing here is used on GPUs.
 
 Symbols: r rows, h input features, n output features.
 """
@@ -18,6 +19,8 @@ from torch.autograd.function import once_differentiable
 _FEW_ROWS_WITH_AVX512, _FEW_ROWS = 48, 256
 # Weights of fewer entries are MKL's, whose call costs some 30 microseconds less.
 _LARGE_WEIGHT = 2**20
+# From this many entries on the weight goes to the left where it may.
+_LEFT_WEIGHT = 2**18
 
 
 def is_handled(*tensors: Tensor) -> bool:
@@ -26,9 +29,10 @@ def is_handled(*tensors: Tensor) -> bool:
     Args:
         *tensors: input and weight.
     """
-    return _has_kernel() and all(
-        tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors
-    )
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype != torch.float32:
+            return False
+    return _has_kernel()
 
 
 @cache
@@ -37,18 +41,24 @@ def _has_kernel() -> bool:
 
 
 @cache
+def _has_avx512() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def _few_rows() -> int:
-    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return _FEW_ROWS_WITH_AVX512 if has_avx512 else _FEW_ROWS
+    return _FEW_ROWS_WITH_AVX512 if _has_avx512() else _FEW_ROWS
 
 
-def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``, contiguous."""
-    rows = hidden.flatten(0, -2)
-    if rows.size(0) > _few_rows() or weight.numel() < _LARGE_WEIGHT:
-        product = torch.mm(rows, weight.t())
-    else:
+def _product(hidden: Tensor, weight: Tensor, by_features: bool) -> Tensor:
+    """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``; see `linear`."""
+    entries = weight.numel()
+    if by_features and entries >= _LEFT_WEIGHT and not _has_avx512():
+        product = torch.mm(weight, hidden.flatten(0, -2).t()).t()
+    elif entries >= _LARGE_WEIGHT and hidden.numel() <= weight.size(1) * _few_rows():
+        rows = hidden.flatten(0, -2)
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+    else:
+        return torch.nn.functional.linear(hidden, weight)
     # No view for autograd: logits are worked on in place, which it forbids on a function's views.
     shaped: Tensor = torch.ops.aten._unsafe_view(product, (*hidden.shape[:-1], weight.size(0)))
     return shaped
@@ -56,13 +66,13 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, by_features: bool) -> Tensor:
         ctx.save_for_backward(hidden, weight)
-        return _product(hidden, weight)
+        return _product(hidden, weight, by_features)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         of_hidden = of_weight = None
         # Here MKL's kernels are as fast or faster.
@@ -70,10 +80,10 @@ class _Linear(torch.autograd.Function):
             of_hidden = gradient @ weight
         if ctx.needs_input_grad[1]:
             of_weight = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
-        return of_hidden, of_weight
+        return of_hidden, of_weight, None
 
 
-def linear(hidden: Tensor, weight: Tensor) -> Tensor:
+def linear(hidden: Tensor, weight: Tensor, by_features: bool = False) -> Tensor:
     """Multiply with a weight, as ``torch.nn.functional.linear`` does.
 
     The result is the same with and without gradients, to the bit: ESPO's ratio starts at 1.
@@ -81,11 +91,13 @@ def linear(hidden: Tensor, weight: Tensor) -> Tensor:
     Args:
         hidden: ``[..., h]``.
         weight: ``[n, h]``.
+        by_features: the product may be laid out by features, the rows of each side by side, where
+            that is the faster one.
 
     Returns:
-        ``[..., n]``, with gradients to both.
+        ``[..., n]``, with gradients to both; contiguous unless ``by_features``.
     """
     if not torch.is_grad_enabled():
-        return _product(hidden, weight)
-    output: Tensor = _Linear.apply(hidden, weight)
+        return _product(hidden, weight, by_features)
+    output: Tensor = _Linear.apply(hidden, weight, by_features)
     return output

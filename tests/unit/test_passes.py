@@ -15,9 +15,9 @@ from torch import Tensor
 from megatron_espo import device
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
-from megatron_espo.model import rotary
+from megatron_espo.model import feed_forward, linear, rotary
 from megatron_espo.model.provider import model_provider
-from megatron_espo.parallel import pipeline
+from megatron_espo.parallel import pipeline, products
 from megatron_espo.parallel.passes import KeyValueCache, select_positions
 from megatron_espo.parallel.pipeline import RowBatch, run_model
 
@@ -111,6 +111,74 @@ def test_rotation_gives_megatrons_logits_and_gradients(
     for name, expected in run().items():
         assert (ours[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
     assert len(calls) == 2 * 3
+
+
+def test_feed_forward_and_plain_products_give_megatrons_logits_and_gradients(
+    deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run() -> dict[str, Tensor]:
+        deep.zero_grad()
+        logits = logits_of(deep.train(), UNEVEN)
+        (logits.sin() * torch.arange(1.0, 9.0)[:, None]).sum().backward()
+        return {"logits": logits.detach(), **{n: p.grad for n, p in deep.named_parameters()}}
+
+    gated, plain = [], []
+    gate, multiply = feed_forward.swiglu, linear.multiply
+    monkeypatch.setattr(feed_forward, "swiglu", lambda *args: gated.append(1) or gate(*args))
+    monkeypatch.setattr(
+        linear, "multiply", lambda *args, **kw: plain.append(1) or multiply(*args, **kw)
+    )
+    ours = run()
+    assert (len(gated), len(plain)) == (3, 0)
+    monkeypatch.setattr(feed_forward.GatedFeedForward, "_is_handled", lambda *_: False)
+    for module in deep.modules():
+        if isinstance(module, linear.ColumnParallelLinear | linear.RowParallelLinear):
+            monkeypatch.setattr(module, "_is_plain", False)
+    for name, expected in run().items():
+        assert torch.equal(ours[name], expected), name
+    assert (len(gated), len(plain)) == (3, 3 * 4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("glu_linear_offset", 1.0), ("activation_func_clamp_value", 0.01)]
+)
+def test_other_feed_forward_parts_are_left_to_megatron(
+    deep: torch.nn.Module, setting: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = logits_of(deep.eval(), UNEVEN)
+    monkeypatch.setattr(deep.config, setting, value)
+    monkeypatch.setattr(feed_forward, "swiglu", None)
+    assert (logits_of(deep, UNEVEN) - plain).abs().max() > 1e-3
+
+
+def test_a_bias_is_left_to_megatron(tokenizer: str) -> None:
+    model = build(tokenizer, "--num-layers", "1", "--add-qkv-bias").eval()
+    plain = logits_of(model, UNEVEN)
+    with torch.no_grad():
+        model.decoder.layers[0].self_attention.linear_qkv.bias.uniform_(-1, 1)
+    assert (logits_of(model, UNEVEN) - plain).abs().max() > 1e-3
+
+
+def test_weights_are_left_factors_only_where_tokens_are_sampled(
+    deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere a pass without gradients would round otherwise than one with them."""
+    monkeypatch.setattr(products, "_has_avx512", lambda: False)
+    monkeypatch.setattr(products, "_LEFT_WEIGHT", 1)
+    strides: list[bool] = []
+    hooks = [
+        layer.mlp.linear_fc1.register_forward_hook(
+            lambda module, args, output: strides.append(output[0].is_contiguous())
+        )
+        for layer in deep.decoder.layers
+    ]
+    with torch.no_grad():
+        plain = logits_of(deep.eval(), UNEVEN)
+        sampling = logits_of(deep, replace(UNEVEN, sampling=True))
+    for hook in hooks:
+        hook.remove()
+    assert strides == [True] * 3 + [False] * 3
+    torch.testing.assert_close(sampling, plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

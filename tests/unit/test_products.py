@@ -43,6 +43,31 @@ def test_forward_is_the_same_with_and_without_gradients(rows: int) -> None:
     assert torch.equal(plain, products.linear(hidden, weight))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 33, 600])
+def test_product_laid_out_by_features(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows of each feature lie side by side where the weight is large; gradients are right."""
+    torch.manual_seed(1)
+    monkeypatch.setattr(products, "_has_avx512", lambda: False)
+    hidden = torch.randn(rows, 2, 64, requires_grad=True)
+    weight = torch.randn(4096, 64, requires_grad=True)
+    output = products.linear(hidden, weight, by_features=True)
+    assert output.stride() == (2, 1, 2 * rows)
+    upstream = torch.randn(rows, 2, 4096)
+    output.backward(upstream)
+    with torch.no_grad():
+        assert torch.equal(products.linear(hidden, weight, by_features=True), output)
+        small = products.linear(hidden, weight[:4095], by_features=True)
+    assert small.is_contiguous()
+    exact = hidden.detach().to(DTYPE) @ weight.detach().to(DTYPE).t()
+    assert (output - exact).abs().max() < 5e-6 * exact.abs().max()
+    for found, expected in (
+        (hidden.grad, upstream.to(DTYPE) @ weight.detach().to(DTYPE)),
+        (weight.grad, torch.einsum("rbn,rbh->nh", upstream.to(DTYPE), hidden.detach().to(DTYPE))),
+    ):
+        assert found is not None
+        assert (found - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
 def test_frozen_weight_gets_no_gradient() -> None:
     hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(6, 8)
     products.linear(hidden, weight).sum().backward()
@@ -52,4 +77,6 @@ def test_frozen_weight_gets_no_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_are_left_to_pytorch(dtype: torch.dtype) -> None:
+    assert products.is_handled(torch.ones(1), torch.ones(1))
     assert not products.is_handled(torch.ones(1, dtype=dtype), torch.ones(1))
+    assert not products.is_handled(torch.ones(1), torch.ones(1, dtype=dtype))

@@ -24,6 +24,7 @@ from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
+from megatron_espo.parallel import products
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
 from megatron_espo.training.setup import diffusion_model
@@ -392,6 +393,35 @@ def test_caches_are_approximate(model: DiffusionModel) -> None:
     configs = [plain, replace(plain, cache="prefix"), replace(plain, cache="dual")]
     tokens = [generate(model, PROMPTS, torch.arange(4), c, 17, "test").completions for c in configs]
     assert len({str(t.tolist()) for t in tokens}) == 3
+
+
+@pytest.mark.parametrize("name", ["blocks", "dual, threshold"])
+def test_sampler_may_take_weights_as_left_factors_and_elbos_may_not(
+    model: DiffusionModel, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    multiply = products.linear
+
+    def counted(hidden: Tensor, weight: Tensor, by_features: bool = False) -> Tensor:
+        asked.append(by_features)
+        return multiply(hidden, weight, by_features)
+
+    config = replace(CONFIGS[name], micro_batch_size=4)
+    expected = generate(model, PROMPTS, torch.arange(4), config, 17, "test").completions
+    monkeypatch.setattr(products, "linear", counted)
+    monkeypatch.setattr(products, "_has_avx512", lambda: False)
+    monkeypatch.setattr(products, "_LEFT_WEIGHT", 1)
+    result = generate(model, PROMPTS, torch.arange(4), config, 17, "test")
+    assert torch.equal(result.completions, expected)
+    # One of the four products of every layer, in every pass.
+    assert sum(asked) >= 2 * int(result.num_evaluations.max())
+    assert 4 * sum(asked) <= len(asked) <= 5 * sum(asked)
+    asked.clear()
+    ids = torch.arange(4)
+    views = elbo_views("coupled", stream(4, "test"), ids, ids, 4, 6, 2)
+    packed = pack_sequences(PROMPTS, torch.arange(24).view(4, 6), 0, 1)
+    elbo_of_views(model, view_batches(packed, views, MASK, VOCAB, 4, same_width=False), views)
+    assert asked and not any(asked)
 
 
 def test_sample_does_not_depend_on_its_batch(model: DiffusionModel) -> None:
