@@ -5,8 +5,10 @@
 #
 #   benchmarks/cached_espo.sh [seeds, default: 1 2 3]
 #
-# Environment: PYTHON (python3), RANKS (2), OUT (runs/cached), POSITIONS (rotary or learned). A run
-# that is there is not repeated.
+# Environment: PYTHON (python3), RANKS (2), OUT (runs/cached), POSITIONS (rotary or learned),
+# CACHED_ROLLOUTS (rollouts of the cached training, as many as of the exact one by default; a third
+# more take the exact one's arithmetic), TEST (problems to test with, the demo's own by default). A
+# run that is there is not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,13 +20,15 @@ export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
 # The demo's completion of 16 tokens is one block; a cache is used where there are several.
 exact=(--rollout-block-length 4)
 cached=("${exact[@]}" --rollout-cache dual --rollout-threshold 0.9)
+more=()
+[[ -z ${CACHED_ROLLOUTS:-} ]] || more=(--espo-num-rollouts "$CACHED_ROLLOUTS")
 
 evaluate() { # CHECKPOINT DATA-FOLDER flags...
   local checkpoint=$1 folder=$2; shift 2
   "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" tools/evaluate.py \
     --load "$checkpoint" --tokenizer-model "$folder/tokenizer" --seq-length 32 \
     --rollout-completion-length 16 --rollout-denoising-steps 16 --rollout-micro-batch-size 128 \
-    --espo-task sudoku --espo-eval-data "$folder/data/test.jsonl" "$@" 2>/dev/null |
+    --espo-task sudoku --espo-eval-data "${TEST:-$folder/data/test.jsonl}" "$@" 2>/dev/null |
     grep '^{"accuracy"'
 }
 
@@ -36,7 +40,7 @@ for seed in "${seeds[@]}"; do
   fi
   if [[ ! -e $folder-cached/results.json ]]; then
     examples/run_espo_tiny.sh sudoku --seed "$seed" --out "$folder-cached" --no-control \
-      --positions "$positions" --base "$folder-exact" -- "${cached[@]}"
+      --positions "$positions" --base "$folder-exact" -- "${cached[@]}" "${more[@]}"
   fi
   for run in exact cached; do
     for sampler in exact cached; do
