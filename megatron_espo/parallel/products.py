@@ -57,8 +57,11 @@ def _product(hidden: Tensor, weight: Tensor, by_features: bool) -> Tensor:
     elif entries >= _LARGE_WEIGHT and hidden.numel() <= weight.size(1) * _few_rows():
         rows = hidden.flatten(0, -2)
         product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
-    else:
+    elif hidden.is_contiguous():
         return torch.nn.functional.linear(hidden, weight)
+    else:
+        # A weight without a gradient would be multiplied batch by batch by the function above.
+        product = torch.mm(hidden.flatten(0, -2), weight.t())
     # No view for autograd: logits are worked on in place, which it forbids on a function's views.
     shaped: Tensor = torch.ops.aten._unsafe_view(product, (*hidden.shape[:-1], weight.size(0)))
     return shaped
