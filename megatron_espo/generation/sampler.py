@@ -246,6 +246,7 @@ def _evaluate(
             row,
             places[row, column],
             uniforms[own[row], column],
+            sampling=True,
         )
         if config.guidance_scale > 0.0:
             made.append(_add_unconditional(uncached, rows.prompt_lengths[mine], model))
@@ -259,7 +260,7 @@ def _evaluate(
         keys = passed if made[-1].offsets is None or cache is None else cache.width
         rows.count_pass(host[kept], copies * passed, keys, copies * candidates[kept])
         shortest = min(rows.widths[row] for row in host[kept].tolist())
-        made[-1] = replace(made[-1], padded=shortest < keys, sampling=True)
+        made[-1] = replace(made[-1], padded=shortest < keys)
     results = forward_only(
         model.chunks,
         made,

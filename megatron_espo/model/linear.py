@@ -47,25 +47,22 @@ def multiply(
     return products.linear(input, weight, by_features)
 
 
-def _is_plain(layer: Any) -> bool:
-    """Say whether a layer is nothing but a product: whole on this rank, without a bias."""
-    return (
-        layer.tp_group.size() == 1
-        and layer.weight is not None
-        and layer.bias is None
-        and not layer.explicit_expert_comm
-        and layer.gtp_remat_size == 1
-        and not layer.config.defer_embedding_wgrad_compute
-        and not layer.config.cpu_offloading
-    )
-
-
-class ColumnParallelLinear(layers.ColumnParallelLinear):
-    """Megatron's layer with the faster kernels on CPUs."""
+class _FasterLinear:
+    """What Megatron's two layers get alike; stands before one of them among the bases."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
-        self._is_plain = _is_plain(self)
+        layer: Any = self
+        # Nothing but a product: whole on this rank, without a bias.
+        self._is_plain = (
+            layer.tp_group.size() == 1
+            and layer.weight is not None
+            and layer.bias is None
+            and not layer.explicit_expert_comm
+            and layer.gtp_remat_size == 1
+            and not layer.config.defer_embedding_wgrad_compute
+            and not layer.config.cpu_offloading
+        )
 
     def forward(self, input_: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
         """Multiply; see Megatron's layer.
@@ -78,21 +75,27 @@ class ColumnParallelLinear(layers.ColumnParallelLinear):
         Returns:
             ``[w, b, n]`` and the bias that is left to the caller.
         """
+        layer: Any = self
         plain = self._is_plain and not args and not settings
-        if plain and products.is_handled(input_, self.weight):
-            return products.linear(input_, self.weight, self._by_features()), None
-        output: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **settings)
+        if plain and products.is_handled(input_, layer.weight):
+            return products.linear(input_, layer.weight, self._by_features()), None
+        output: tuple[Tensor, Tensor | None] = super().forward(  # type: ignore[misc]
+            input_, *args, **settings
+        )
         return output
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
+        megatrons = super()._forward_impl  # type: ignore[misc]
         by_features = self._by_features()
-        return multiply(
-            super()._forward_impl, input, weight, *args, by_features=by_features, **settings
-        )
+        return multiply(megatrons, input, weight, *args, by_features=by_features, **settings)
 
     def _by_features(self) -> bool:
         """Say whether the output's reader takes any layout; see :func:`products.linear`."""
         return False
+
+
+class ColumnParallelLinear(_FasterLinear, layers.ColumnParallelLinear):
+    """Megatron's layer with the faster kernels on CPUs."""
 
 
 class FeatureMajorColumnParallelLinear(ColumnParallelLinear):
@@ -107,26 +110,5 @@ class FeatureMajorColumnParallelLinear(ColumnParallelLinear):
         return state is not None and state.sampling
 
 
-class RowParallelLinear(layers.RowParallelLinear):
+class RowParallelLinear(_FasterLinear, layers.RowParallelLinear):
     """Megatron's layer with the faster kernels on CPUs."""
-
-    def __init__(self, *args: Any, **settings: Any) -> None:
-        super().__init__(*args, **settings)
-        self._is_plain = _is_plain(self)
-
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Multiply; see Megatron's layer.
-
-        Args:
-            input_: ``[w, b, h]``.
-
-        Returns:
-            ``[w, b, n]`` and the bias that is left to the caller.
-        """
-        if self._is_plain and products.is_handled(input_, self.weight):
-            return products.linear(input_, self.weight), None
-        output: tuple[Tensor, Tensor | None] = super().forward(input_)
-        return output
-
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **settings: Any) -> Tensor:
-        return multiply(super()._forward_impl, input, weight, *args, **settings)

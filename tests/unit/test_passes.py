@@ -74,41 +74,38 @@ def logits_of(model: torch.nn.Module, batch: RowBatch, shift: bool = False) -> T
     return run_model(model, batch, lambda logits, _: logits, shift)
 
 
+def logits_and_gradients(model: torch.nn.Module, shift: bool = False) -> dict[str, Tensor]:
+    """Logits and, by the parameters' names, gradients of a function of them."""
+    model.zero_grad()
+    logits = logits_of(model.train(), UNEVEN, shift)
+    (logits.sin() * torch.arange(1.0, 9.0)[:, None]).sum().backward()
+    return {"logits": logits.detach(), **{n: p.grad for n, p in model.named_parameters()}}
+
+
 @pytest.mark.parametrize("shift", [False, True])
 def test_leaving_out_rows_changes_neither_logits_nor_gradients(
     deep: torch.nn.Module, shift: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run() -> tuple[Tensor, dict[str, Tensor]]:
-        deep.zero_grad()
-        logits = logits_of(deep.train(), UNEVEN, shift)
-        (logits.sin() * torch.arange(1.0, 9.0)[:, None]).sum().backward()
-        return logits.detach(), {n: p.grad for n, p in deep.named_parameters()}
-
-    lean = run()
+    lean = logits_and_gradients(deep, shift)
     monkeypatch.setattr(pipeline, "_select", lambda *_: None)
-    full = run()
-    torch.testing.assert_close(lean[0], full[0], atol=1e-5, rtol=1e-5)
-    for name, gradient in full[1].items():
+    full = logits_and_gradients(deep, shift)
+    torch.testing.assert_close(lean["logits"], full.pop("logits"), atol=1e-5, rtol=1e-5)
+    for name, gradient in full.items():
         scale = gradient.abs().max()
         assert scale > 0, name
-        assert (lean[1][name] - gradient).abs().max() <= 1e-5 * scale, name
+        assert (lean[name] - gradient).abs().max() <= 1e-5 * scale, name
 
 
 def test_rotation_gives_megatrons_logits_and_gradients(
     deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run() -> dict[str, Tensor]:
-        deep.zero_grad()
-        logits = logits_of(deep.train(), UNEVEN)
-        (logits.sin() * torch.arange(1.0, 9.0)[:, None]).sum().backward()
-        return {"logits": logits.detach(), **{n: p.grad for n, p in deep.named_parameters()}}
-
-    ours, calls = run(), []
+    ours, calls = logits_and_gradients(deep), []
     rotate = rotary.rotate
     monkeypatch.setattr(rotary, "rotate", lambda *args: calls.append(1) or rotate(*args))
-    assert torch.equal(run()["logits"], ours["logits"]) and len(calls) == 2 * 3
+    again = logits_and_gradients(deep)
+    assert torch.equal(again["logits"], ours["logits"]) and len(calls) == 2 * 3
     monkeypatch.setattr(rotary.RotatingSelfAttention, "_is_handled", lambda *_: False)
-    for name, expected in run().items():
+    for name, expected in logits_and_gradients(deep).items():
         assert (ours[name] - expected).abs().max() <= 1e-5 * expected.abs().max(), name
     assert len(calls) == 2 * 3
 
@@ -116,25 +113,19 @@ def test_rotation_gives_megatrons_logits_and_gradients(
 def test_feed_forward_and_plain_products_give_megatrons_logits_and_gradients(
     deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run() -> dict[str, Tensor]:
-        deep.zero_grad()
-        logits = logits_of(deep.train(), UNEVEN)
-        (logits.sin() * torch.arange(1.0, 9.0)[:, None]).sum().backward()
-        return {"logits": logits.detach(), **{n: p.grad for n, p in deep.named_parameters()}}
-
     gated, plain = [], []
     gate, multiply = feed_forward.swiglu, linear.multiply
     monkeypatch.setattr(feed_forward, "swiglu", lambda *args: gated.append(1) or gate(*args))
     monkeypatch.setattr(
         linear, "multiply", lambda *args, **kw: plain.append(1) or multiply(*args, **kw)
     )
-    ours = run()
+    ours = logits_and_gradients(deep)
     assert (len(gated), len(plain)) == (3, 0)
     monkeypatch.setattr(feed_forward.GatedFeedForward, "_is_handled", lambda *_: False)
     for module in deep.modules():
         if isinstance(module, linear.ColumnParallelLinear | linear.RowParallelLinear):
             monkeypatch.setattr(module, "_is_plain", False)
-    for name, expected in run().items():
+    for name, expected in logits_and_gradients(deep).items():
         assert torch.equal(ours[name], expected), name
     assert (len(gated), len(plain)) == (3, 3 * 4)
 
