@@ -1,0 +1,122 @@
+"""Simulates ranks of a job, each in a process of its own: ``python -m megatron_espo.simulate JOB``.
+
+Megatron is imported once, on fake devices; each rank is a fork of that process.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import resource
+import runpy
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from megatron_espo.simulate import cuda, transformer_engine
+from megatron_espo.simulate.job import Job
+from megatron_espo.simulate.ledger import Ledger
+
+# What examples/launch.sh and the image set: a job must start without it.
+_UNSET = (
+    *("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"),
+    *("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "GPUS_PER_NODE", "NNODES", "SLURM_PROCID"),
+)
+
+
+def main(path: str) -> None:
+    """Simulate a job's ranks.
+
+    Args:
+        path: file of the job.
+    """
+    job = Job.read(Path(path))
+    import torch
+
+    torch.set_num_threads(1)
+    cuda.install(job.gpus_per_node)
+    cuda.use(Ledger(0, job.ceilings))  # some modules make tensors when they are imported
+    version = transformer_engine.install()
+    module = job.target if not job.target.endswith(".sh") else "megatron_espo.training.launch"
+    for name in (module, "megatron_espo.simulate.hooks"):
+        importlib.import_module(name)
+    running: list[int] = []
+    for rank in job.ranks:
+        if len(running) >= job.processes:
+            running.remove(os.wait()[0])
+        process = os.fork()
+        if process == 0:
+            _rank(job, rank, version)
+        running.append(process)
+    for process in running:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(process, 0)
+
+
+def _rank(job: Job, number: int, version: str | None) -> None:
+    """Run one rank in this process, and end it."""
+    started = time.perf_counter()
+    folder = Path(job.folder)
+    ledger = Ledger(number, job.ceilings)
+    rank = ledger.rank
+    rank.facts |= {
+        "gpus_per_node": job.gpus_per_node,
+        "world_size": job.world_size,
+        "transformer_engine": version,
+    }
+    log = os.open(folder / f"rank{number}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    try:
+        _environment(job, number)
+        cuda.use(ledger)
+        # Imports Megatron, which looks for the device.
+        hooks: Any = importlib.import_module("megatron_espo.simulate.hooks")
+        hooks.install(job, ledger)
+        _start(job)
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            rank.status = f"exit status {end.code}"
+    except BaseException as error:
+        rank.status = f"{type(error).__name__}: {error}"
+        rank.traceback = traceback.format_exc()
+    rank.lasting = ledger.live
+    rank.wall = time.perf_counter() - started
+    rank.host_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if not job.record_trace:
+        rank.trace = []
+    sys.stdout.flush()
+    sys.stderr.flush()
+    (folder / f"rank{number}.json").write_text(json.dumps(rank.as_json()), "utf-8")
+    os._exit(0)
+
+
+def _environment(job: Job, number: int) -> None:
+    """What torchrun tells a rank, and nothing of what the start scripts set."""
+    for name in _UNSET:
+        os.environ.pop(name, None)
+    local = number % job.gpus_per_node
+    told: dict[str, Any] = {
+        "RANK": number,
+        "WORLD_SIZE": job.world_size,
+        "LOCAL_RANK": local,
+        "LOCAL_WORLD_SIZE": min(job.gpus_per_node, job.world_size),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": 29500,
+        "TORCHELASTIC_RESTART_COUNT": 0,
+    }
+    os.environ.update({name: str(value) for name, value in told.items()})
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TMP
+
+
+def _start(job: Job) -> None:
+    """Start the job as torchrun starts it."""
+    if job.target.endswith(".sh"):
+        sys.argv = [job.target, *job.flags]
+        runpy.run_path(job.target, run_name="__main__")
+        return
+    module: Any = importlib.import_module(job.target)
+    sys.argv = [str(module.__file__), *job.flags]
+    module.main(job.flags)
