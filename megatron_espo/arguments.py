@@ -32,6 +32,7 @@ from megatron_espo.config import (
     MonitorConfig,
     RolloutConfig,
     SftConfig,
+    SimulateConfig,
 )
 from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
@@ -40,6 +41,7 @@ from megatron_espo.recipes import expand_recipes
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
 _PREFIXES: dict[type, str] = {
     LaunchConfig: "",
+    SimulateConfig: "simulate",
     DiffusionConfig: "",
     SftConfig: "sft",
     RolloutConfig: "rollout",
@@ -219,6 +221,7 @@ def _parse(
     finally:
         sys.argv = program
     config_from_args(LaunchConfig, args).validate()
+    config_from_args(SimulateConfig, args).validate()
     return args
 
 

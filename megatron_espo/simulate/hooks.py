@@ -16,8 +16,8 @@ from megatron.training import training as megatron_training
 from torch import Tensor
 
 from megatron_espo.generation import sampler
-from megatron_espo.parallel.layout import Layout
-from megatron_espo.rl import report, trainer, update
+from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
+from megatron_espo.rl import report, rollout, trainer, update
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.simulate import stand_ins
@@ -144,15 +144,16 @@ class _Hooks:
         on_finished: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Any:
         """Make the first denoising steps of a rollout; the rest of it is made up."""
-        ledger, rollout = self.ledger, purpose == "rollout"
-        most = self.job.denoising_steps if rollout else _STEPS_ELSEWHERE
+        ledger, is_rollout = self.ledger, purpose == "rollout"
+        most = self.job.denoising_steps if is_rollout else _STEPS_ELSEWHERE
         blocks = config.completion_length // config.block_length
         facts = ledger.rank.facts
-        if rollout:
+        if is_rollout:
             facts["denoising_steps"] = config.denoising_steps
             facts["rollout_rows"] = len(prompts)
             facts["rollout_batch"] = config.micro_batch_size
-            facts["blocks"] = blocks
+            every = config.cache_refresh_steps or config.steps_per_block
+            facts["whole_passes"] = blocks * -(-config.steps_per_block // every)
         if not config.is_parallel:
             # So that the steps that are run reach the next block.
             config = dataclasses.replace(
@@ -165,7 +166,7 @@ class _Hooks:
             steps += 1
             ledger.count("denoising step")
             now = _cost(ledger)
-            if rollout:
+            if is_rollout:
                 step = {name: now[name] - before[name] for name in now}
                 ledger.rank.steps.append(step)
             if on_step is not None:
@@ -204,6 +205,7 @@ class _Hooks:
         replace_everywhere(trainer._prompts, self._prompts)
         replace_everywhere(trainer._make_rollout, self._rollout)
         replace_everywhere(trainer._report, self._report)
+        replace_everywhere(rollout.score_completions, _scores_everywhere)
 
     def _task_data(
         self, task: Any, path: str | None, tokenizer: Any, args: Any, count: int = 0
@@ -234,27 +236,25 @@ class _Hooks:
 
     def _rollout(self, own: Any, prompts: Any, clock: Any) -> Rollout | None:
         """Keep as many completions as the simulated micro-batches of an update take."""
-        rollout = self._real_rollout(own, prompts, clock)
-        if rollout is None:
+        whole = self._real_rollout(own, prompts, clock)
+        if whole is None:
             return None
         views, rows = own.espo.views_per_completion, own.rows_per_batch
-        total = len(rollout.sample_ids) * views // rows
+        n = len(whole.sample_ids)
+        total = n * views // rows
         least = max(self.job.micro_batches, 2 * own.model.layout.pp_size)
-        kept = next(
-            (
-                n
-                for n in range(1, len(rollout.sample_ids) + 1)
-                if n * views % rows == 0
-                and n * views // rows >= least
-                and n * views // rows % own.model.layout.pp_size == 0
-            ),
-            len(rollout.sample_ids),
-        )
+        stages = own.model.layout.pp_size
+
+        def suits(kept: int) -> bool:
+            batches, left = divmod(kept * views, rows)
+            return left == 0 and batches >= least and batches % stages == 0
+
+        kept = next((kept for kept in range(1, n) if suits(kept)), n)
         facts = self.ledger.rank.facts
         facts["micro_batches"] = total
         facts["simulated_micro_batches"] = kept * views // rows
-        self._whole = rollout
-        return _first(rollout, kept)
+        self._whole = whole
+        return _first(whole, kept)
 
     def _report(self, own: Any, number: int, prepared: Any, *rest: Any) -> None:
         """Report on whole groups."""
@@ -310,6 +310,14 @@ class _LastStage(Layout):
     def is_last_stage(self) -> bool:
         """Say yes."""
         return True
+
+
+def _scores_everywhere(
+    task: Any, examples: Sequence[Any], texts: Sequence[str], layout: Layout, ahead: Any = None
+) -> Any:
+    """Score on every rank what one of them would score and send."""
+    scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]
+    return object_from_first_of_samples(scores, layout)
 
 
 def _first(rollout: Rollout, n: int) -> Rollout:

@@ -8,6 +8,10 @@ from typing import Any
 
 from megatron_espo.simulate.roofline import Ceilings
 
+# Stands in a job's flags for a folder that each rank has for itself: what one writes, another one,
+# which runs later, must not take for its own past.
+OWN_FOLDER = "@rank"
+
 
 @dataclass(frozen=True)
 class Job:

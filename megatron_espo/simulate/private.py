@@ -1,21 +1,18 @@
 """The private interfaces of PyTorch that the simulation rests on; nothing else of them stands
 elsewhere.
 
-Seen with PyTorch 2.15 for CUDA on x86-64. What is used:
+Seen with PyTorch 2.15 for CUDA on x86-64 (``support`` says so where it cannot run). What is used:
 
 * ``torch._subclasses.fake_tensor``: tensors with a shape, a type and a device, and no memory;
 * the "fake" process group, which returns at once from every collective;
 * ``torch._C._ensureCUDADeviceGuardSet``: device guards that do nothing;
-* a virtual function of the CUDA hooks, see :func:`_deny_primary_context`.
+* a virtual function of the CUDA hooks, see :func:`_deny_primary_context` and ``support``.
 """
 
 import ctypes
 import importlib
 import mmap
 import os
-import platform
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,15 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import flop_registry
 
-SEEN_WITH = "2.15"
+from megatron_espo.simulate.support import primary_context_slot
 
 # Returns 0 on x86-64: xor eax, eax; ret.
 _RETURN_FALSE = b"\x31\xc0\xc3"
-_HOOKS = "include/ATen/detail/AcceleratorHooksInterface.h"
 _kept: list[Any] = []
 _init_process_group = dist.init_process_group
 
-__all__ = ["SEEN_WITH", "FakeMode", "FakeTensor", "check", "flop_registry", "prepare"]
+__all__ = ["FakeMode", "FakeTensor", "flop_registry", "prepare"]
 
 
 class FakeMode(FakeTensorMode):
@@ -45,22 +41,6 @@ class FakeMode(FakeTensorMode):
         return True
 
 
-def check() -> str | None:
-    """Say in one sentence why this machine's PyTorch cannot simulate GPUs, or None."""
-    if platform.machine() != "x86_64" or platform.system() != "Linux":
-        return (
-            "--simulate runs on Linux on x86-64; this machine is "
-            f"{platform.system()} on {platform.machine()}."
-        )
-    if torch.version.cuda is None:
-        return "--simulate needs a build of PyTorch for CUDA (no GPU); this one is for CPUs."
-    try:
-        _slot()
-    except (OSError, ValueError) as error:
-        return f"--simulate was made for PyTorch {SEEN_WITH}; {torch.__version__} differs: {error}"
-    return None
-
-
 def prepare() -> None:
     """Let autograd run on fake CUDA tensors in this process. Call once."""
     # Its tables want the original torch.cuda, which is replaced next.
@@ -70,19 +50,6 @@ def prepare() -> None:
     torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
     # Collectives of backward passes must come in the order of the pass.
     torch.autograd.set_multithreading_enabled(False)
-
-
-def _slot() -> int:
-    """Find the place of ``hasPrimaryContext`` among the virtual functions of the CUDA hooks."""
-    header = Path(torch.__file__).parent / _HOOKS
-    place = 0
-    for line in header.read_text("utf-8").splitlines():
-        if re.match(r"\s*//", line) or "virtual " not in line:
-            continue
-        if "hasPrimaryContext" in line:
-            return place
-        place += 2 if "~" in line else 1  # a destructor has two
-    raise ValueError(f"{header} names no hasPrimaryContext")
 
 
 def _deny_primary_context() -> None:
@@ -100,7 +67,7 @@ def _deny_primary_context() -> None:
     code = mmap.mmap(-1, mmap.PAGESIZE, prot=protection)
     code.write(_RETURN_FALSE)
     _kept.append(code)
-    place = table + _slot() * ctypes.sizeof(ctypes.c_void_p)
+    place = table + primary_context_slot() * ctypes.sizeof(ctypes.c_void_p)
     libc = ctypes.CDLL(None, use_errno=True)
     page = ctypes.c_void_p(place & ~(mmap.PAGESIZE - 1))
     if libc.mprotect(page, ctypes.c_size_t(mmap.PAGESIZE), mmap.PROT_READ | mmap.PROT_WRITE):

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_espo.simulate import cuda, transformer_engine
-from megatron_espo.simulate.job import Job
+from megatron_espo.simulate.job import OWN_FOLDER, Job
 from megatron_espo.simulate.ledger import Ledger
 
 # What examples/launch.sh and the image set: a job must start without it.
@@ -71,11 +71,13 @@ def _rank(job: Job, number: int, version: str | None) -> None:
         os.dup2(log, stream)
     try:
         _environment(job, number)
+        own = str(folder / f"own{number}")
+        flags = [flag.replace(OWN_FOLDER, own) for flag in job.flags]
         cuda.use(ledger)
         # Imports Megatron, which looks for the device.
         hooks: Any = importlib.import_module("megatron_espo.simulate.hooks")
         hooks.install(job, ledger)
-        _start(job)
+        _start(job.target, flags)
     except SystemExit as end:
         if end.code not in (None, 0):
             rank.status = f"exit status {end.code}"
@@ -111,12 +113,12 @@ def _environment(job: Job, number: int) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TMP
 
 
-def _start(job: Job) -> None:
+def _start(target: str, flags: list[str]) -> None:
     """Start the job as torchrun starts it."""
-    if job.target.endswith(".sh"):
-        sys.argv = [job.target, *job.flags]
-        runpy.run_path(job.target, run_name="__main__")
+    if target.endswith(".sh"):
+        sys.argv = [target, *flags]
+        runpy.run_path(target, run_name="__main__")
         return
-    module: Any = importlib.import_module(job.target)
-    sys.argv = [str(module.__file__), *job.flags]
-    module.main(job.flags)
+    module: Any = importlib.import_module(target)
+    sys.argv = [str(module.__file__), *flags]
+    module.main(flags)

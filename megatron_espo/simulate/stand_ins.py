@@ -4,10 +4,7 @@ All of it is a function of the data-parallel rank and of a place, so that ranks 
 same samples get the same, and others get other prompts, lengths and ends.
 """
 
-import argparse
 import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,29 +88,6 @@ class StandInRows(Dataset[dict[str, Tensor]]):
             row["prompt_length"] = torch.tensor(prompt)
             row["completion_length"] = torch.tensor(self._length - prompt)
         return row
-
-
-def write_checkpoint(root: Path, args: argparse.Namespace) -> None:
-    """Write the parts of a checkpoint that are not weights.
-
-    Args:
-        root: the folder of a run, as --load or --pretrained-checkpoint name it.
-        args: Megatron's arguments of the run that would have written it.
-    """
-    folder = root / "iter_0000001"
-    folder.mkdir(parents=True)
-    (root / "latest_checkpointed_iteration.txt").write_text("1", "utf-8")
-    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    common = {"common_backend": "torch", "common_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(backend | common), "utf-8")
-    state = {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": 1,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"},
-    }
-    torch.save(state, folder / "common.pt")
 
 
 def replace_checkpoint_files(ledger: Ledger) -> None:

@@ -18,6 +18,7 @@ from megatron_espo.plan.report import plan_report
 from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.tasks import load_task
 from megatron_espo.training.setup import pad_multiple
+from megatron_espo.training.simulation import is_simulation, simulate
 
 Prepare = Callable[[argparse.Namespace], None]
 
@@ -31,12 +32,15 @@ def is_dry_run(argv: Sequence[str]) -> bool:
     return "--dry-run" in expand_recipes(argv)
 
 
-def dry_run(argv: Sequence[str], prepare: Prepare, *, with_espo: bool) -> Plan | None:
-    """Check a run and print its plan.
+def dry_run(
+    argv: Sequence[str], prepare: Prepare, *, module: str, with_espo: bool
+) -> Plan | None:
+    """Check a run and print its plan; with --simulate, run it on GPUs that are not there.
 
     Args:
         argv: the command line without the program name.
         prepare: the entry point's checks.
+        module: the entry point.
         with_espo: whether it is an ESPO run.
 
     Returns:
@@ -60,6 +64,8 @@ def dry_run(argv: Sequence[str], prepare: Prepare, *, with_espo: bool) -> Plan |
     plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args))
     print(plan_report(plan, espo, rollout))
     print(_files(args), flush=True)
+    if is_simulation(args):
+        simulate(module, argv, args, args.dry_run_gpus_per_node)
     check_plan(plan)
     print("The plan fits.", flush=True)
     return plan

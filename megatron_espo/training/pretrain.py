@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
         argv: flags.
     """
     if is_dry_run(argv):
-        dry_run(argv, prepare_arguments, with_espo=False)
+        dry_run(argv, prepare_arguments, module="megatron_espo.training.pretrain", with_espo=False)
         return
     args = initialize_arguments(argv, prepare_arguments)
     _check_data(args)
