@@ -87,7 +87,9 @@ class Collectives:
         """
         ledger = self._ledger
         label, ranks = self.label(group), dist.get_process_group_ranks(group)
-        entry = ledger.phase.collectives.setdefault(f"{kind.split()[0]}/{label}/{len(ranks)}", [0, 0])
+        entry = ledger.phase.collectives.setdefault(
+            f"{kind.split()[0]}/{label}/{len(ranks)}", [0, 0]
+        )
         entry[0] += 1
         entry[1] += size
         if not self._on_host(group):
@@ -100,9 +102,7 @@ class Collectives:
             )
             spent = ledger.phase.communication
             spent[label] = spent.get(label, 0.0) + seconds
-        ledger.rank.trace.append(
-            Collective(self.key(group), kind, size, dtype, place_of_call(3))
-        )
+        ledger.rank.trace.append(Collective(self.key(group), kind, size, dtype, place_of_call(3)))
 
     def key(self, group: Any) -> str:
         """Name a group so that all its ranks name it alike: its ranks, and which of these it is."""

@@ -106,18 +106,18 @@ class _Runtime:
     def __init__(self) -> None:
         self._sizes = {}
 
-    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         """Pin host memory; unlike the allocator's, it is not rounded up."""
         self._sizes[address] = size
         device().count_pinned(size)
         return 0
 
-    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+    def cudaHostUnregister(self, address: int) -> int:
         """Release it."""
         device().count_pinned(-self._sizes.pop(address, 0))
         return 0
 
-    def cudaGetErrorString(self, error: int) -> str:  # noqa: N802
+    def cudaGetErrorString(self, error: int) -> str:
         """Name an error."""
         return f"error {error}"
 

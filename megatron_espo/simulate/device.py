@@ -47,7 +47,6 @@ def known(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "known", None) if isinstance(tensor, FakeTensor) else tensor
 
 
-
 class FakeDevice(TorchDispatchMode):
     """The device of one rank.
 
@@ -115,9 +114,7 @@ class FakeDevice(TorchDispatchMode):
 
     # ---- dispatch
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation of PyTorch."""
         kwargs = kwargs or {}
         if func.namespace == "c10d":

@@ -23,7 +23,7 @@ from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.simulate import stand_ins
 from megatron_espo.simulate.job import Job
 from megatron_espo.simulate.ledger import Ledger
-from megatron_espo.training import denoise, espo, evaluation, generate, pretrain, state
+from megatron_espo.training import denoise, espo, pretrain, state
 
 # Denoising steps of what is not a rollout.
 _STEPS_ELSEWHERE = 2
@@ -105,9 +105,7 @@ class _Hooks:
         report.Clock.__call__ = timed  # type: ignore[method-assign]
         passes = self._in_phase("update: passes", update.accumulate_gradient)
         replace_everywhere(update.accumulate_gradient, passes)
-        replace_everywhere(
-            trainer._evaluate, self._in_phase("evaluation", trainer._evaluate)
-        )
+        replace_everywhere(trainer._evaluate, self._in_phase("evaluation", trainer._evaluate))
 
     # ---- sampling
 
@@ -160,6 +158,8 @@ class _Hooks:
                 config, denoising_steps=min(config.denoising_steps, 2 * blocks)
             )
         steps, before = 0, _cost(ledger)
+        # Evaluation and generation have no phases of their own.
+        phase = ledger.phase_of("sampling") if ledger.is_outside else contextlib.nullcontext()
 
         def watch(tokens: Tensor) -> None:
             nonlocal steps, before
@@ -176,9 +176,10 @@ class _Hooks:
                 raise _Enough
 
         try:
-            return self._real_generate(
-                model, prompts, sample_ids, config, seed, purpose, watch, on_finished
-            )
+            with phase:
+                return self._real_generate(
+                    model, prompts, sample_ids, config, seed, purpose, watch, on_finished
+                )
         except _Enough:
             return self._made_up(model, len(prompts), config, on_finished)
 

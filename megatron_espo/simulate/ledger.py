@@ -82,6 +82,11 @@ class Ledger:
             self.phase.wall += time.perf_counter() - started
             self._enter(before)
 
+    @property
+    def is_outside(self) -> bool:
+        """Whether no phase has been named."""
+        return self._name == "start"
+
     def _enter(self, name: str) -> None:
         self._name, self._parts_at = name, 0
         self.phase = self.rank.phases.setdefault(name, Phase())
@@ -123,9 +128,7 @@ class Ledger:
 
     # ---- time
 
-    def kernel(
-        self, name: str, flops: float, moved: float, *, fp8: bool = False
-    ) -> None:
+    def kernel(self, name: str, flops: float, moved: float, *, fp8: bool = False) -> None:
         """Count a kernel.
 
         Args:

@@ -82,9 +82,7 @@ def init_fake_group(rank: int, world_size: int) -> None:
         rank: this rank.
         world_size: ranks of the job.
     """
-    _init_process_group(
-        "fake", store=FakeStore(), rank=rank, world_size=world_size
-    )
+    _init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
 
 
 def finished_work() -> Any:

@@ -11,7 +11,9 @@ GB = 1e9
 _LISTED = 6
 
 
-def report(job: Job, rank: Rank, costs: Mapping[str, Cost], tokens: float, peak_tflops: float) -> str:
+def report(
+    job: Job, rank: Rank, costs: Mapping[str, Cost], tokens: float, peak_tflops: float
+) -> str:
     """Describe a rank that ran to its end.
 
     Args:

@@ -123,8 +123,10 @@ def replace_checkpoint_files(ledger: Ledger) -> None:
     for module in (state_dict_utils, fully_parallel):
         module.validate_sharding_integrity = lambda *args, **kwargs: None
         module.determine_global_metadata = one_rank
-    serialization.validate_integrity_and_strict_load = (
-        lambda sharded, *rest, **named: (sharded, set(), set())
+    serialization.validate_integrity_and_strict_load = lambda sharded, *rest, **named: (
+        sharded,
+        set(),
+        set(),
     )
 
 
@@ -149,4 +151,3 @@ def _parts(sharded: Any) -> list[Any]:
     if isinstance(sharded, list | tuple):
         return [part for value in sharded for part in _parts(value)]
     return [sharded] if isinstance(sharded, ShardedTensor | ShardedObject) else []
-

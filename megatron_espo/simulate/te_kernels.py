@@ -19,20 +19,20 @@ from megatron_espo.simulate.cuda import device
 class DType(enum.IntEnum):
     """Element types as the extension numbers them."""
 
-    kByte = 0  # noqa: N815
-    kInt32 = 2  # noqa: N815
-    kFloat32 = 4  # noqa: N815
-    kFloat16 = 5  # noqa: N815
-    kBFloat16 = 6  # noqa: N815
-    kFloat8E4M3 = 7  # noqa: N815
-    kFloat8E5M2 = 8  # noqa: N815
-    kFloat4E2M1 = 10  # noqa: N815
+    kByte = 0
+    kInt32 = 2
+    kFloat32 = 4
+    kFloat16 = 5
+    kBFloat16 = 6
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+    kFloat4E2M1 = 10
 
 
 _TORCH = {4: torch.float32, 5: torch.float16, 6: torch.bfloat16}
 
 
-class NVTE_Fused_Attn_Backend(enum.IntEnum):  # noqa: N801
+class NVTE_Fused_Attn_Backend(enum.IntEnum):
     """Backends of fused attention."""
 
     NVTE_No_Backend = -1
@@ -116,9 +116,9 @@ def swap_first_dims(tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def generic_gemm(
-    A: Any,  # noqa: N803
+    A: Any,
     transa: bool,
-    B: Any,  # noqa: N803
+    B: Any,
     transb: bool,
     out: Any,
     quantizer: Any,

@@ -29,7 +29,8 @@ from megatron_espo.rl.trainer import TaskData, Trainer, train
 from megatron_espo.tasks import Task, load_task
 from megatron_espo.tasks.base import start_line
 from megatron_espo.tasks.workers import RewardWorkers
-from megatron_espo.training.dry_run import dry_run, is_dry_run
+from megatron_espo.training.dry_run import dry_run
+from megatron_espo.training.planned import is_dry_run
 from megatron_espo.training.setup import (
     diffusion_model,
     inference_mode,

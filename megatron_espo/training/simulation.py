@@ -10,16 +10,17 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
-from megatron_espo.arguments import config_from_args
+from megatron_espo.arguments import config_from_args, plan_arguments
 from megatron_espo.checkpoint.tracker import has_checkpoint
 from megatron_espo.config import EspoConfig, LaunchConfig, RolloutConfig, SimulateConfig
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.monitor.throughput import PEAK_TFLOPS
+from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.simulate import support
 from megatron_espo.simulate.compare import find_mismatch
 from megatron_espo.simulate.extrapolate import Cost, espo_costs, update_cost
@@ -27,6 +28,7 @@ from megatron_espo.simulate.job import OWN_FOLDER, Job
 from megatron_espo.simulate.record import Rank
 from megatron_espo.simulate.report import failures, refusals, report
 from megatron_espo.simulate.roofline import Ceilings
+from megatron_espo.training.planned import planned_world_size, positive_number, quiet
 
 # All ranks of a job of up to so many are compared.
 _ALL = 16
@@ -105,6 +107,37 @@ def simulate(
     return found
 
 
+def simulate_inference(
+    module: str,
+    argv: Sequence[str],
+    rest: Sequence[str],
+    prepare: Callable[[argparse.Namespace], None],
+) -> None:
+    """Simulate an evaluation or a generation (``--dry-run --simulate``).
+
+    Args:
+        module: the entry point that was started.
+        argv: its command line.
+        rest: the flags of it that are not the entry point's own.
+        prepare: checks and completes the parsed arguments.
+
+    Raises:
+        ValueError: --simulate is missing, or as :func:`simulate`.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if "--simulate" not in argv:
+        raise ValueError("--dry-run of this tool needs --simulate; add it.")
+    load = last_value(rest, "--load")
+    # Without a checkpoint the command line says the shape.
+    shape = ["--use-checkpoint-args"] if has_checkpoint(load) else []
+    with quiet():
+        args = plan_arguments(
+            [*shape, *rest], prepare, planned_world_size(expand_recipes(rest), os.environ)
+        )
+    simulate(module, argv, args, positive_number(os.environ, "GPUS_PER_NODE", 8))
+
+
 def run_job(job: Job) -> list[Rank]:
     """Run a job's ranks in a process of their own.
 
@@ -174,7 +207,9 @@ def chosen_ranks(args: argparse.Namespace, config: SimulateConfig) -> list[int]:
     if config.ranks is not None:
         ranks = sorted({int(rank) for rank in config.ranks.split(",")})
         if ranks[-1] >= world:
-            raise ValueError(f"--simulate-ranks {config.ranks}: the run has ranks 0 to {world - 1}.")
+            raise ValueError(
+                f"--simulate-ranks {config.ranks}: the run has ranks 0 to {world - 1}."
+            )
         return ranks
     if not config.compare:
         return _stage_ranks(args)
@@ -219,6 +254,12 @@ def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
         if not has_checkpoint(args.load):
             _write_checkpoint(folder / "base", args)
             changes += ["--load", str(folder / "base")]
+        if module.endswith("evaluation"):
+            (folder / "problems.jsonl").write_text("", "utf-8")
+            changes += ["--espo-reward-workers", "0", "--out", f"{OWN_FOLDER}/out"]
+            changes += ["--espo-eval-data", str(folder / "problems.jsonl")]
+        else:
+            changes += ["--prompt", "simulated"]
         return changes
     changes += ["--load", runs]
     if args.train_iters:
@@ -274,9 +315,7 @@ def _ceilings(config: SimulateConfig) -> Ceilings:
     )
 
 
-def _costs(
-    module: str, rank: Rank, args: argparse.Namespace
-) -> tuple[Mapping[str, Cost], float]:
+def _costs(module: str, rank: Rank, args: argparse.Namespace) -> tuple[Mapping[str, Cost], float]:
     """Extrapolate a rank's costs to a rollout with its updates, or to an optimizer step.
 
     Returns:
@@ -308,4 +347,3 @@ def _refuse(found: Sequence[Rank]) -> None:
 def is_simulation(args: argparse.Namespace) -> bool:
     """Whether --simulate was given."""
     return config_from_args(LaunchConfig, args).simulate
-
