@@ -224,8 +224,10 @@ def _replace_attention() -> None:
         bias = bias.masked_fill_(~attn_mask, float("-inf"))
         bias = bias.expand(query.size(0), query.size(1), query.size(2), key.size(-2))
         efficient = aten._scaled_dot_product_efficient_attention
-        out = efficient(query, key, value, bias, grad, dropout_p, is_causal, scale=scale)[0]
-        return out
+        result: tuple[Tensor, ...] = efficient(
+            query, key, value, bias, grad, dropout_p, is_causal, scale=scale
+        )
+        return result[0]
 
     torch.nn.functional.scaled_dot_product_attention = attention
 
@@ -241,9 +243,12 @@ def _replace_distributed() -> None:
     def new_group(
         ranks: Any = None, timeout: Any = None, backend: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        group = make_group(ranks, timeout)
-        if backend == "gloo" and getattr(group, "group_name", None):
-            device().collectives.gloo.add(group.group_name)
+        group: Any = make_group(ranks, timeout)
+        if getattr(group, "group_name", None):  # this rank is one of its ranks
+            if backend == "gloo":
+                device().collectives.gloo.add(group.group_name)
+            # Ranks make their groups in one order and use them in others.
+            device().collectives.key(group)
         return group
 
     def get_backend(group: Any = None) -> str:

@@ -9,6 +9,7 @@ unknown: where the host reads it, it reads zeros, and the place is written down.
 import contextlib
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,14 +91,14 @@ class FakeDevice(TorchDispatchMode):
         return made
 
     def pin(self, tensor: Tensor) -> None:
-        """Count a host tensor as pinned while it lives; the allocator rounds up to powers of two."""
+        """Count a host tensor as pinned while it lives; PyTorch rounds up to a power of two."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._pinned or size == 0:
             return
         rounded = 1 << (size - 1).bit_length()
         self.count_pinned(rounded)
-        reference = weakref.ref(storage, lambda _, key=key, size=rounded: self._unpin(key, size))
+        reference = weakref.ref(storage, partial(self._unpin, key, rounded))
         self._pinned[key] = (reference, rounded)
 
     def count_pinned(self, size: int) -> None:
@@ -105,7 +106,7 @@ class FakeDevice(TorchDispatchMode):
         self._pinned_live += size
         self.ledger.rank.pinned = max(self.ledger.rank.pinned, self._pinned_live)
 
-    def _unpin(self, key: int, size: int) -> None:
+    def _unpin(self, key: int, size: int, _: object) -> None:
         if self._pinned.pop(key, None) is not None:
             self._pinned_live -= size
 
@@ -301,7 +302,7 @@ class FakeDevice(TorchDispatchMode):
         if values is not None and kept is not None and values.numel() <= KNOWN:
             kept.copy_(values)
         else:
-            target.known = None  # type: ignore[attr-defined]
+            vars(target)["known"] = None
         return out
 
     def _nothing(self, call: "_Call") -> None:
@@ -339,7 +340,7 @@ class _Call:
 
     def on_host(self) -> Any:
         """Run the operation on known values."""
-        lowered = [x.known if isinstance(x, FakeTensor) else x for x in self._flat]
+        lowered = [known(x) if isinstance(x, FakeTensor) else x for x in self._flat]
         args, kwargs = tree_unflatten(lowered, self._spec)
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": CPU}

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from megatron.core.datasets.utils import Split
+from megatron.training import get_args
 from megatron.training import training as megatron_training
 from torch import Tensor
 
@@ -23,10 +25,16 @@ from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.simulate import stand_ins
 from megatron_espo.simulate.job import Job
 from megatron_espo.simulate.ledger import Ledger
-from megatron_espo.training import denoise, espo, pretrain, state
+from megatron_espo.training import denoise, espo, evaluation, generate, pretrain, state
+
+# Imported for what is replaced in them.
+_ENTRY_POINTS = (espo, pretrain, evaluation, generate)
 
 # Denoising steps of what is not a rollout.
 _STEPS_ELSEWHERE = 2
+# Denoising steps between looks for signals: few, so that a short rollout has looks.
+_STEPS_PER_LOOK = 2
+_SAVE = "save_checkpoint"
 
 
 class _Enough(Exception):
@@ -86,9 +94,7 @@ class _Hooks:
             wrapped = self._in_phase(name, getattr(megatron_training, function))
             setattr(megatron_training, function, wrapped)
         for module in (megatron_training, state):
-            saved = self._in_phase("save", module.save_checkpoint)
-            module.save_checkpoint = saved
-        pretrain.training.save_checkpoint = megatron_training.save_checkpoint
+            setattr(module, _SAVE, self._in_phase("save", getattr(module, _SAVE)))
         for owner, method, name in (
             (ReferencePolicy, "__init__", "reference"),
             (ReferencePolicy, "save", "save"),
@@ -102,7 +108,7 @@ class _Hooks:
             with ledger.phase_of(phase), clock(own, phase):
                 yield
 
-        report.Clock.__call__ = timed  # type: ignore[method-assign]
+        report.Clock.__call__ = timed  # type: ignore[method-assign, assignment]
         passes = self._in_phase("update: passes", update.accumulate_gradient)
         replace_everywhere(update.accumulate_gradient, passes)
         replace_everywhere(trainer._evaluate, self._in_phase("evaluation", trainer._evaluate))
@@ -143,7 +149,9 @@ class _Hooks:
     ) -> Any:
         """Make the first denoising steps of a rollout; the rest of it is made up."""
         ledger, is_rollout = self.ledger, purpose == "rollout"
-        most = self.job.denoising_steps if is_rollout else _STEPS_ELSEWHERE
+        # Other copies of the model end after other numbers of steps.
+        most = self.job.denoising_steps + model.layout.dp_rank % 2
+        most = most if is_rollout else _STEPS_ELSEWHERE
         blocks = config.completion_length // config.block_length
         facts = ledger.rank.facts
         if is_rollout:
@@ -202,6 +210,7 @@ class _Hooks:
 
     def reinforcement(self) -> None:
         """Give ESPO its problems, the longest prompt on every rank, and few micro-batches."""
+        trainer._STEPS_PER_LOOK = _STEPS_PER_LOOK
         replace_everywhere(espo.load_task_data, self._task_data)
         replace_everywhere(trainer._prompts, self._prompts)
         replace_everywhere(trainer._make_rollout, self._rollout)
@@ -269,10 +278,10 @@ class _Hooks:
         hooks = self
 
         def build(num_samples: Any, vp_stage: int | None = None) -> Any:
-            args = pretrain.get_args()
+            args = get_args()
             with_prompts = args.sft_train_data is not None
             sets = []
-            for count, split in zip(num_samples, pretrain.Split, strict=True):
+            for count, split in zip(num_samples, Split, strict=True):
                 rows = stand_ins.StandInRows(
                     max(count or 0, 1), args.seq_length, with_prompts, split
                 )

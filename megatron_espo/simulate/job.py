@@ -45,6 +45,11 @@ class Job:
     record_trace: bool = False
     processes: int = 1
 
+    @property
+    def is_script(self) -> bool:
+        """Whether a start script is run, as torchrun runs it."""
+        return self.target.endswith(".sh")
+
     def write(self, path: Path) -> None:
         """Write the job to a file."""
         path.write_text(json.dumps(dataclasses.asdict(self)), "utf-8")

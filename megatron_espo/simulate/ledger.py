@@ -6,6 +6,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,7 +108,7 @@ class Ledger:
             return
         size = -(-storage.nbytes() // _BLOCK) * _BLOCK
         place = place_of_call(4) if size > _NAMED else ""
-        reference = weakref.ref(storage, lambda _, key=key: self._free(key))
+        reference = weakref.ref(storage, partial(self._free, key))
         self._storages[key] = (reference, size, place, self._name)
         self.live += size
         phase = self.phase
@@ -121,7 +122,7 @@ class Ledger:
                     parts[f"{made}: {where or 'small ones'}"] += part
                 phase.parts = dict(parts.most_common(24))
 
-    def _free(self, key: int) -> None:
+    def _free(self, key: int, _: object) -> None:
         entry = self._storages.pop(key, None)
         if entry is not None:
             self.live -= entry[1]

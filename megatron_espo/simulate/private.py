@@ -1,5 +1,4 @@
-"""The private interfaces of PyTorch that the simulation rests on; nothing else of them stands
-elsewhere.
+"""The private interfaces of PyTorch that the simulation rests on, all of them.
 
 Seen with PyTorch 2.15 for CUDA on x86-64 (``support`` says so where it cannot run). What is used:
 
@@ -36,7 +35,7 @@ class FakeMode(FakeTensorMode):
     """Makes fake CUDA tensors without asking for CUDA."""
 
     @property
-    def avoid_device_init(self) -> bool:  # type: ignore[override]
+    def avoid_device_init(self) -> bool:
         """Say that no device is to be initialised."""
         return True
 
@@ -46,8 +45,8 @@ def prepare() -> None:
     # Its tables want the original torch.cuda, which is replaced next.
     importlib.import_module("torch._dynamo")
     _deny_primary_context()
-    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
-    torch._C._set_only_lift_cpu_tensors(True)  # type: ignore[attr-defined]
+    torch._C._ensureCUDADeviceGuardSet()
+    torch._C._set_only_lift_cpu_tensors(True)
     # Collectives of backward passes must come in the order of the pass.
     torch.autograd.set_multithreading_enabled(False)
 

@@ -8,7 +8,7 @@ class Ceilings:
     """What a GPU and its links reach at best.
 
     Attributes:
-        matmul: floating-point operations per second of bf16 matrix products; FP8 does twice as many.
+        matmul: floating-point operations per second of bf16 matrix products; FP8 does twice.
         memory: bytes per second of the GPU's memory.
         nvlink: bytes per second and direction between the GPUs of a node.
         network: bytes per second and direction of each GPU between nodes.

@@ -1,9 +1,9 @@
-"""Simulates ranks of a job, each in a process of its own: ``python -m megatron_espo.simulate JOB``.
+"""Simulates ranks of jobs, each in a process of its own.
 
-Megatron is imported once, on fake devices; each rank is a fork of that process.
+``python -m megatron_espo.simulate JOB [JOB ...]``: Megatron is imported once, on fake devices; each
+rank is a fork of that process.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -12,6 +12,7 @@ import runpy
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,33 +27,33 @@ _UNSET = (
 )
 
 
-def main(path: str) -> None:
-    """Simulate a job's ranks.
+def main(paths: Sequence[str]) -> None:
+    """Simulate the ranks of jobs.
 
     Args:
-        path: file of the job.
+        paths: files of the jobs, which have equally many GPUs in a node.
     """
-    job = Job.read(Path(path))
+    jobs = [Job.read(Path(path)) for path in paths]
     import torch
 
     torch.set_num_threads(1)
-    cuda.install(job.gpus_per_node)
-    cuda.use(Ledger(0, job.ceilings))  # some modules make tensors when they are imported
+    cuda.install(jobs[0].gpus_per_node)
+    cuda.use(Ledger(0, jobs[0].ceilings))  # some modules make tensors when they are imported
     version = transformer_engine.install()
-    module = job.target if not job.target.endswith(".sh") else "megatron_espo.training.launch"
-    for name in (module, "megatron_espo.simulate.hooks"):
+    modules = {"megatron_espo.training.launch" if j.is_script else j.target for j in jobs}
+    for name in (*sorted(modules), "megatron_espo.simulate.hooks"):
         importlib.import_module(name)
     running: list[int] = []
-    for rank in job.ranks:
-        if len(running) >= job.processes:
-            running.remove(os.wait()[0])
-        process = os.fork()
-        if process == 0:
-            _rank(job, rank, version)
-        running.append(process)
+    for job in jobs:
+        for rank in job.ranks:
+            if len(running) >= job.processes:
+                running.remove(os.wait()[0])
+            process = os.fork()
+            if process == 0:
+                _rank(job, rank, version)
+            running.append(process)
     for process in running:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(process, 0)
+        os.waitpid(process, 0)
 
 
 def _rank(job: Job, number: int, version: str | None) -> None:
@@ -77,7 +78,7 @@ def _rank(job: Job, number: int, version: str | None) -> None:
         # Imports Megatron, which looks for the device.
         hooks: Any = importlib.import_module("megatron_espo.simulate.hooks")
         hooks.install(job, ledger)
-        _start(job.target, flags)
+        _start(job, flags)
     except SystemExit as end:
         if end.code not in (None, 0):
             rank.status = f"exit status {end.code}"
@@ -113,12 +114,12 @@ def _environment(job: Job, number: int) -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TMP
 
 
-def _start(target: str, flags: list[str]) -> None:
+def _start(job: Job, flags: list[str]) -> None:
     """Start the job as torchrun starts it."""
-    if target.endswith(".sh"):
-        sys.argv = [target, *flags]
-        runpy.run_path(target, run_name="__main__")
+    if job.is_script:
+        sys.argv = [job.target, *flags]
+        runpy.run_path(job.target, run_name="__main__")
         return
-    module: Any = importlib.import_module(target)
+    module: Any = importlib.import_module(job.target)
     sys.argv = [str(module.__file__), *flags]
     module.main(flags)

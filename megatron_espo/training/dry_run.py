@@ -21,14 +21,13 @@ from megatron_espo.training.simulation import is_simulation, simulate
 Prepare = Callable[[argparse.Namespace], None]
 
 
-def dry_run(argv: Sequence[str], prepare: Prepare, *, module: str, with_espo: bool) -> Plan | None:
+def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     """Check a run and print its plan; with --simulate, run it on GPUs that are not there.
 
     Args:
         argv: the command line without the program name.
         prepare: the entry point's checks.
-        module: the entry point.
-        with_espo: whether it is an ESPO run.
+        module: the entry point's name.
 
     Returns:
         The plan; None on all ranks but the first, which say nothing.
@@ -44,7 +43,7 @@ def dry_run(argv: Sequence[str], prepare: Prepare, *, module: str, with_espo: bo
         stages = count_parameters(args)
     args.dry_run_gpus_per_node = positive_number(os.environ, "GPUS_PER_NODE", 8)
     espo, rollout = None, None
-    if with_espo:
+    if module.endswith(".espo"):
         espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
         load_task(espo.task, flag="--espo-task")
     gpu_memory = config_from_args(LaunchConfig, args).dry_run_gpu_memory * GB

@@ -170,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
         argv: flags.
     """
     if is_dry_run(argv):
-        dry_run(argv, prepare_arguments, module="megatron_espo.training.espo", with_espo=True)
+        dry_run(argv, prepare_arguments, "megatron_espo.training.espo")
         return
     args = initialize_arguments(argv, prepare_arguments)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)

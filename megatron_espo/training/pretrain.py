@@ -126,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         argv: flags.
     """
     if is_dry_run(argv):
-        dry_run(argv, prepare_arguments, module="megatron_espo.training.pretrain", with_espo=False)
+        dry_run(argv, prepare_arguments, "megatron_espo.training.pretrain")
         return
     args = initialize_arguments(argv, prepare_arguments)
     _check_data(args)

@@ -91,7 +91,7 @@ def simulate(
             record_trace=config.compare,
             processes=config.processes,
         )
-        found = run_job(job)
+        (found,) = run_jobs([job])
     shown = set(_stage_ranks(args)) if config.ranks is None else set(ranks)
     for rank in found:
         if rank.status == "ok" and rank.rank in shown:
@@ -138,20 +138,21 @@ def simulate_inference(
     simulate(module, argv, args, positive_number(os.environ, "GPUS_PER_NODE", 8))
 
 
-def run_job(job: Job) -> list[Rank]:
-    """Run a job's ranks in a process of their own.
+def run_jobs(jobs: Sequence[Job]) -> list[list[Rank]]:
+    """Run the ranks of jobs, one job after another, in a process of their own.
 
     Args:
-        job: with a folder that exists.
+        jobs: each with a folder that exists.
 
     Returns:
-        The ranks, in the job's order.
+        The ranks of each job, in its order.
 
     Raises:
         ValueError: The process failed before a rank began.
     """
-    folder = Path(job.folder)
-    job.write(folder / "job.json")
+    files = [Path(job.folder) / "job.json" for job in jobs]
+    for job, file in zip(jobs, files, strict=True):
+        job.write(file)
     package = Path(__file__).parents[2]
     paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -162,18 +163,27 @@ def run_job(job: Job) -> list[Rank]:
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, "-m", "megatron_espo.simulate", str(folder / "job.json")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    found = []
-    for number in job.ranks:
-        file = folder / f"rank{number}.json"
-        if not file.exists():
-            log = folder / f"rank{number}.log"
-            text = log.read_text("utf-8", "replace") if log.exists() else done.stderr
-            last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")
-            raise ValueError(f"the simulation of rank {number} ended early; it said last: {last}")
-        found.append(Rank.from_json(json.loads(file.read_text("utf-8"))))
-    return found
+    command = [sys.executable, "-m", "megatron_espo.simulate", *map(str, files)]
+    done = subprocess.run(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return [[_read(Path(job.folder), rank, done.stderr) for rank in job.ranks] for job in jobs]
+
+
+def _read(folder: Path, number: int, said: str) -> Rank:
+    """Read what a rank found; ``said`` is what the whole process wrote."""
+    file = folder / f"rank{number}.json"
+    if file.exists():
+        return Rank.from_json(json.loads(file.read_text("utf-8")))
+    log = folder / f"rank{number}.log"
+    text = log.read_text("utf-8", "replace") if log.exists() else said
+    last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")
+    raise ValueError(f"the simulation of rank {number} ended early; it said last: {last}")
 
 
 def without_own_flags(flags: Sequence[str]) -> list[str]:
