@@ -47,7 +47,7 @@ SHAPE = (
 TE = ("--transformer-impl", "transformer_engine")
 FP8 = (*TE, "--bf16", "--fp8-format", "hybrid")
 
-_check_backend = arguments._check_backend
+_check_backend = arguments.check_backend
 
 
 def _check_backend_as_with_a_gpu(args: Any) -> None:
@@ -55,7 +55,7 @@ def _check_backend_as_with_a_gpu(args: Any) -> None:
         _check_backend(args)
 
 
-arguments._check_backend = _check_backend_as_with_a_gpu
+arguments.check_backend = _check_backend_as_with_a_gpu
 
 
 @dataclass(frozen=True)

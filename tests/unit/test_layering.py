@@ -9,18 +9,19 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_espo"
 # From the bottom up. A part imports from rows below its own, and from its own row.
 LAYERS = (
-    ("random", "device", "recipes", "config", "diffusion"),
+    ("random", "environment", "device", "recipes", "config", "diffusion"),
     ("parallel",),
     ("data", "model"),
     ("generation", "tasks", "checkpoint", "monitor", "rl", "evaluation", "plan"),
-    ("arguments",),
+    ("arguments", "argument_checks"),
     ("training", "doctor"),
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 # Within a row, too, these import nothing but what stands here.
 ALONE = {
     "random": set(),
-    "device": set(),
+    "environment": set(),
+    "device": {"environment"},
     "recipes": set(),
     "config": set(),
     "diffusion": {"random"},
