@@ -111,7 +111,6 @@ def _environment(job: Job, number: int) -> None:
         "TORCHELASTIC_RESTART_COUNT": 0,
     }
     os.environ.update({name: str(value) for name, value in told.items()})
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # TMP
 
 
 def _start(job: Job, flags: list[str]) -> None:
