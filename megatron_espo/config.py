@@ -66,6 +66,9 @@ class SimulateConfig:
     processes: int = 1
     """Ranks that are simulated at a time, each on one core."""
 
+    out: str | None = None
+    """File for all that was found, as JSON."""
+
     matmul_tflops: float = 650.0
     """Ceiling of bf16 matrix products in TFLOP/s; FP8 counts twice."""
 

@@ -6,20 +6,8 @@ send must meet a receive of the same size. And what blocks must come in an order
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_espo.simulate.record import Collective, Rank
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """Two call sites that do not belong together.
-
-    Attributes:
-        text: one sentence.
-    """
-
-    text: str
 
 
 def members(group: str) -> list[int]:
@@ -27,14 +15,14 @@ def members(group: str) -> list[int]:
     return [int(rank) for rank in group.removeprefix("host ").partition("#")[0].split(",")]
 
 
-def find_mismatch(ranks: Sequence[Rank]) -> Mismatch | None:
+def find_mismatch(ranks: Sequence[Rank]) -> str | None:
     """Compare the ranks that were simulated.
 
     Args:
         ranks: with their traces. Groups are compared as far as their ranks are among these.
 
     Returns:
-        The first disagreement, or None.
+        The first disagreement, with both places in the source, or None.
     """
     sequences: dict[str, dict[int, list[Collective]]] = defaultdict(dict)
     sends: dict[tuple[str, int, int], dict[str, list[Collective]]] = defaultdict(
@@ -62,7 +50,7 @@ def find_mismatch(ranks: Sequence[Rank]) -> Mismatch | None:
 
 def _of_groups(
     sequences: dict[str, dict[int, list[Collective]]], simulated: set[int]
-) -> Mismatch | None:
+) -> str | None:
     for group, by_rank in sequences.items():
         present = [rank for rank in members(group) if rank in simulated]
         first = present[0]
@@ -73,7 +61,7 @@ def _of_groups(
                 ours = expected[number] if number < len(expected) else None
                 theirs = found[number] if number < len(found) else None
                 if ours is None or theirs is None or _what(ours) != _what(theirs):
-                    return Mismatch(
+                    return (
                         f"ranks {first} and {rank} disagree in collective {number + 1} of their "
                         f"group {members(group)}: {_named(ours)}; {_named(theirs)}"
                     )
@@ -82,7 +70,7 @@ def _of_groups(
 
 def _of_pairs(
     sends: dict[tuple[str, int, int], dict[str, list[Collective]]], simulated: set[int]
-) -> Mismatch | None:
+) -> str | None:
     for (_, source, target), both in sends.items():
         if not {source, target} <= simulated:
             continue
@@ -91,14 +79,14 @@ def _of_pairs(
             ours = sent[number] if number < len(sent) else None
             theirs = received[number] if number < len(received) else None
             if ours is None or theirs is None or _size(ours) != _size(theirs):
-                return Mismatch(
+                return (
                     f"message {number + 1} from rank {source} to rank {target} does not match: "
                     f"{_named(ours)}; {_named(theirs)}"
                 )
     return None
 
 
-def _of_order(ranks: Sequence[Rank], simulated: set[int]) -> Mismatch | None:
+def _of_order(ranks: Sequence[Rank], simulated: set[int]) -> str | None:
     """Play the sequences: a collective passes when all its ranks have come to it.
 
     Messages between stages and what a group's absent ranks would join pass at once. Sequences that
@@ -141,7 +129,7 @@ def _of_order(ranks: Sequence[Rank], simulated: set[int]) -> Mismatch | None:
             other = next(
                 r for r in members(entry.group) if (h := head(r)) is None or h.group != entry.group
             )
-            return Mismatch(
+            return (
                 f"ranks {first} and {other} wait for each other: {_named(entry)}; "
                 f"{_named(head(other))}"
             )

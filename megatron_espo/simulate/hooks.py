@@ -34,6 +34,8 @@ _ENTRY_POINTS = (espo, pretrain, evaluation, generate)
 _STEPS_ELSEWHERE = 2
 # Denoising steps between looks for signals: few, so that a short rollout has looks.
 _STEPS_PER_LOOK = 2
+# Drawn tokens until an end of text.
+_MEAN_LENGTH = 100
 _SAVE = "save_checkpoint"
 
 
@@ -126,6 +128,9 @@ class _Hooks:
         owner, shape = model.layout.dp_rank, draws.shape
         count = shape.numel() // 3
         tokens = stand_ins.draw("token", owner, self._draws, count, 0, 200)
+        # Some rows end early, where that is asked for.
+        ends = stand_ins.draw("end of text", owner, self._draws, count, 0, _MEAN_LENGTH) == 0
+        tokens = tokens.masked_fill(ends, model.stop_token_ids[0])
         chances = stand_ins.draw("confidence", owner, self._draws, count, 1, 1000) / 1001
         values = torch.stack((tokens.double(), chances.log().double(), chances.log().double()))
         draws.known = values.view(shape)  # type: ignore[attr-defined]

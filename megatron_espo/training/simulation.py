@@ -5,6 +5,7 @@ its devices when it is imported. This module prepares the job for it, and reads 
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -30,6 +31,8 @@ from megatron_espo.simulate.report import failures, refusals, report
 from megatron_espo.simulate.roofline import Ceilings
 from megatron_espo.training.planned import planned_world_size, positive_number, quiet
 
+# Dense bf16 peak of an H100 SXM, of which the share is told.
+_PEAK_TFLOPS = dict(PEAK_TFLOPS)["H100"]["16-bit"]
 # All ranks of a job of up to so many are compared.
 _ALL = 16
 # Updates of a rollout, or steps, that are run: the first one makes the optimizer's state.
@@ -43,6 +46,7 @@ _OWN_FLAGS = {
     "--simulate-compare": 0,
     "--simulate-ranks": 1,
     "--simulate-processes": 1,
+    "--simulate-out": 1,
     "--simulate-matmul-tflops": 1,
     "--simulate-memory-tbs": 1,
     "--simulate-nvlink-gbs": 1,
@@ -71,40 +75,83 @@ def simulate(
     """
     if (reason := support.check()) is not None:
         raise ValueError(reason)
-    config = config_from_args(SimulateConfig, args)
-    target, flags = _target(module, argv)
-    ranks = chosen_ranks(args, config)
-    print(
-        f"Simulating {', '.join(map(str, ranks))} of {args.world_size} ranks of {target}: "
-        "not a run on GPUs.",
-        flush=True,
-    )
     with tempfile.TemporaryDirectory(prefix="megatron_espo-simulate-") as folder:
-        job = Job(
-            target=target,
-            flags=[*without_own_flags(flags), *_changes(module, args, Path(folder))],
-            world_size=args.world_size,
-            gpus_per_node=gpus_per_node,
-            ranks=ranks,
-            folder=folder,
-            ceilings=_ceilings(config),
-            record_trace=config.compare,
-            processes=config.processes,
+        job = make_job(module, argv, args, gpus_per_node, Path(folder))
+        print(
+            f"Simulating {', '.join(map(str, job.ranks))} of {args.world_size} ranks of "
+            f"{job.target}: not a run on GPUs.",
+            flush=True,
         )
         (found,) = run_jobs([job])
-    shown = set(_stage_ranks(args)) if config.ranks is None else set(ranks)
+    conclude(module, job, args, found)
+    return found
+
+
+def make_job(
+    module: str,
+    argv: Sequence[str],
+    args: argparse.Namespace,
+    gpus_per_node: int,
+    folder: Path,
+) -> Job:
+    """Prepare a job: cut short, and without this machine's files.
+
+    Args:
+        module: the entry point that was started.
+        argv: its command line.
+        args: Megatron's validated arguments of the planned run.
+        gpus_per_node: of the planned nodes.
+        folder: an empty one, which must last as long as the job.
+
+    Returns:
+        The job.
+
+    Raises:
+        ValueError: --simulate-ranks names a rank that the run does not have.
+    """
+    config = config_from_args(SimulateConfig, args)
+    target, flags = _target(module, argv)
+    return Job(
+        target=target,
+        flags=[*without_own_flags(flags), *_changes(module, args, folder)],
+        world_size=args.world_size,
+        gpus_per_node=gpus_per_node,
+        ranks=chosen_ranks(args, config),
+        folder=str(folder),
+        ceilings=_ceilings(config),
+        record_trace=config.compare,
+        processes=config.processes,
+    )
+
+
+def conclude(module: str, job: Job, args: argparse.Namespace, found: Sequence[Rank]) -> None:
+    """Print what ranks did, and refuse what cannot work.
+
+    Args:
+        module: the entry point.
+        job: what was run.
+        args: Megatron's validated arguments of the planned run.
+        found: the ranks.
+
+    Raises:
+        ValueError: A rank failed, a GPU would refuse something, or ranks would wait for each other.
+    """
+    config = config_from_args(SimulateConfig, args)
+    if config.out is not None:
+        every = [dataclasses.replace(rank, trace=[]).as_json() for rank in found]
+        Path(config.out).write_text(json.dumps({"target": job.target, "ranks": every}), "utf-8")
+    shown = set(_stage_ranks(args)) if config.ranks is None else set(job.ranks)
     for rank in found:
         if rank.status == "ok" and rank.rank in shown:
             costs, tokens = _costs(module, rank, args)
-            print(report(job, rank, costs, tokens, dict(PEAK_TFLOPS)["H100"]["16-bit"]), flush=True)
+            print(report(job, rank, costs, tokens, _PEAK_TFLOPS), flush=True)
     _refuse(found)
     if config.compare:
         mismatch = find_mismatch(found)
         if mismatch is not None:
-            raise ValueError(f"this plan would hang: {mismatch.text}.")
+            raise ValueError(f"this plan would hang: {mismatch}.")
         number = sum(len(rank.trace) for rank in found)
         print(f"Compared: {number:,} collectives of {len(found)} ranks agree.", flush=True)
-    return found
 
 
 def simulate_inference(

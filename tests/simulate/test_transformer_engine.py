@@ -140,8 +140,8 @@ def test_kernels_are_counted_with_their_operations_and_memory(build: Build) -> N
     logits = passed(model)
     rows = 64 + 50
     assert logits.shape == (rows, model.chunks[0].module.module.output_layer.weight.size(0))
-    # Two layers over 2 x 64 tokens; after its keys and values the last one, and the head, go on with
-    # the rows that are read.
+    # Two layers over 2 x 64 tokens; after its keys and values the last one, and the head, go on
+    # with the rows that are read.
     tokens, h, ffn, heads, groups, d = 2 * 64, 64, 128, 4, 2, 16
     projection, attention = 2 * h * (heads + 2 * groups) * d, 4 * 2 * 64 * 64 * heads * d
     after = 2 * heads * d * h + 2 * h * 3 * ffn

@@ -14,7 +14,7 @@ LAYERS = (
     ("data", "model"),
     ("generation", "tasks", "checkpoint", "monitor", "rl", "evaluation", "plan"),
     ("arguments", "argument_checks"),
-    ("training", "doctor"),
+    ("training", "doctor", "simulate"),
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 # Within a row, too, these import nothing but what stands here.
