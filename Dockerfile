@@ -18,7 +18,6 @@ RUN pip install --no-cache-dir --no-build-isolation "megatron-core==0.19.*" \
     && python -c "import megatron.core, megatron.training, transformer_engine, megatron_espo" \
     && chown espo:espo .
 USER espo
-ENV CUDA_DEVICE_MAX_CONNECTIONS=1
 # NVIDIA's entry point sets up CUDA's compatibility libraries; then the machine is checked, and the
 # command runs if nothing is wrong.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python", "-m", "megatron_espo.doctor", "--then"]

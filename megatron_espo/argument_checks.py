@@ -9,7 +9,7 @@ import argparse
 import torch
 
 from megatron_espo import device
-from megatron_espo.environment import check_environment, transformer_engine
+from megatron_espo.environment import check_environment, check_ranks, transformer_engine
 from megatron_espo.model import fp8
 
 # Flags that need Transformer Engine, and whether they need its layers, too.
@@ -145,6 +145,8 @@ def check_backend(args: argparse.Namespace) -> None:
                 f"--transformer-impl transformer_engine: {problem}, or use --transformer-impl "
                 "local."
             )
+    if device.has_cuda():
+        check_ranks(torch.cuda.device_count())
     check_precision(args)
     _check_needs(args)
     if args.fp8:

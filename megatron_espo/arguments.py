@@ -314,6 +314,7 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
             if flag == "--pretrained-checkpoint" or args.exit_on_missing_checkpoint:
                 raise ValueError(f"{flag} {path}: no checkpoint there.")
             continue
+        fp8.check_stored(stored, args.transformer_impl, f"{flag} {path}")
         for name, model_flag in _CHECKPOINT_FIELDS.items():
             theirs, ours = _model_field(stored, name), _model_field(args, name)
             if theirs is not None and theirs != ours:

@@ -125,6 +125,24 @@ def check_environment(
     _check_attention(args, environment)
 
 
+def check_ranks(gpus: int, environment: Mapping[str, str] = os.environ) -> None:
+    """Check that every rank of this node has a GPU of its own.
+
+    Args:
+        gpus: visible GPUs.
+        environment: as torchrun sets it.
+
+    Raises:
+        ValueError: there are more ranks than GPUs.
+    """
+    ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < gpus < ranks:
+        raise ValueError(
+            f"torchrun started {ranks} ranks on a node where {gpus} GPUs are visible; pass "
+            f"--nproc-per-node {gpus} to torchrun, or check CUDA_VISIBLE_DEVICES."
+        )
+
+
 def _check_attention(args: argparse.Namespace, environment: Mapping[str, str]) -> None:
     backend = args.attention_backend.name
     if backend not in _ATTENTION_BACKENDS:

@@ -28,7 +28,7 @@ from megatron.core.num_microbatches_calculator import (  # noqa: E402
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
 from megatron.training import training as megatron_training  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
-from transformer_engine.pytorch import fp8 as te_fp8  # noqa: E402
+from transformer_engine.pytorch import quantization as te_fp8  # noqa: E402
 
 from megatron_espo import arguments  # noqa: E402
 from megatron_espo.arguments import initialize_arguments  # noqa: E402

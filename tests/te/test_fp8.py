@@ -14,7 +14,7 @@ import torch
 from conftest import FP8, SHAPE, TE, Build, Built, forget
 from megatron.core import mpu
 from torch import Tensor
-from transformer_engine.pytorch import fp8 as te_fp8
+from transformer_engine.pytorch import quantization as te_fp8
 
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
