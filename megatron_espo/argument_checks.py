@@ -94,6 +94,11 @@ def _check_unsupported(args: argparse.Namespace) -> None:
             "--hierarchical-context-parallel-sizes: the context-parallel ranks form one group; "
             "leave it out."
         )
+    if args.defer_embedding_wgrad_compute:
+        raise ValueError(
+            "--defer-embedding-wgrad-compute keeps the states and gradients of every call of the "
+            "output head, which reads the masked positions only; leave it out."
+        )
     if args.num_experts is not None:
         raise ValueError(
             f"--num-experts {args.num_experts}: mixtures of experts are not supported; leave it "

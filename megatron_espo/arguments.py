@@ -108,9 +108,6 @@ def add_arguments(
         _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
     if not (on_gpus or device.has_cuda()):
         parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
-    elif importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
-        # An extension of apex; Megatron's output head refuses to fuse without it.
-        parser.set_defaults(gradient_accumulation_fusion=False)
     if device.has_cuda():
         parser.set_defaults(**device.gpu_argument_defaults())
     parser.set_defaults(
@@ -231,6 +228,8 @@ def _parse(
 def _validate(args: argparse.Namespace) -> None:
     """Check the layout and let Megatron derive its arguments."""
     check_layout(args)
+    if args.transformer_impl != "transformer_engine" and not _has_fused_gradients():
+        args.gradient_accumulation_fusion = False
     steps = args.lr_decay_iters or args.train_iters
     if steps and args.lr_warmup_iters >= steps:
         raise ValueError(
@@ -253,6 +252,11 @@ def _validate(args: argparse.Namespace) -> None:
         wanted = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
         raise ValueError(f"Megatron refuses these arguments: {wanted}") from error
     fp8.check_arguments(args)
+
+
+def _has_fused_gradients() -> bool:
+    """Whether apex's extension is installed, without which Megatron's layers refuse to fuse."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
 
 
 def _complete_from_tokenizer(args: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ Symbols: r rows, h hidden size, n vocabulary entries of this rank.
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     LinearWithGradAccumulationAndAsyncCommunication,
@@ -18,6 +19,7 @@ from megatron.core.tensor_parallel.layers import (
 from torch import Tensor
 
 from megatron_espo.model.linear import multiply
+from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer
 
 # What Megatron's autograd function takes after input and weight.
 _OPTIONS = (
@@ -80,13 +82,32 @@ class _FloatLogits(LinearWithGradAccumulationAndAsyncCommunication):
         )
 
 
-def use_float_logits(head: ColumnParallelLinear) -> None:
+class _FusedFloatLogits(_FloatLogits):
+    """The same whose weight gradient is added to Megatron's buffer in float32, without apex."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        hidden, weight = ctx.saved_tensors
+        if not (ctx.needs_input_grad[1] and has_buffer(weight)):
+            return _FloatLogits.backward(ctx, gradient)
+        gradient = gradient.to(weight.dtype)
+        of_hidden, waiting = gradient @ weight, None
+        if ctx.allreduce_dgrad:
+            waiting = dist.all_reduce(of_hidden, group=ctx.tp_group, async_op=True)
+        of_weight = add_weight_gradient(weight, gradient, hidden)
+        if waiting is not None:
+            waiting.wait()
+        return of_hidden, of_weight, *(None for _ in _OPTIONS)
+
+
+def use_float_logits(head: ColumnParallelLinear, fused: bool = False) -> None:
     """Let an output head give float32 logits for weights in half precision.
 
     Args:
         head: the head, without a bias; one in float32 gets the product of the other layers.
+        fused: whether its weight gradient is added to Megatron's buffer where it is computed.
     """
-    plain = head._forward_impl
+    plain, product = head._forward_impl, _FusedFloatLogits if fused else _FloatLogits
 
     def forward(input: Tensor, weight: Tensor, **options: Any) -> Any:
         # Weights in parts on several ranks (--tensor-parallel-num-weight-shards) are gathered in
@@ -94,6 +115,6 @@ def use_float_logits(head: ColumnParallelLinear) -> None:
         if weight.dtype == torch.float32 or options["gtp_remat_size"] != 1:
             return multiply(plain, input, weight, **options)
         assert options["bias"] is None and not options["sequence_parallel"]
-        return _FloatLogits.apply(input, weight, *(options[name] for name in _OPTIONS))
+        return product.apply(input, weight, *(options[name] for name in _OPTIONS))
 
     head._forward_impl = forward

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_espo.device import skip_interception
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
+from megatron_espo.model.weight_gradients import built_unfused, fuse_layers
 from megatron_espo.parallel.passes import current_pass
 
 
@@ -35,27 +36,32 @@ def model_provider(
     args = get_args()
     if config is None:
         config = core_transformer_config_from_args(args)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=bidirectional_block_spec(
-            config, args.transformer_impl == "transformer_engine", vp_stage, post_process
-        ),
-        vocab_size=args.padded_vocab_size,
-        max_sequence_length=args.max_position_embeddings,
-        pre_process=pre_process,
-        post_process=post_process,
-        parallel_output=True,
-        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
-        position_embedding_type=args.position_embedding_type,
-        rotary_percent=args.rotary_percent,
-        rotary_base=args.rotary_base,
-        rope_scaling=args.use_rope_scaling,
-        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
-        pg_collection=pg_collection,
-        vp_stage=vp_stage,
-    )
+    with_te = args.transformer_impl == "transformer_engine"
+    fused = config.gradient_accumulation_fusion and with_te
+    with built_unfused(config, fused):
+        model = GPTModel(
+            config=config,
+            transformer_layer_spec=bidirectional_block_spec(
+                config, with_te, vp_stage, post_process
+            ),
+            vocab_size=args.padded_vocab_size,
+            max_sequence_length=args.max_position_embeddings,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=True,
+            share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+            position_embedding_type=args.position_embedding_type,
+            rotary_percent=args.rotary_percent,
+            rotary_base=args.rotary_base,
+            rope_scaling=args.use_rope_scaling,
+            seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+            pg_collection=pg_collection,
+            vp_stage=vp_stage,
+        )
+    if fused:
+        fuse_layers(model.decoder)
     if post_process:
-        use_float_logits(model.output_layer)
+        use_float_logits(model.output_layer, fused)
     if post_process and model.decoder.layers:
         # Recomputing the core attention would run it after the pass whose rows it selects. The
         # fused kernel keeps no scores, so that there is next to nothing to save.

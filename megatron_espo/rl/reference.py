@@ -15,6 +15,8 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_espo.rl.pinned import host_copies
+
 
 class ReferencePolicy:
     """Weights of the reference policy on this rank."""
@@ -26,15 +28,10 @@ class ReferencePolicy:
             chunks: this rank's model chunks.
         """
         self._chunks = list(chunks)
-        self._weights = [self._copy(parameter) for parameter in self._parameters()]
+        self._weights = host_copies(self._parameters(), self)
 
     def _parameters(self) -> list[Tensor]:
         return [p.data for chunk in self._chunks for p in chunk.parameters()]
-
-    @staticmethod
-    def _copy(weights: Tensor) -> Tensor:
-        copy = torch.empty_like(weights, device="cpu", pin_memory=weights.is_cuda)
-        return copy.copy_(weights)
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:

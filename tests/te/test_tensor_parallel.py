@@ -15,8 +15,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import FP8, TE, Build, Built
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from megatron.core.utils import unwrap_model
 from megatron.training.checkpointing import save_checkpoint
 from test_fp8 import FULL, RECIPES, completions_of, elbo, gradient
+
+from megatron_espo import device
 
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 TP = ("--tensor-model-parallel-size", "2")
@@ -110,6 +114,29 @@ def test_fp8_of_two_parts_takes_any_number_of_rows(
         for n in (1, 2, 3):  # two rows at a time
             assert not (completions_of(parts, n) == parts.model.mask_token_id).any()
         assert torch.equal(gradient(parts, "two_pass"), elbo(parts))
+
+
+@on_two_ranks
+@pytest.mark.parametrize("split", SPLITS)
+def test_fused_gradients_of_two_parts_are_those_of_the_whole(
+    build: Build, weights: tuple[str, ...], split: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bf16, where the head adds its part itself and sums the gradient of its states."""
+    found = []
+    for flags, fused in (((), False), (SPLITS[split], True)):
+        monkeypatch.setitem(device.CPU_ARGUMENT_DEFAULTS, "gradient_accumulation_fusion", fused)
+        built = build(*TE, "--bf16", *flags, *weights)
+        gradient(built, "two_pass")
+        (model,) = unwrap_model(list(built.model.chunks))
+        head, norm = model.output_layer.weight, model.decoder.final_layernorm.weight
+        assert head.grad_added_to_main_grad is fused
+        of_head = gather_from_tensor_model_parallel_region(head.main_grad.t().contiguous())
+        # Without the rows that pad the vocabulary: their number depends on the split.
+        # Data-parallel ranks have the same sequences here, as if there were as many more.
+        copies = built.model.layout.dp_size
+        found += [of_head[:, : built.args.vocab_size] / copies, norm.main_grad / copies]
+    for theirs, ours in zip(found[:2], found[2:], strict=True):
+        assert (ours - theirs).abs().max() / theirs.abs().max() < 0.02
 
 
 @on_two_ranks

@@ -43,6 +43,11 @@ ESPO = (
             ("--vocab-size 263", "--no-pad-vocab-size"),
         ),
         ("--context-parallel-size 3", 2, ("--context-parallel-size 3", "multiple of 3")),
+        (
+            "--defer-embedding-wgrad-compute",
+            1,
+            ("--defer-embedding-wgrad-compute", "leave it out"),
+        ),
         ("--num-experts 8", 1, ("--num-experts 8", "leave it out")),
         ("--expert-model-parallel-size 2", 2, ("--expert-model-parallel-size 2", "use 1")),
         ("--ckpt-format torch", 1, ("--ckpt-format torch", "torch_dist")),

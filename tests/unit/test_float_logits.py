@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_espo.model import float_logits
+from megatron_espo.model import float_logits, weight_gradients
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.parallel import products
 from megatron_espo.parallel.vocab import cross_entropy
@@ -57,6 +57,47 @@ def test_logits_are_float32_and_the_gradient_is_megatrons(
     assert (rounded.double() - exact).abs().max() > 1e-3
     for their, our in zip(gradients, our_gradients, strict=True):
         assert our.dtype == dtype and torch.equal(our, their)
+
+
+def test_fused_weight_gradient_is_added_in_float32(
+    one_rank: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weight_gradients, "_BLOCK", 16)  # N is not a multiple
+    plain, ours = make_head(one_rank, torch.bfloat16), make_head(one_rank, torch.bfloat16)
+    use_float_logits(plain)
+    use_float_logits(ours, fused=True)
+    before = torch.randn(N, H, generator=torch.Generator().manual_seed(6))
+    weight = ours.weight
+    weight.main_grad, weight.grad_added_to_main_grad = before.clone(), False
+    logits, states, rounded = run(plain, torch.bfloat16)
+    our_logits, our_states, _ = run(ours, torch.bfloat16)
+    assert torch.equal(our_logits, logits) and torch.equal(our_states, states)
+    assert weight.grad_added_to_main_grad
+    # What autograd gets takes no memory, and is not written to.
+    assert weight.grad.data_ptr() == weight.data_ptr() and torch.equal(weight, plain.weight)
+    factor = torch.randn(R, 1, N, generator=torch.Generator().manual_seed(5)).bfloat16()
+    exact = (
+        factor.double().flatten(0, 1).t() @ hidden_states(torch.bfloat16).detach().double()[:, 0]
+    )
+    added = weight.main_grad.double() - before.double()
+    assert (added - exact).abs().max() / exact.abs().max() < 1e-6
+    assert (rounded.double() - exact).abs().max() / exact.abs().max() > 1e-4
+
+
+def test_fused_heads_leave_gradients_to_autograd_without_a_buffer_of_their_own(
+    one_rank: object,
+) -> None:
+    plain = make_head(one_rank, torch.bfloat16)
+    use_float_logits(plain)
+    _, _, wanted = run(plain, torch.bfloat16)
+    for tied in (False, True):
+        ours = make_head(one_rank, torch.bfloat16)
+        use_float_logits(ours, fused=True)
+        if tied:
+            ours.weight.main_grad, ours.weight.zero_out_wgrad = torch.zeros(N, H), True
+        _, _, found = run(ours, torch.bfloat16)
+        assert torch.equal(found, wanted)
+        assert not tied or not ours.weight.main_grad.any()
 
 
 def test_gradient_is_that_of_double_precision_up_to_the_weights_type(one_rank: object) -> None:

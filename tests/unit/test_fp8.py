@@ -1,6 +1,5 @@
 """What FP8 needs of shapes and flags."""
 
-import argparse
 import importlib.util
 from types import SimpleNamespace
 from typing import Any
@@ -10,8 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_espo import device
-from megatron_espo.arguments import add_arguments
+from megatron_espo.arguments import plan_arguments
 from megatron_espo.model.fp8 import (
     STATELESS_RECIPES,
     check_arguments,
@@ -19,6 +17,8 @@ from megatron_espo.model.fp8 import (
     fp8_phase,
     sequence_multiple,
 )
+from megatron_espo.training.espo import prepare_arguments
+from megatron_espo.training.launch import complete_flags
 
 LLADA = {
     "fp8": "hybrid", "fp8_recipe": "tensorwise", "bf16": True, "fp8_output_proj": False,
@@ -111,24 +111,25 @@ def test_policies_need_stateless_scaling_of_weights_in_higher_precision(
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_gradients_are_fused_on_gpus_only_where_the_extension_is(
-    monkeypatch: pytest.MonkeyPatch, installed: bool
+@pytest.mark.parametrize("layers", ["transformer_engine", "local"])
+def test_gradients_are_fused_on_gpus_where_the_layers_can(
+    monkeypatch: pytest.MonkeyPatch, installed: bool, layers: str
 ) -> None:
-    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    """Transformer Engine's layers always can; Megatron's need an extension of apex."""
     find = importlib.util.find_spec
 
     def spec(name: str) -> Any:
         return installed or None if name == "fused_weight_gradient_mlp_cuda" else find(name)
 
     monkeypatch.setattr(importlib.util, "find_spec", spec)
-    parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--no-gradient-accumulation-fusion",
-        action="store_false",
-        dest="gradient_accumulation_fusion",
-    )
-    parsed = add_arguments(parser).parse_args([])
-    assert parsed.gradient_accumulation_fusion is installed
+
+    def planned(*more: str) -> bool:
+        flags = ["llada_8b", "gsm8k"], ["--transformer-impl", layers, *more]
+        args = plan_arguments(complete_flags(*flags), prepare_arguments, 8)
+        return bool(args.gradient_accumulation_fusion)
+
+    assert planned() is (installed or layers == "transformer_engine")
+    assert not planned("--no-gradient-accumulation-fusion")
 
 
 def test_phase_switches_every_config_and_gives_it_back_after_an_error() -> None:

@@ -23,6 +23,22 @@ def _norm(values: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.nn.functional.rms_norm(values.float(), size, weight.float(), eps).to(values.dtype)
 
 
+class _Fused(torch.autograd.Function):
+    """A weight whose gradient goes to Megatron's buffer; autograd gets memory of any content."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor) -> Tensor:
+        ctx.weight = weight
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        weight = ctx.weight
+        weight.main_grad.add_(gradient)
+        weight.grad_added_to_main_grad = True
+        return torch.full_like(weight, math.nan)
+
+
 class RMSNorm(torch.nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -49,6 +65,7 @@ class Linear(_Base):
         self.use_bias, self.return_bias = given["bias"], given["return_bias"]
         self.save_original_input = given.get("save_original_input", False)
         self.in_features, self.out_features = given["in_features"], given["out_features"]
+        self.fuse_wgrad_accumulation = given["fuse_wgrad_accumulation"]
         if self.parallel_mode == "column":
             self.out_features //= self.tp_size
         elif self.parallel_mode == "row":
@@ -76,6 +93,8 @@ class Linear(_Base):
     def _product(self, inp: Tensor, is_first_microbatch: bool | None) -> Any:
         record(self)
         weight = self.weight
+        if self.fuse_wgrad_accumulation and torch.is_grad_enabled():
+            weight = _Fused.apply(weight)
         if state.enabled:
             # Each rank quantizes its own share of the positions, and gathers after that.
             check_shape(inp, torch.is_grad_enabled())
