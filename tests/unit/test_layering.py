@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_espo"
 # From the bottom up. A part imports from rows below its own, and from its own row.
 LAYERS = (
-    ("random", "device", "recipes", "config", "diffusion"),
+    ("random", "device", "transfer", "recipes", "config", "diffusion"),
     ("parallel",),
     ("data", "model"),
     ("generation", "tasks", "checkpoint", "monitor", "rl", "evaluation", "plan"),
@@ -21,6 +21,7 @@ LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 ALONE = {
     "random": set(),
     "device": set(),
+    "transfer": set(),
     "recipes": set(),
     "config": set(),
     "diffusion": {"random"},
