@@ -119,26 +119,22 @@ class _Hooks:
 
     def sampling(self) -> None:
         """Draw tokens that the host knows, and stop after a few steps."""
-        replace_everywhere(sampler._choose, self._choose)
+        replace_everywhere(sampler._evaluate, self._evaluate)
         replace_everywhere(sampler.generate, self._generate)
 
-    def _choose(self, model: Any, draws: Tensor, *rest: Any, **named: Any) -> Any:
-        """Decide on random draws, equal on all ranks of the model."""
+    def _evaluate(self, model: Any, *rest: Any, **named: Any) -> Tensor:
+        """Run the model, and draw tokens that all its ranks know; some rows end early."""
+        shape = self._real_evaluate(model, *rest, **named).shape
         self._draws += 1
-        owner, shape = model.layout.dp_rank, draws.shape
-        count = shape.numel() // 3
+        owner, count = model.layout.dp_rank, shape.numel() // shape[0]
         tokens = stand_ins.draw("token", owner, self._draws, count, 0, 200)
-        # Some rows end early, where that is asked for.
         ends = stand_ins.draw("end of text", owner, self._draws, count, 0, _MEAN_LENGTH) == 0
         tokens = tokens.masked_fill(ends, model.stop_token_ids[0])
-        chances = stand_ins.draw("confidence", owner, self._draws, count, 1, 1000) / 1001
-        values = torch.stack((tokens.double(), chances.log().double(), chances.log().double()))
-        draws.known = values.view(shape)  # type: ignore[attr-defined]
-        if not model.layout.is_last_stage:
-            model = dataclasses.replace(model, layout=_LastStage(**vars(model.layout)))
-        return self._real_choose(model, draws, *rest, **named)
+        chance = stand_ins.draw("confidence", owner, self._draws, count, 1, 1000) / 1001.0
+        # Token, score, its probability, the token's probability.
+        return torch.stack((tokens, chance.log(), chance, chance)).double().view(shape)
 
-    _real_choose = staticmethod(sampler._choose)
+    _real_evaluate = staticmethod(sampler._evaluate)
     _real_generate = staticmethod(sampler.generate)
 
     def _generate(
@@ -316,15 +312,6 @@ class _Hooks:
             return function(*args, **kwargs)
 
         return wrapped
-
-
-class _LastStage(Layout):
-    """A layout that decides as the last pipeline stage does."""
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Say yes."""
-        return True
 
 
 def _scores_everywhere(

@@ -179,6 +179,10 @@ def main(argv: Sequence[str]) -> None:
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
+    # With clipping, the loop looks at the norm of the whole gradient, which the host reads anyway;
+    # Megatron waits for each bucket's.
+    check_gradient = args.check_for_nan_in_loss_and_grad
+    args.check_for_nan_in_loss_and_grad = check_gradient and not args.clip_grad
     store = initialize_process_groups(args)
     megatron_training.initialize_megatron(store=store)
     chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
@@ -224,6 +228,7 @@ def main(argv: Sequence[str]) -> None:
                     fp8=bool(args.fp8),
                 ),
             ),
+            check_gradient=check_gradient,
             inference=partial(inference_mode, chunks, optimizer),
             is_due=checkpoints.is_due,
             save=checkpoints.save,

@@ -95,7 +95,7 @@ def _checkpoint_logits(
         first = int(logit_shift)
         rows = torch.arange(b).repeat_interleave(s - first)
         positions = torch.arange(first, s).repeat(b)
-        batch = RowBatch(tokens, lengths, rows, positions).to(current_device())
+        batch = RowBatch(tokens, lengths, rows, positions)
         chosen = run_model(model, batch, lambda logits, _: logits, logit_shift)
     logits = torch.zeros(b, s, chosen.size(1))
     logits[rows, positions] = chosen.cpu()

@@ -67,7 +67,7 @@ def logits(built: Built) -> Tensor:
 
     set_mode(built, training=False)
     _, batches = views_of(built)
-    batch = batches[0].batch.to(built.model.device)
+    batch = batches[0].batch
     take = lambda values, _: values.float()  # noqa: E731
     return forward_only(built.model.chunks, [batch], take, False, built.model.layout)[0]
 

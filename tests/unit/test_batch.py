@@ -154,11 +154,3 @@ def test_a_dummy_row_has_no_loss_and_a_gradient_of_zeros(one_rank) -> None:
     assert table.tolist() == [[0.0] * 3] * 2
     table.sum().backward()
     assert weight.grad.tolist() == [[0.0] * 6]
-
-
-def test_moving_a_batch_keeps_its_content_and_payload() -> None:
-    view = view_batches(sequences(), views(), MASK, VOCAB, 4, same_width=True)[0]
-    moved = view.batch.to(torch.device("cpu"))
-    for name in ("tokens", "lengths", "rows", "positions"):
-        assert torch.equal(getattr(moved, name), getattr(view.batch, name))
-    assert moved.payload is view.batch.payload

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_espo"
 # From the bottom up. A part imports from rows below its own, and from its own row.
 LAYERS = (
-    ("random", "environment", "device", "recipes", "config", "diffusion"),
+    ("random", "environment", "device", "transfer", "recipes", "config", "diffusion"),
     ("parallel",),
     ("data", "model"),
     ("generation", "tasks", "checkpoint", "monitor", "rl", "evaluation", "plan"),
@@ -22,6 +22,7 @@ ALONE = {
     "random": set(),
     "environment": set(),
     "device": {"environment"},
+    "transfer": set(),
     "recipes": set(),
     "config": set(),
     "diffusion": {"random"},
