@@ -101,20 +101,14 @@ class _Event:
 class _Runtime:
     """CUDA's runtime, as far as host memory is registered with it."""
 
-    _sizes: dict[int, int]
-
-    def __init__(self) -> None:
-        self._sizes = {}
-
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         """Pin host memory; unlike the allocator's, it is not rounded up."""
-        self._sizes[address] = size
-        device().count_pinned(size)
+        device().register(size)
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
         """Release it."""
-        device().count_pinned(-self._sizes.pop(address, 0))
+        device().unregister()
         return 0
 
     def cudaGetErrorString(self, error: int) -> str:

@@ -72,6 +72,7 @@ class FakeDevice(TorchDispatchMode):
         self.collectives = Collectives(ledger)
         self._pinned: dict[int, tuple[Any, int]] = {}
         self._pinned_live = 0
+        self._registered: list[int] = []
 
     # ---- making tensors
 
@@ -110,8 +111,21 @@ class FakeDevice(TorchDispatchMode):
         if self._pinned.pop(key, None) is not None:
             self._pinned_live -= size
 
+    def register(self, size: int) -> None:
+        """Count memory that is pinned in place, of its own size.
+
+        Fake memory has no address: a block is known again by its size.
+        """
+        self._registered.append(size)
+        self.count_pinned(size)
+
+    def unregister(self) -> None:
+        """Release the memory that was registered last."""
+        self.count_pinned(-self._registered.pop())
+
     def _is_pinned(self, tensor: Tensor) -> bool:
-        return tensor.untyped_storage()._cdata in self._pinned
+        storage = tensor.untyped_storage()
+        return storage._cdata in self._pinned or storage.nbytes() in self._registered
 
     # ---- dispatch
 

@@ -24,7 +24,7 @@ from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.simulate import stand_ins
 from megatron_espo.simulate.job import Job
-from megatron_espo.simulate.ledger import Ledger
+from megatron_espo.simulate.ledger import Ledger, size_of
 from megatron_espo.training import denoise, espo, evaluation, generate, pretrain, state
 
 # Imported for what is replaced in them.
@@ -103,6 +103,15 @@ class _Hooks:
             (ReferencePolicy, "mix", "mix"),
         ):
             setattr(owner, method, self._in_phase(name, getattr(owner, method)))
+        create = ReferencePolicy.__init__
+
+        @functools.wraps(create)
+        def weighed(own: Any, chunks: Any, *rest: Any) -> None:
+            create(own, chunks, *rest)
+            parameters = [p for chunk in chunks for p in chunk.parameters()]
+            self.ledger.rank.facts["weights"] = sum(size_of(p.data) for p in parameters)
+
+        setattr(ReferencePolicy, "__init__", weighed)  # noqa: B010
         clock, ledger = report.Clock.__call__, self.ledger
 
         @contextlib.contextmanager

@@ -168,10 +168,6 @@ class Ledger:
         entry[0] += 1
         entry[1] += size
 
-    def pinned(self, size: int) -> None:
-        """Count pinned host memory; PyTorch's allocator gives out powers of two."""
-        self.rank.pinned += 1 << max(size - 1, 0).bit_length() if size else 0
-
 
 def _add(table: dict[str, int], name: str) -> None:
     table[name] = table.get(name, 0) + 1

@@ -87,6 +87,35 @@ def test_a_plan_whose_ranks_disagree_is_found_with_both_places(ran: dict[str, An
     assert "ranks 0 and 1 disagree" in mismatch
 
 
+@pytest.mark.parametrize("name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "module"])
+def test_the_host_waits_for_the_device_where_it_must_only(ran: dict[str, Any], name: str) -> None:
+    for rank in ran[name]["ranks"]:
+        phases, batches = rank["phases"], rank["facts"]["simulated_micro_batches"]
+
+        def waits(phase: str, phases: Any = phases) -> int:
+            return sum(phases[phase]["waits"].values())
+
+        # A denoising step: the tokens that were drawn, and every few steps a look for signals.
+        assert rank["steps"] and all(step["waits"] <= 2 for step in rank["steps"])
+        # ELBO passes: their results, once per update, not once per micro-batch. The reference's
+        # weights come and go once each.
+        assert batches >= 2
+        assert waits("old_elbo") <= 1
+        assert waits("ref_elbo") <= 2 + 2
+        # Per update the results of its two passes over the micro-batches, and in the optimizer's
+        # step one check for NaN and what Megatron reads itself.
+        # Transformer Engine makes an empty tensor once.
+        assert waits("update: passes") <= 2 * 2 + 1, phases["update: passes"]["waits"]
+        assert waits("update") <= 2 * 5, phases["update"]["waits"]
+
+
+def test_the_reference_policy_is_pinned_in_its_own_size(ran: dict[str, Any]) -> None:
+    for rank in ran["module"]["ranks"]:
+        weights = rank["facts"]["weights"]
+        # Beside it only what one pass sends to the device.
+        assert weights <= rank["pinned"] <= 1.02 * weights + (1 << 20)
+
+
 def test_fp8_multiplies_in_fp8_and_keeps_no_more_than_bf16_plus_copies(ran: dict[str, Any]) -> None:
     fp8 = ran["espo, fp8"]["ranks"][0]
     assert fp8["phases"]["rollout"]["operations"]["quantize"] > 0

@@ -27,7 +27,7 @@ def passed(model: Any, width: int = 64, lengths: tuple[int, ...] = (64, 50)) -> 
     host = torch.tensor(lengths)
     rows, positions = (torch.arange(width)[None] < host[:, None]).nonzero(as_tuple=True)
     tokens = torch.zeros(len(lengths), width, dtype=torch.int64)
-    batch = RowBatch(tokens, host, rows, positions).to(model.device)
+    batch = RowBatch(tokens, host, rows, positions)
     return forward_only(model.chunks, [batch], lambda x, _: x, False, model.layout)[0]
 
 
