@@ -1,5 +1,6 @@
 # NVIDIA's PyTorch image brings CUDA, NCCL, PyTorch, Transformer Engine and apex, built for each other.
-ARG BASE=nvcr.io/nvidia/pytorch:25.09-py3
+# Of the images, one whose Transformer Engine is 2.8 or newer.
+ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
 
 # For the sandbox of generated code (--espo-task code).
