@@ -2,10 +2,10 @@
 
 Megatron spells "cuda" out in allocations, streams, events and random-state calls. On a machine
 without CUDA, :func:`prepare` points these at the CPU and gloo; the code that runs is the same code
-that runs on GPUs. With CUDA present nothing is changed, apart from two repairs that do not depend
-on the device: Megatron's start-up runs ``make`` on the data-set helpers although the wheel ships
-them compiled and without a Makefile, and without Apex and Transformer Engine its distributed
-optimizer cannot be resumed.
+that runs on GPUs. With CUDA present nothing is changed, apart from a choice among PyTorch's
+attention kernels and two repairs that do not depend on the device: Megatron's start-up runs
+``make`` on the data-set helpers although the wheel ships them compiled and without a Makefile, and
+without Apex and Transformer Engine its distributed optimizer cannot be resumed.
 """
 
 import contextlib
@@ -70,10 +70,14 @@ def _uncompiled(function: Any = None, **_: object) -> Any:
 def prepare() -> None:
     """Make Megatron-Core usable on this machine; call once, before Megatron's start-up.
 
-    Does nothing but the two repairs where CUDA is present. Calling it again has no effect.
+    Does nothing but the two repairs and the choice of kernels where CUDA is present. Calling it
+    again has no effect.
     """
     _skip_compiled_helpers()
     _repair_distributed_optimizer()
+    # Its attention keeps a compiled graph for every shape; the passes that go through PyTorch's
+    # kernels (caches, the last layer's rows) have as many as there are steps.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if has_cuda() or _CudaOnCpu.active:
         return
     # torch.compile on a CPU costs minutes of start-up for functions that run once in the warm-up.
