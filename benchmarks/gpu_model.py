@@ -73,7 +73,9 @@ def build(
         load_checkpoint(chunks, None, None)
     multiples = [fp8.sequence_multiple(recipe, 1) for recipe in recipes] or [1]
     model = diffusion_model(chunks)
-    return replace(model, pad_multiple=max([model.pad_multiple, *multiples])), all_layers
+    # Positions are measured as they are asked for.
+    multiple = max([model.pad_multiple, *multiples])
+    return replace(model, pad_multiple=multiple, widths=()), all_layers
 
 
 def layers_of(model: DiffusionModel) -> Any:

@@ -5,7 +5,7 @@ without CUDA, :func:`prepare` points these at the CPU and gloo; the code that ru
 that runs on GPUs. With CUDA present nothing of Megatron is changed, apart from two repairs that do
 not depend on the device: Megatron's start-up runs ``make`` on the data-set helpers although the
 wheel ships them compiled and without a Makefile, and without Apex and Transformer Engine its
-distributed optimizer cannot be resumed.
+distributed optimizer cannot be resumed. And one of PyTorch's attention kernels is not taken.
 """
 
 import contextlib
@@ -87,13 +87,16 @@ def _uncompiled(function: Any = None, **_: object) -> Any:
 def prepare() -> None:
     """Make Megatron-Core usable on this machine; call once, before Megatron's start-up.
 
-    Changes nothing of Megatron but the two repairs where CUDA is present. Calling it again has no
-    effect.
+    Changes nothing of Megatron but the two repairs where CUDA is present, and chooses among
+    PyTorch's attention kernels. Calling it again has no effect.
     """
     set_environment()
     transformer_engine()
     _skip_compiled_helpers()
     _repair_distributed_optimizer()
+    # Its attention keeps a compiled graph for every shape; the passes that go through PyTorch's
+    # kernels (caches, the last layer's rows) have as many as there are steps.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if has_cuda() or _CudaOnCpu.active:
         return
     # torch.compile on a CPU costs minutes of start-up for functions that run once in the warm-up.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.batch import round_up
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.random import stream, uniform
 
@@ -191,7 +190,7 @@ def lay_out_rows(
     """
     n, length = len(prompts), config.completion_length
     order = sorted(range(n), key=lambda i: -len(prompts[i]))
-    s = round_up(len(prompts[order[0]]) + length, model.pad_multiple)
+    s = model.shapes.room(len(prompts[order[0]]) + length)
     tokens = torch.full((n, s), model.pad_token_id)
     for row, i in zip(tokens, order, strict=True):
         prompt = torch.tensor(prompts[i], dtype=torch.int64)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.batch import round_up
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.device import no_interception
 from megatron_espo.generation.flight import Flight, MicroBatch
 from megatron_espo.generation.remasking import (
@@ -219,21 +219,25 @@ def _evaluate(
     """
     config = flight.config
     one_shape = model.layout.pp_size > 1  # pipeline stages pass hidden states of one shape
+    # Attention with caches has no graphs for which the shapes would have to be few.
+    shapes = model.shapes if config.cache == "none" else Shapes(model.pad_multiple)
     most = max(len(part) for part in parts)
     widths = [max((rows.widths[row] for row in batch.rows), default=0) for batch in flight.batches]
     made, found = [], []
     for batch, part, width in zip(flight.batches, parts, widths, strict=True):
         if not part:
             continue
-        # Copies of a row, of which nothing is read, make micro-batches equally long.
-        extra = most - len(part) if one_shape else 0
-        own, kept = torch.tensor(part + part[-1:] * extra), torch.tensor(part)
+        number, longest = (most, max(widths)) if one_shape else (len(part), width)
+        number, positions = shapes.fit(number, longest, batch.size)
+        # Copies of a row, of which nothing is read, fill a micro-batch up.
+        own = torch.tensor(part + part[-1:] * (number - len(part)))
+        kept = own[: len(part)]
         row, column = picked[kept].nonzero(as_tuple=True)
         found.append((kept[row], column))
         mine = index[own]
         tokens, starts = rows.tokens[mine], rows.starts(mine)
         uncached = RowBatch(
-            tokens[:, : round_up(max(widths) if one_shape else width, model.pad_multiple)],
+            tokens[:, :positions],
             rows.prompt_lengths[mine] + config.completion_length,
             row,
             starts[row] + column,

@@ -61,7 +61,7 @@ def estimate_elbo(
     indices = torch.arange(n)
     ids = indices if sample_ids is None else sample_ids
     views = elbo_views(estimator, stream(seed, purpose), ids, indices, n, length, num_mc)
-    sequences = pack_sequences(prompts, completions, model.pad_token_id, model.pad_multiple)
+    sequences = pack_sequences(prompts, completions, model.pad_token_id, model.shapes)
     rows = _largest_divisor(views.weights.numel(), rows_per_batch)
     batches = view_batches(
         sequences,

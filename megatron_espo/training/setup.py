@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device
+from megatron_espo.data.shapes import few_widths
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
@@ -133,7 +134,24 @@ def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
         pad_multiple=pad_multiple(args),
         device=device.current_device(),
         layout=current_layout(),
+        widths=few_shapes(args),
     )
+
+
+def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
+    """Choose the widths of micro-batches: a few where attention keeps a graph for every shape.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        The widths; none where any will do: on a CPU, and where PyTorch's kernels attend (plain
+        layers, context parallelism; see model/attention.py).
+    """
+    keeps_graphs = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
+    if not (device.has_cuda() and keeps_graphs):
+        return ()
+    return few_widths(args.rollout_completion_length + 1, args.seq_length, pad_multiple(args))
 
 
 @contextlib.contextmanager

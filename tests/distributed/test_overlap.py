@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_espo.checkpoint.compare import checkpoint_tensors, unequal_tensors
 from megatron_espo.config import EspoConfig
 from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
@@ -47,7 +48,7 @@ def two_steps(built: Built, folder: str) -> Outcome:
     rows = own_rows(built)
     ids = torch.arange(N)[rows]
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, 1)
-    sequences = pack_sequences(prompts[rows], completions[rows], 0, 8)
+    sequences = pack_sequences(prompts[rows], completions[rows], 0, Shapes(8))
     model = built.model
     batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, 2)
     chunks = list(model.chunks)

@@ -26,7 +26,7 @@ def views_of(built: Built) -> tuple[Any, Any]:
     # Of different lengths, so that rows hold padding.
     prompts = [numbers[i, : 9 + 11 * i].tolist() for i in range(N)]
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, 1)
-    sequences = pack_sequences(prompts, numbers[:, 64:], model.pad_token_id, model.pad_multiple)
+    sequences = pack_sequences(prompts, numbers[:, 64:], model.pad_token_id, model.shapes)
     return views, view_batches(sequences, views, model.mask_token_id, model.vocab_size, 4)
 
 

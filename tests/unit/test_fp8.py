@@ -1,5 +1,6 @@
 """What FP8 needs of shapes and flags."""
 
+import argparse
 import importlib.util
 import sys
 from types import ModuleType, SimpleNamespace
