@@ -104,6 +104,12 @@ class Rank:
     wall: float = 0.0
     traceback: str = ""
 
+    @property
+    def peak(self) -> tuple[str, int]:
+        """The phase with the most bytes alive at a time, and these."""
+        name = max(self.phases, key=lambda phase: self.phases[phase].peak)
+        return name, self.phases[name].peak
+
     def as_json(self) -> dict[str, Any]:
         """Return plain dicts and lists; the trace's repeated words stand once."""
         words: dict[str, int] = {}

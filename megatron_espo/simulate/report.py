@@ -1,44 +1,89 @@
 """What a simulation found, in words and tables."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from megatron_espo.simulate.extrapolate import Cost
 from megatron_espo.simulate.job import Job
 from megatron_espo.simulate.record import Phase, Rank
+from megatron_espo.simulate.roofline import Ceilings
 
 GB = 1e9
 # Parts of the peak, waits and collectives that are listed.
 _LISTED = 6
 
 
-def report(
-    job: Job, rank: Rank, costs: Mapping[str, Cost], tokens: float, peak_tflops: float
-) -> str:
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a rollout with its updates, or of a step, from the ceilings.
+
+    An estimate from below: nothing overlaps, and nothing waits.
+
+    Attributes:
+        seconds: by phase.
+        costs: what they consist of.
+        tokens_per_second: on all ranks.
+        mfu: share of a GPU's peak.
+    """
+
+    seconds: Mapping[str, float]
+    costs: Mapping[str, Cost]
+    tokens_per_second: float
+    mfu: float
+
+
+def estimate(
+    ceilings: Ceilings, costs: Mapping[str, Cost], tokens: float, peak_flops: float
+) -> Estimate | None:
+    """Estimate the time of a part of a run.
+
+    Args:
+        ceilings: of a GPU.
+        costs: of this part on one GPU, by phase.
+        tokens: that the job makes or trains on meanwhile, on all ranks.
+        peak_flops: of a GPU, operations per second.
+
+    Returns:
+        The estimate; None without costs.
+    """
+    seconds = {name: cost.seconds(ceilings) for name, cost in costs.items()}
+    total = sum(seconds.values())
+    if total == 0.0:
+        return None
+    flops = sum(cost.flops for cost in costs.values())
+    return Estimate(seconds, costs, tokens / total, flops / total / peak_flops)
+
+
+def report(job: Job, rank: Rank, found: Estimate | None, planned: float | None) -> str:
     """Describe a rank that ran to its end.
 
     Args:
         job: what was asked for.
         rank: what it did.
-        costs: extrapolated to the whole rollout or step, by phase.
-        tokens: that the job makes or trains on in that time, on all ranks.
-        peak_tflops: of a GPU, for the share that is used.
+        found: its time, or None.
+        planned: peak by the plan's arithmetic, in bytes without its reserve, or None.
 
     Returns:
         Lines.
     """
     engine = rank.facts["transformer_engine"]
     layers = f"Transformer Engine {engine}'s Python layer" if engine else "plain layers"
+    name, peak = rank.peak
     lines = [
         f"Simulated rank {rank.rank} of {job.world_size}: {rank.status} "
         f"({layers}; {rank.wall:.0f} s and {rank.host_memory / GB:.1f} GB of this machine)",
-        f"  pinned host memory {rank.pinned / GB:.2f} GB; alive at the end "
-        f"{rank.lasting / GB:.2f} GB",
+        f"  peak {peak / GB:.2f} GB ({name}); pinned host memory {rank.pinned / GB:.2f} GB",
     ]
+    if planned is not None:
+        lines.append(
+            f"  the plan's arithmetic: {planned / GB:.2f} GB without its reserve, "
+            f"{100 * (planned / peak - 1):+.1f}%"
+        )
     for name, phase in rank.phases.items():
         if phase.kernels:
             lines += _phase(name, phase)
-    if costs:
-        lines += list(_seconds(job, costs, tokens, peak_tflops))
+    if found is not None:
+        lines += _seconds(job.ceilings, found)
     return "\n".join(lines)
 
 
@@ -58,30 +103,23 @@ def _phase(name: str, phase: Phase) -> Iterator[str]:
     often = sorted(phase.waits.items(), key=lambda entry: -entry[1])
     for place, number in often[:_LISTED]:
         yield f"    waits {number} x: {place}"
+    if phase.attention:
+        yield f"    {len(phase.attention)} shapes of attention"
     for place, number in phase.complaints.items():
         yield f"    A GPU REFUSES {number} x: {place}"
 
 
-def _seconds(
-    job: Job, costs: Mapping[str, Cost], tokens: float, peak_tflops: float
-) -> Iterator[str]:
-    ceilings = job.ceilings
+def _seconds(ceilings: Ceilings, found: Estimate) -> Iterator[str]:
     yield "  Seconds from the ceilings (an estimate from below; nothing overlaps, nothing waits):"
-    total, flops = 0.0, 0.0
-    for name, cost in costs.items():
-        seconds = cost.seconds(ceilings)
-        total += seconds
-        flops += cost.flops
+    for name, cost in found.costs.items():
         yield (
-            f"    {name}: {seconds:.2f} (kernels {cost.device:.2f}, communication "
+            f"    {name}: {found.seconds[name]:.2f} (kernels {cost.device:.2f}, communication "
             f"{cost.communication:.2f}, launches {cost.kernels * ceilings.launch:.2f})"
         )
-    if total > 0:
-        share = flops / total / (peak_tflops * 1e12)
-        yield (
-            f"    together {total:.2f}: {tokens / total:,.0f} tokens/s on all ranks, "
-            f"{100 * share:.0f}% of {peak_tflops:.0f} TFLOP/s"
-        )
+    yield (
+        f"    together {sum(found.seconds.values()):.2f}: {found.tokens_per_second:,.0f} tokens/s "
+        f"on all ranks, {100 * found.mfu:.0f}% of an H100's peak"
+    )
 
 
 def failures(ranks: Sequence[Rank]) -> list[str]:

@@ -20,19 +20,17 @@ from megatron_espo.arguments import config_from_args, plan_arguments
 from megatron_espo.checkpoint.tracker import has_checkpoint
 from megatron_espo.config import EspoConfig, LaunchConfig, RolloutConfig, SimulateConfig
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
-from megatron_espo.monitor.throughput import PEAK_TFLOPS
+from megatron_espo.plan.plan import PEAK_FLOPS
 from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.simulate import support
 from megatron_espo.simulate.compare import find_mismatch
 from megatron_espo.simulate.extrapolate import Cost, espo_costs, update_cost
 from megatron_espo.simulate.job import OWN_FOLDER, Job
 from megatron_espo.simulate.record import Rank
-from megatron_espo.simulate.report import failures, refusals, report
+from megatron_espo.simulate.report import estimate, failures, refusals, report
 from megatron_espo.simulate.roofline import Ceilings
 from megatron_espo.training.planned import planned_world_size, positive_number, quiet
 
-# Dense bf16 peak of an H100 SXM, of which the share is told.
-_PEAK_TFLOPS = dict(PEAK_TFLOPS)["H100"]["16-bit"]
 # All ranks of a job of up to so many are compared.
 _ALL = 16
 # Updates of a rollout, or steps, that are run: the first one makes the optimizer's state.
@@ -56,7 +54,11 @@ _OWN_FLAGS = {
 
 
 def simulate(
-    module: str, argv: Sequence[str], args: argparse.Namespace, gpus_per_node: int
+    module: str,
+    argv: Sequence[str],
+    args: argparse.Namespace,
+    gpus_per_node: int,
+    peaks: Sequence[float] | None = None,
 ) -> list[Rank]:
     """Simulate a job, print what was found, and refuse what cannot work.
 
@@ -65,6 +67,7 @@ def simulate(
         argv: its command line.
         args: Megatron's validated arguments of the planned run.
         gpus_per_node: of the planned nodes.
+        peaks: the plan's own peaks of the pipeline stages in bytes, without its reserve.
 
     Returns:
         The simulated ranks.
@@ -83,7 +86,7 @@ def simulate(
             flush=True,
         )
         (found,) = run_jobs([job])
-    conclude(module, job, args, found)
+    conclude(module, job, args, found, peaks)
     return found
 
 
@@ -124,7 +127,13 @@ def make_job(
     )
 
 
-def conclude(module: str, job: Job, args: argparse.Namespace, found: Sequence[Rank]) -> None:
+def conclude(
+    module: str,
+    job: Job,
+    args: argparse.Namespace,
+    found: Sequence[Rank],
+    peaks: Sequence[float] | None,
+) -> None:
     """Print what ranks did, and refuse what cannot work.
 
     Args:
@@ -132,19 +141,27 @@ def conclude(module: str, job: Job, args: argparse.Namespace, found: Sequence[Ra
         job: what was run.
         args: Megatron's validated arguments of the planned run.
         found: the ranks.
+        peaks: the plan's own peaks of the pipeline stages in bytes, without its reserve.
 
     Raises:
         ValueError: A rank failed, a GPU would refuse something, or ranks would wait for each other.
     """
     config = config_from_args(SimulateConfig, args)
-    if config.out is not None:
-        every = [dataclasses.replace(rank, trace=[]).as_json() for rank in found]
-        Path(config.out).write_text(json.dumps({"target": job.target, "ranks": every}), "utf-8")
     shown = set(_stage_ranks(args)) if config.ranks is None else set(job.ranks)
+    written = []
     for rank in found:
-        if rank.status == "ok" and rank.rank in shown:
-            costs, tokens = _costs(module, rank, args)
-            print(report(job, rank, costs, tokens, _PEAK_TFLOPS), flush=True)
+        if rank.status != "ok" or rank.rank not in shown:
+            continue
+        costs, tokens = _costs(module, rank, args)
+        times = estimate(job.ceilings, costs, tokens, PEAK_FLOPS)
+        stage = _stage(args, rank.rank)
+        planned = None if peaks is None else peaks[stage]
+        print(report(job, rank, times, planned), flush=True)
+        plain = dataclasses.replace(rank, trace=[]).as_json()
+        plain |= {"stage": stage, "planned_peak": planned}
+        written.append(plain | {"estimate": times and dataclasses.asdict(times)})
+    if config.out is not None:
+        Path(config.out).write_text(json.dumps({"target": job.target, "ranks": written}), "utf-8")
     _refuse(found)
     if config.compare:
         mismatch = find_mismatch(found)
@@ -285,6 +302,15 @@ def _stage_ranks(args: argparse.Namespace) -> list[int]:
     inner = args.tensor_model_parallel_size * args.context_parallel_size
     between = inner if args.use_tp_pp_dp_mapping else args.world_size // stages
     return sorted({between * stage for stage in (0, stages // 2, stages - 1)})
+
+
+def _stage(args: argparse.Namespace, rank: int) -> int:
+    """The pipeline stage of a rank."""
+    stages = args.pipeline_model_parallel_size
+    inner = args.tensor_model_parallel_size * args.context_parallel_size
+    if args.use_tp_pp_dp_mapping:
+        return rank // inner % stages
+    return int(rank // (args.world_size // stages))
 
 
 def _target(module: str, argv: Sequence[str]) -> tuple[str, Sequence[str]]:

@@ -91,7 +91,7 @@ def main(folder: Path) -> None:
         own = folder / str(number)
         own.mkdir(parents=True)
 
-        def plan(module: str, argv: list[str], args: object, gpus: int, name=name, own=own):
+        def plan(module, argv, args, gpus, peaks=None, name=name, own=own):
             jobs[name] = simulation.make_job(module, argv, args, gpus, own)
             raise _Planned
 
