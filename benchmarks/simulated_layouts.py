@@ -66,7 +66,15 @@ def _without(flag: str) -> str:
     return " ".join(f for f in flags if f != flag)
 
 
+def _nodes(model: str, nodes: int) -> Row:
+    """The plan of docs/cluster.md for some nodes."""
+    layout = "--tensor-model-parallel-size 4 " if nodes == 8 else ""
+    flags = f"--recipe {model} --recipe gsm8k --dry-run-world-size {8 * nodes} {layout}"
+    return Row(f"plan: {model}, {nodes} nodes", _ESPO, flags)
+
+
 ROWS = (
+    *(_nodes(model, nodes) for nodes in (1, 2, 8) for model in ("llada_8b", "dream_7b")),
     Row("ESPO, tp 2 x dp 4, 32 layers", _ESPO, "--recipe countdown", fitted=True),
     Row("ESPO, pp 2 x tp 2 x dp 2, 32 layers", _ESPO,
         "--recipe countdown --pipeline-model-parallel-size 2"),
@@ -138,21 +146,28 @@ def simulate(row: Row, folder: Path) -> dict[str, Any]:
 def lines(row: Row, found: dict[str, Any]) -> Iterator[str]:
     """A line of the table for each simulated rank."""
     if found["status"] != "ok":
-        yield f"| {row.name} | | {found['status']} | | | | |"
+        yield f"| {row.name} | | {found['status']} | | | | | | |"
         return
     for rank in found["ranks"]:
         peaks = {name: phase["peak"] for name, phase in rank["phases"].items()}
         where = max(peaks, key=lambda name: peaks[name])
-        planned = rank["facts"].get("planned_peak")
+        planned = rank["planned_peak"]
         compared = " | "
         if planned:
             part = "fitted" if row.fitted else "held out"
             compared = f"{planned / GB:.2f} | {100 * (planned / peaks[where] - 1):+.1f}% ({part})"
         steps = rank["steps"]
         waits = f"{sum(s['waits'] for s in steps) / len(steps):.1f}" if steps else ""
+        found_times = rank["estimate"]
+        times = ""
+        if found_times:
+            times = (
+                f"{sum(found_times['seconds'].values()):.0f} s, "
+                f"{found_times['tokens_per_second']:,.0f} tokens/s, {100 * found_times['mfu']:.0f}%"
+            )
         yield (
             f"| {row.name} | {rank['rank']} | ok | {peaks[where] / GB:.2f} ({where}) | "
-            f"{compared} | {waits} |"
+            f"{compared} | {waits} | {rank['pinned'] / GB:.2f} | {times} |"
         )
 
 
@@ -169,9 +184,9 @@ def main(argv: Sequence[str]) -> None:
     results: dict[str, Any] = {}
     print(
         "| run | rank | | simulated peak, GB | plan, GB | plan against simulated | "
-        "waits per denoising step |"
+        "waits per denoising step | pinned, GB | estimate from the ceilings |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in ROWS:
         if options.only and not any(part in row.name for part in options.only):
             continue
