@@ -158,6 +158,9 @@ def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
 def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
     """Evaluate the model between updates: evaluation mode, gathered parameters, no hooks.
 
+    With overlapped gathers the parameters are gathered here, unless no step was made since they
+    were last.
+
     Args:
         chunks: this rank's model chunks.
         optimizer: Megatron's optimizer, or None.
@@ -171,7 +174,7 @@ def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterato
     hooked = optimizer is not None and should_disable_forward_pre_hook(get_args())
     hooked = hooked and all(getattr(c, "remove_forward_pre_hook_handles", None) for c in chunks)
     if hooked:
-        disable_forward_pre_hook(chunks)
+        disable_forward_pre_hook(chunks, param_sync=not _are_gathered(chunks))
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -182,3 +185,19 @@ def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterato
             chunk.train(mode)
         if hooked:
             enable_forward_pre_hook(chunks)
+
+
+def _are_gathered(chunks: Sequence[Any]) -> bool:
+    """Whether this rank holds the newest parameters of all ranks.
+
+    Megatron marks a group of parameters when its gather starts, and takes the mark off when the
+    group's gradient is reduced, which is before every optimizer step.
+    """
+    groups = [
+        group
+        for chunk in chunks
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+    ]
+    return all(
+        group.param_gather_dispatched and group.param_gather_handle is None for group in groups
+    )
