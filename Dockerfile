@@ -1,5 +1,6 @@
 # NVIDIA's PyTorch image brings CUDA, NCCL, PyTorch, Transformer Engine and apex, built for each other.
-ARG BASE=nvcr.io/nvidia/pytorch:25.09-py3
+# Of the images, one whose Transformer Engine is 2.8 or newer.
+ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
 FROM ${BASE}
 
 # For the sandbox of generated code (--espo-task code).
@@ -18,7 +19,6 @@ RUN pip install --no-cache-dir --no-build-isolation "megatron-core==0.19.*" \
     && python -c "import megatron.core, megatron.training, transformer_engine, megatron_espo" \
     && chown espo:espo .
 USER espo
-ENV CUDA_DEVICE_MAX_CONNECTIONS=1
 # NVIDIA's entry point sets up CUDA's compatibility libraries; then the machine is checked, and the
 # command runs if nothing is wrong.
 ENTRYPOINT ["/opt/nvidia/nvidia_entrypoint.sh", "python", "-m", "megatron_espo.doctor", "--then"]

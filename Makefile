@@ -8,7 +8,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300
 
-.PHONY: setup demo demo-seeds test test-unit test-gpu test-dist layouts pretrain-tiny bench format lint type smoke check clean
+.PHONY: setup te demo demo-seeds test test-unit test-simulate test-gpu test-dist layouts pretrain-tiny bench format lint type smoke check clean
 
 setup: $(VENV)/.installed
 
@@ -21,6 +21,17 @@ $(VENV)/.installed: setup.py
 	$(BIN)/pip install --quiet -e '.[test]' -c constraints.txt
 	touch $@
 
+# What --simulate takes for Transformer Engine: its Python layer, without its libraries.
+TE := $(VENV)/transformer_engine_python
+
+te: setup $(TE)/.installed  ## Transformer Engine's Python layer for the simulation of GPUs
+
+$(TE)/.installed: simulate.txt
+	rm -rf $(TE)
+	$(BIN)/pip install --quiet --no-deps --target $(TE) -r simulate.txt
+	rm -rf $(TE)/transformer_engine/wheel_lib/*.so
+	touch $@
+
 demo: setup  ## pre-train/fine-tune a tiny model, ESPO, control, table and curves
 	PYTHON=$(BIN)/python examples/run_espo_tiny.sh $(TASK)
 
@@ -30,13 +41,18 @@ demo-seeds: setup  ## the demo with three seeds
 pretrain-tiny: setup  ## pre-train a tiny model on plain text and sample from it
 	PYTHON=$(BIN)/python examples/pretrain_tiny.sh
 
-test: test-unit test-dist
+test: test-unit test-simulate test-dist
 
 # The two ranks apart: gloo groups that other tests have left keep a core busy.
 test-unit: setup
 	$(RUN) -m pytest tests/unit -q --timeout 600 -n $(WORKERS) --dist loadfile
 	$(RUN) -m pytest tests/te/test_tensor_parallel.py -q --timeout 600
 	$(RUN) -m pytest tests/te -q --timeout 600 --ignore tests/te/test_tensor_parallel.py
+
+# Where the layer cannot be installed its tests say so and are skipped; .ci/run does not let them.
+test-simulate: setup  ## real jobs on GPUs that are not there
+	-$(MAKE) te
+	$(RUN) -m pytest tests/simulate -q --timeout 600
 
 test-gpu:  ## on a machine with a GPU and Transformer Engine, in the Python that has them (PYTHON=)
 	$(PYTHON) -m pytest tests/gpu -q --timeout 600

@@ -6,12 +6,12 @@ builds four layers with embedding and output head, measures them in bf16 and in 
 that the GPU runs, and extrapolates to all layers of the preset from the time of half of the layers.
 ``--layers 32`` measures the whole model. With ``--load FOLDER`` besides it takes a checkpoint's
 weights: only these tell what FP8 does to a trained model. Flags that ``--help`` does not list go to
-Megatron. Without a GPU it runs with Megatron's local layers and without FP8.
+Megatron. Without a GPU it runs with Megatron's local layers and without FP8; on a GPU without
+Transformer Engine, ``--transformer-impl local`` does the same.
 """
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +41,7 @@ from megatron_espo.model.fp8 import STATELESS_RECIPES  # noqa: E402
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
 from megatron_espo.model.presets import PRESETS  # noqa: E402
 from megatron_espo.rl.elbo import elbo_of_views  # noqa: E402
+from megatron_espo.training.setup import run_entry_point  # noqa: E402
 
 # Dense peaks of the data sheets in TFLOP/s, (bf16, FP8), by a part of the device's name; the first
 # that fits counts.
@@ -186,4 +187,4 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_entry_point(main)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
-from megatron.core.fp8_utils import HAVE_TE
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import get_args
 from megatron.training import training as megatron_training
@@ -20,6 +19,7 @@ from torch import Tensor
 from megatron_espo import device
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
+from megatron_espo.environment import transformer_engine
 from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
@@ -28,8 +28,10 @@ from megatron_espo.training.setup import diffusion_model, initialize_process_gro
 
 def usable_recipes(asked: Sequence[str], rest: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     """Ask Transformer Engine which recipes run here; and why the others do not."""
-    if not HAVE_TE or not (device.has_cuda() or "transformer_engine" in rest):
+    if not transformer_engine().usable or not (device.has_cuda() or "transformer_engine" in rest):
         return [], dict.fromkeys(asked, "Transformer Engine needs a GPU and is not in use")
+    if "local" in rest:
+        return [], dict.fromkeys(asked, "FP8 needs Transformer Engine's layers")
     usable, reasons = [], {}
     for recipe in asked:
         try:
@@ -71,7 +73,9 @@ def build(
         load_checkpoint(chunks, None, None)
     multiples = [fp8.sequence_multiple(recipe, 1) for recipe in recipes] or [1]
     model = diffusion_model(chunks)
-    return replace(model, pad_multiple=max([model.pad_multiple, *multiples])), all_layers
+    # Positions are measured as they are asked for.
+    multiple = max([model.pad_multiple, *multiples])
+    return replace(model, pad_multiple=multiple, widths=()), all_layers
 
 
 def layers_of(model: DiffusionModel) -> Any:
@@ -109,7 +113,12 @@ def free_gradients(model: DiffusionModel) -> None:
 
 
 def float32_twin(model: DiffusionModel) -> DiffusionModel:
-    """Build the same model in float32 with local layers: Transformer Engine would use TF32."""
+    """Build the same model in float32 with local layers: Transformer Engine would use TF32.
+
+    So does PyTorch where its environment says so, as in NVIDIA's images; not in this process from
+    here on.
+    """
+    torch.set_float32_matmul_precision("highest")
     args = get_args()
     config = core_transformer_config_from_args(args)
     config.bf16, config.params_dtype, config.fp8 = False, torch.float32, None

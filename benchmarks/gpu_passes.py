@@ -66,7 +66,7 @@ def views_of(
         tokens[:, : options.prompt].tolist(),
         tokens[:, options.prompt :],
         model.pad_token_id,
-        model.pad_multiple,
+        model.shapes,
     )
     size = n * ESPO.views_per_completion
     batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, size)

@@ -143,9 +143,7 @@ def our_update(
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    sequences = pack_sequences(
-        update.prompts, update.completions, model.pad_token_id, model.pad_multiple
-    )
+    sequences = pack_sequences(update.prompts, update.completions, model.pad_token_id, model.shapes)
     batches = view_batches(
         sequences,
         update.views,

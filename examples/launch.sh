@@ -27,11 +27,10 @@ launch() {
   else
     rendezvous=(--standalone)
   fi
-  export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+  # What torchrun itself reads; ranks set what they need on their own, however they were started.
   # Ranks that restart must not read the addresses of those that are gone.
-  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-900}
+  export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}}
   # In a session of its own: what is sent to this script's process group must not reach torchrun.
   setsid "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$gpus" \
     --max-restarts "${MAX_RESTARTS:-0}" "$script" "$@" &

@@ -19,6 +19,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_espo import device
+from megatron_espo.argument_checks import check_backend, check_layout, check_precision
 from megatron_espo.checkpoint.tracker import (
     checkpoint_folder,
     has_checkpoint,
@@ -32,6 +33,7 @@ from megatron_espo.config import (
     MonitorConfig,
     RolloutConfig,
     SftConfig,
+    SimulateConfig,
 )
 from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
@@ -40,6 +42,7 @@ from megatron_espo.recipes import expand_recipes
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
 _PREFIXES: dict[type, str] = {
     LaunchConfig: "",
+    SimulateConfig: "simulate",
     DiffusionConfig: "",
     SftConfig: "sft",
     RolloutConfig: "rollout",
@@ -105,13 +108,15 @@ def add_arguments(
         _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
     if not (on_gpus or device.has_cuda()):
         parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
+    if device.has_cuda():
+        parser.set_defaults(**device.gpu_argument_defaults())
     parser.set_defaults(
         tokenizer_type="HuggingFaceTokenizer",
         use_distributed_optimizer=False,
         # SIGTERM saves and leaves; a checkpoint can be taken up in another layout.
         exit_signal_handler=True,
         dist_ckpt_optim_fully_reshardable=True,
-        # Megatron's default carries scales from call to call; see _check_backend.
+        # Megatron's default carries scales from call to call; see fp8.check_policy_arguments.
         fp8_recipe=None,
     )
     for action in parser._actions:
@@ -161,7 +166,7 @@ def initialize_arguments(
             repair_tracker(path)
     _load_model_settings(args)
     config_from_args(DiffusionConfig, args).validate()
-    _check_backend(args)
+    check_backend(args)
     prepare(args)
     if args.tokenizer_model is None or not os.path.isdir(args.tokenizer_model):
         raise ValueError(
@@ -198,7 +203,7 @@ def plan_arguments(
     args.rank, args.world_size = 0, world_size
     _load_model_settings(args)
     config_from_args(DiffusionConfig, args).validate()
-    _check_precision(args)
+    check_precision(args)
     prepare(args)
     if args.vocab_size is None:
         raise ValueError("--vocab-size is missing; a dry run reads no tokenizer: pass it.")
@@ -216,6 +221,7 @@ def _parse(
     finally:
         sys.argv = program
     config_from_args(LaunchConfig, args).validate()
+    config_from_args(SimulateConfig, args).validate()
     return args
 
 
@@ -251,126 +257,6 @@ def _validate(args: argparse.Namespace) -> None:
 def _has_fused_gradients() -> bool:
     """Whether apex's extension is installed, without which Megatron's layers refuse to fuse."""
     return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
-
-
-def check_layout(args: argparse.Namespace) -> None:
-    """Check that the model can be split as asked.
-
-    Args:
-        args: parsed arguments.
-
-    Raises:
-        ValueError: naming the flag to change.
-    """
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    cp, world = args.context_parallel_size, args.world_size
-    if world % (tp * pp * cp):
-        raise ValueError(
-            f"{world} ranks cannot be split into --tensor-model-parallel-size {tp} x "
-            f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a multiple "
-            f"of {tp * pp * cp} ranks or change the sizes."
-        )
-    for name in ("num_layers", "hidden_size", "num_attention_heads"):
-        if getattr(args, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')} is missing; pass it or a --preset.")
-    if args.num_attention_heads % tp:
-        raise ValueError(
-            f"--num-attention-heads {args.num_attention_heads} is not divisible by "
-            f"--tensor-model-parallel-size {tp}."
-        )
-    if args.group_query_attention and args.num_query_groups % tp and tp % args.num_query_groups:
-        raise ValueError(
-            f"--num-query-groups {args.num_query_groups} cannot be split over "
-            f"--tensor-model-parallel-size {tp}."
-        )
-    if args.group_query_attention and tp > args.num_query_groups:
-        raise ValueError(
-            f"--tensor-model-parallel-size {tp} exceeds --num-query-groups "
-            f"{args.num_query_groups}; use at most {args.num_query_groups}."
-        )
-    if args.ffn_hidden_size is not None and args.ffn_hidden_size % tp:
-        raise ValueError(
-            f"--ffn-hidden-size {args.ffn_hidden_size} is not divisible by "
-            f"--tensor-model-parallel-size {tp}."
-        )
-    if args.vocab_size is not None and not args.pad_vocab_size and args.vocab_size % tp:
-        raise ValueError(
-            f"--vocab-size {args.vocab_size} is not divisible by --tensor-model-parallel-size "
-            f"{tp}; leave out --no-pad-vocab-size."
-        )
-    uneven = (
-        args.decoder_first_pipeline_num_layers
-        or args.decoder_last_pipeline_num_layers
-        or args.pipeline_model_parallel_layout
-    )
-    if not uneven and args.num_layers % pp:
-        raise ValueError(
-            f"--num-layers {args.num_layers} is not divisible by "
-            f"--pipeline-model-parallel-size {pp}; change one, or set "
-            "--decoder-first-pipeline-num-layers."
-        )
-    _check_unsupported(args)
-
-
-def _check_unsupported(args: argparse.Namespace) -> None:
-    """Refuse what Megatron's flags offer and this package does not do."""
-    cp = args.context_parallel_size
-    if cp > 1 and args.rollout_cache != "none":
-        raise ValueError(
-            f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
-            "none with --context-parallel-size above 1."
-        )
-    if cp > 1 and args.hierarchical_context_parallel_sizes:
-        raise ValueError(
-            "--hierarchical-context-parallel-sizes: the context-parallel ranks form one group; "
-            "leave it out."
-        )
-    if args.defer_embedding_wgrad_compute:
-        raise ValueError(
-            "--defer-embedding-wgrad-compute keeps the states and gradients of every call of the "
-            "output head, which reads the masked positions only; leave it out."
-        )
-    if args.num_experts is not None:
-        raise ValueError(
-            f"--num-experts {args.num_experts}: mixtures of experts are not supported; leave it "
-            "out."
-        )
-    if args.expert_model_parallel_size > 1:
-        raise ValueError(
-            f"--expert-model-parallel-size {args.expert_model_parallel_size}: expert parallelism "
-            "is not supported; use 1."
-        )
-    if args.ckpt_format != "torch_dist":
-        raise ValueError(
-            f"--ckpt-format {args.ckpt_format}: checkpoints must fit every layout; use torch_dist."
-        )
-
-
-def _check_backend(args: argparse.Namespace) -> None:
-    if args.transformer_impl == "transformer_engine":
-        if not device.has_cuda():
-            raise ValueError(
-                "--transformer-impl transformer_engine needs a GPU; use local on this machine."
-            )
-        from megatron.core.extensions.transformer_engine import HAVE_TE
-
-        if not HAVE_TE:
-            raise ValueError(
-                "--transformer-impl transformer_engine: Transformer Engine is not installed; "
-                "install the package's [gpu] extra or use --transformer-impl local."
-            )
-    _check_precision(args)
-    if args.fp8:
-        fp8.check_device(args.fp8_recipe)
-
-
-def _check_precision(args: argparse.Namespace) -> None:
-    """Check that FP8 has its layers, and choose a recipe where none is given."""
-    if args.fp8_recipe is None:
-        # Megatron's optimizer reads the recipe even without FP8: there its own default stays.
-        args.fp8_recipe = fp8.DEFAULT_RECIPE if args.fp8 else "delayed"
-    if args.fp8 and args.transformer_impl != "transformer_engine":
-        raise ValueError("--fp8-format needs --transformer-impl transformer_engine.")
 
 
 def _complete_from_tokenizer(args: argparse.Namespace) -> None:
@@ -432,6 +318,7 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
             if flag == "--pretrained-checkpoint" or args.exit_on_missing_checkpoint:
                 raise ValueError(f"{flag} {path}: no checkpoint there.")
             continue
+        fp8.check_stored(stored, args.transformer_impl, f"{flag} {path}")
         for name, model_flag in _CHECKPOINT_FIELDS.items():
             theirs, ours = _model_field(stored, name), _model_field(args, name)
             if theirs is not None and theirs != ours:

@@ -1,11 +1,11 @@
-"""What Megatron-Core needs in order to run without CUDA, in one place.
+"""What Megatron-Core needs in order to run on this machine, in one place.
 
 Megatron spells "cuda" out in allocations, streams, events and random-state calls. On a machine
 without CUDA, :func:`prepare` points these at the CPU and gloo; the code that runs is the same code
-that runs on GPUs. With CUDA present nothing is changed, apart from two repairs that do not depend
-on the device: Megatron's start-up runs ``make`` on the data-set helpers although the wheel ships
-them compiled and without a Makefile, and without Apex and Transformer Engine its distributed
-optimizer cannot be resumed.
+that runs on GPUs. With CUDA present nothing of Megatron is changed, apart from two repairs that do
+not depend on the device: Megatron's start-up runs ``make`` on the data-set helpers although the
+wheel ships them compiled and without a Makefile, and without Apex and Transformer Engine its
+distributed optimizer cannot be resumed. And one of PyTorch's attention kernels is not taken.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from megatron_espo.environment import CONNECTIONS, set_environment, transformer_engine
 
 CPU = torch.device("cpu")
 
@@ -37,6 +39,18 @@ CPU_ARGUMENT_DEFAULTS: dict[str, Any] = {
 }
 
 
+def gpu_argument_defaults() -> dict[str, Any]:
+    """Megatron's flags whose defaults this machine's packages do not allow on its GPUs.
+
+    They hold with ``--transformer-impl local``, which is then the only one that can be had.
+
+    Returns:
+        Values by argparse destination.
+    """
+    # The fused rotation is Transformer Engine's, and Megatron refuses to build a model with it.
+    return {} if transformer_engine().usable else {"apply_rope_fusion": False}
+
+
 def has_cuda() -> bool:
     """Say whether this process runs on CUDA devices."""
     return torch.cuda.is_available()
@@ -50,9 +64,12 @@ def current_device() -> torch.device:
 def import_megatron() -> None:
     """Import Megatron-Core; without CUDA, leave torch.compile's machinery out of it.
 
-    Megatron decorates its fused functions with torch.compile when it is imported, which loads the
-    whole compiler: a third of the start-up, for functions that a CPU runs as they are.
+    Before that, set what CUDA reads when it starts, and look for Transformer Engine. Megatron
+    decorates its fused functions with torch.compile when it is imported, which loads the whole
+    compiler: a third of the start-up, for functions that a CPU runs as they are.
     """
+    set_environment()
+    transformer_engine()
     if has_cuda() or "megatron.core" in sys.modules:
         return
     compiler = torch.compile
@@ -70,16 +87,23 @@ def _uncompiled(function: Any = None, **_: object) -> Any:
 def prepare() -> None:
     """Make Megatron-Core usable on this machine; call once, before Megatron's start-up.
 
-    Does nothing but the two repairs where CUDA is present. Calling it again has no effect.
+    Changes nothing of Megatron but the two repairs where CUDA is present, and chooses among
+    PyTorch's attention kernels. Calling it again has no effect.
     """
+    set_environment()
+    transformer_engine()
     _skip_compiled_helpers()
     _repair_distributed_optimizer()
+    # Its attention keeps a compiled graph for every shape; the passes that go through PyTorch's
+    # kernels (caches, the last layer's rows) have as many as there are steps.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if has_cuda() or _CudaOnCpu.active:
         return
     # torch.compile on a CPU costs minutes of start-up for functions that run once in the warm-up.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    # Megatron requires this with tensor parallelism; it has no meaning without CUDA.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Megatron wants it with tensor parallelism even here, where no value has a meaning.
+    if CONNECTIONS in os.environ:
+        os.environ[CONNECTIONS] = "1"
     # PyTorch's optimizers import this at their first step; its tables want the original torch.cuda.
     importlib.import_module("torch._dynamo")
     _replace_cuda_calls()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.parallel.pipeline import RowBatch
 
@@ -22,13 +23,13 @@ class Sequences:
         tokens: int64 ``[n, s]`` on the host: [prompt][completion][padding].
         prompt_lengths: int64 ``[n]``.
         completion_length: l, end-of-sequence padding included.
-        pad_multiple: the width of a micro-batch is a multiple of this.
+        shapes: says how wide a micro-batch is.
     """
 
     tokens: Tensor
     prompt_lengths: Tensor
     completion_length: int
-    pad_multiple: int
+    shapes: Shapes
 
     def __len__(self) -> int:
         return self.tokens.size(0)
@@ -78,13 +79,8 @@ class ViewBatch:
     weights: Tensor
 
 
-def round_up(width: int, multiple: int) -> int:
-    """Round a number of positions up to a multiple."""
-    return -(-width // multiple) * multiple
-
-
 def pack_sequences(
-    prompts: Sequence[Sequence[int]], completions: Tensor, pad_token_id: int, pad_multiple: int
+    prompts: Sequence[Sequence[int]], completions: Tensor, pad_token_id: int, shapes: Shapes
 ) -> Sequences:
     """Join prompts and completions.
 
@@ -92,19 +88,19 @@ def pack_sequences(
         prompts: token ids per row.
         completions: int64 ``[n, l]``.
         pad_token_id: fills the right padding.
-        pad_multiple: the width is a multiple of this.
+        shapes: says how wide the rows are.
 
     Returns:
         The sequences.
     """
     n, length = completions.shape
     longest = max(len(prompt) for prompt in prompts) + length
-    tokens = torch.full((n, round_up(longest, pad_multiple)), pad_token_id)
+    tokens = torch.full((n, shapes.width(longest)), pad_token_id)
     for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
         row[len(prompt) : len(prompt) + length] = completion
     lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return Sequences(tokens, lengths, length, pad_multiple)
+    return Sequences(tokens, lengths, length, shapes)
 
 
 def mask_rows(
@@ -157,8 +153,8 @@ def view_batches(
 ) -> list[ViewBatch]:
     """Cut all views of all sequences into micro-batches, views of a sequence side by side.
 
-    Sequences go by length, the longest first, and a micro-batch is as wide as its longest: what
-    would be padding is never computed. Sums over the batch do not depend on the order.
+    Sequences go by length, the longest first, and a micro-batch is hardly wider than its longest:
+    what would be padding is not computed. Sums over the batch do not depend on the order.
 
     Args:
         sequences: n sequences.
@@ -185,7 +181,7 @@ def view_batches(
         starts = sequences.prompt_lengths[sequence]
         lengths = starts + sequences.completion_length
         if not same_width:
-            width = round_up(int(lengths.max()), sequences.pad_multiple)
+            width = sequences.shapes.width(int(lengths.max()))
         batch = mask_rows(
             sequences.tokens[sequence, :width],
             lengths,

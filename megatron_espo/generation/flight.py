@@ -9,7 +9,10 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from megatron_espo.config import RolloutConfig
+from megatron_espo.generation.remasking import commit_schedule
 from megatron_espo.parallel.passes import KeyValueCache
 
 # Micro-batches in flight per pipeline stage: of p stages each waits for p - 1 passes in 4p + p - 1.
@@ -56,6 +59,7 @@ class Flight:
 
     Attributes:
         config: sampling settings.
+        schedule: int64 ``[steps]``, tokens that each step of a block commits.
         waiting: rows that have not begun, in order.
         batches: the micro-batches in flight.
         passes: model passes since the rows entered their blocks; counted for caches.
@@ -63,6 +67,7 @@ class Flight:
     """
 
     config: RolloutConfig
+    schedule: Tensor
     waiting: deque[int]
     batches: list[MicroBatch]
     passes: int = 0
@@ -78,7 +83,8 @@ class Flight:
             pp_size: pipeline stages.
         """
         number, size = micro_batches(n, config.micro_batch_size, pp_size)
-        return cls(config, deque(range(n)), [MicroBatch(size) for _ in range(number)])
+        batches = [MicroBatch(size) for _ in range(number)]
+        return cls(config, commit_schedule(config), deque(range(n)), batches)
 
     @property
     def rows(self) -> list[int]:

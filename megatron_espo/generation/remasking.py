@@ -99,7 +99,11 @@ def rank_by(order: Remasking, draw: TokenDraw) -> Tensor:
 
 
 def select_confident(
-    log_confidence: Tensor, threshold: float | None, factor: float | None, least: int = 1
+    scores: Tensor,
+    confidence: Tensor,
+    threshold: float | None,
+    factor: float | None,
+    least: int = 1,
 ) -> Tensor:
     """Choose what a step of parallel decoding commits (Fast-dLLM, arXiv 2505.22618, section 3.3).
 
@@ -109,7 +113,9 @@ def select_confident(
     position.
 
     Args:
-        log_confidence: float ``[b, c]``, -inf where there is no candidate.
+        scores: float ``[b, c]``, logarithms of the confidences, -inf where there is no candidate.
+        confidence: float64 ``[b, c]``. Handed over, because ranks of one model must not differ by a
+            bit and hosts may take exponentials differently.
         threshold: the threshold, or None for the factor's rule.
         factor: the factor, or None.
         least: committed in any case; 0 in a step that may leave it to the next one.
@@ -117,15 +123,14 @@ def select_confident(
     Returns:
         bool ``[b, c]``; in a row without candidates nothing.
     """
-    ranks = descending_ranks(log_confidence)
-    confidence = log_confidence.double().exp()
+    ranks = descending_ranks(scores)
     if threshold is not None:
         confident = confidence >= threshold
     else:
         assert factor is not None
         # The left side grows with n, so what holds for the n-th holds for those before it.
         confident = (ranks + 2) * (1 - confidence) < factor
-    return (confident | (ranks < least)) & (log_confidence > -torch.inf)
+    return (confident | (ranks < least)) & (scores > -torch.inf)
 
 
 def select_highest(scores: Tensor, counts: Tensor | int) -> Tensor:

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.batch import round_up
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.device import no_interception
 from megatron_espo.generation.flight import Flight, MicroBatch
 from megatron_espo.generation.remasking import (
-    commit_schedule,
     dream_commit_shares,
     rank_by,
     select_confident,
@@ -94,8 +93,9 @@ def generate(
         config: sampling settings.
         seed: the run's seed.
         purpose: name of these draws, such as ``"rollout/7"``.
-        on_step: called with the completions so far, int64 ``[n, l]`` with the mask token where
-            nothing is committed yet, after every step. May raise Interrupted.
+        on_step: called with the completions so far, int64 ``[n, l]`` on the host with the mask
+            token where nothing is committed yet, after every step; the next step changes them. May
+            raise Interrupted.
         on_finished: called as soon as some rows are final, with their numbers, int64 ``[f]``, and
             their completions, int64 ``[f, l]``, both on the host, while others are still to be
             sampled. Each row is reported once, on every rank of the model-parallel group.
@@ -108,28 +108,26 @@ def generate(
         nothing = torch.empty(0, dtype=torch.int64)
         work = torch.empty(0, 4, dtype=torch.float64)
         return Generation(nothing.view(0, length), nothing, nothing, torch.empty(0), work)
-    rows = lay_out_rows(model, prompts, sample_ids, config)
-    # Back to the caller's order.
-    back = rows.order.argsort().to(model.device)
     flight = Flight.of(n, config, model.layout.pp_size)
+    rows = lay_out_rows(model, prompts, sample_ids, config, len(flight.schedule))
     while flight.admit():
         # Megatron's pipeline schedules name the device "cuda".
         with no_interception() if model.layout.pp_size == 1 else nullcontext():
             final = _denoise(model, rows, flight, seed, purpose)
         if on_step is not None:
-            on_step(rows.completions(back, length))
+            on_step(rows.completions)
         if len(final) and on_finished is not None:
-            found = rows.completions(final.to(model.device), length).cpu()
-            on_finished(rows.order[final], found)
+            numbers = rows.order[final]
+            on_finished(numbers, rows.completions[numbers])
         flight.leave(final.tolist())
         rows.enter_next_block(torch.tensor(flight.to_next_block(rows.complete.tolist())).long())
-    host = back.cpu()
+    back = rows.order.argsort()  # to the caller's order
     return Generation(
-        rows.completions(back, length).cpu(),
-        rows.num_evaluations[host],
-        rows.num_committed[host],
-        (rows.confidence[back].cpu() / rows.num_committed[host]).float(),
-        rows.work[host],
+        rows.completions,
+        rows.num_evaluations[back],
+        rows.num_committed[back],
+        (rows.confidence[back] / rows.num_committed[back]).float(),
+        rows.work[back],
     )
 
 
@@ -140,37 +138,33 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
     no other can go on with a window, so that they pass together.
 
     Returns:
-        int64 ``[f]`` on the host: the rows that are final now.
+        int64 ``[f]``: the rows that are final now.
     """
     config = flight.config
-    host = torch.tensor(flight.rows)
-    host = host[~rows.complete[host]]
+    index = torch.tensor(flight.rows)
+    index = index[~rows.complete[index]]
     if config.cache != "none":
-        whole = rows.want_whole_passes(host, config.cache_refresh_steps)
+        whole = rows.want_whole_passes(index, config.cache_refresh_steps)
         flight.windows = not bool(whole.all())
-        host = host[~whole] if flight.windows else host
-    index = host.to(model.device)
+        index = index[~whole] if flight.windows else index
     if config.temperature > 0.0 or config.remasking in ("random", "origin"):
         noise = rows.noise(index, seed, purpose)
     else:
-        noise = torch.zeros(len(index), 2, config.block_length, device=index.device)
-    counts = commit_schedule(config)[rows.step[host]].to(model.device)
-    picked = _candidates(rows.masked[index], noise[:, 1], rows.step[host], config, counts)
-    candidates = picked.sum(1).cpu()
-    evaluated = candidates > 0
+        noise = torch.zeros(len(index), 2, config.block_length, dtype=torch.float64)
+    step = rows.step[index]
+    counts = flight.schedule[step]
+    picked = _candidates(rows.masked[index], noise[:, 1], step, config, counts)
+    evaluated = picked.any(1)
     if evaluated.any():
-        place = {row: i for i, row in enumerate(host.tolist()) if evaluated[i]}
+        place = {row: i for i, row in enumerate(index.tolist()) if evaluated[i]}
         parts = [[place[row] for row in batch.rows if row in place] for batch in flight.batches]
-        draws = _evaluate(model, rows, flight, host, parts, picked, candidates, noise[:, 0])
+        draws = _evaluate(model, rows, flight, index, parts, picked, noise[:, 0])
         flight.passes += 1
-        chosen, confidence = _choose(model, draws, picked, flight, counts)
-        rows.commit(index, chosen, confidence)
-        rows.num_evaluations[host] += evaluated
-    stops = None
-    if config.early_stop:
-        stops = torch.tensor(model.stop_token_ids, device=model.device)
+        rows.commit(index, *_choose(draws, picked, flight, counts))
+        rows.num_evaluations[index] += evaluated
+    stops = torch.tensor(model.stop_token_ids) if config.early_stop else None
     blocks = config.completion_length // config.block_length
-    return rows.end_step(host, blocks, stops, model.eos_token_id)
+    return rows.end_step(index, blocks, stops, model.eos_token_id)
 
 
 def _candidates(
@@ -184,7 +178,7 @@ def _candidates(
     Args:
         masked: bool ``[a, k]``.
         order_noise: float64 ``[a, k]``.
-        step: int64 ``[a]`` on the host.
+        step: int64 ``[a]``.
         config: sampling settings.
         counts: int64 ``[a]``, tokens that the schedule commits.
 
@@ -192,7 +186,7 @@ def _candidates(
         bool ``[a, k]``.
     """
     if config.remasking == "origin":
-        shares = dream_commit_shares(config.steps_per_block)[step].to(masked.device).double()
+        shares = dream_commit_shares(config.steps_per_block)[step].double()
         return masked & (order_noise < shares[:, None])
     if config.remasking == "random":
         return select_highest(order_noise.masked_fill(~masked, -1.0), counts)
@@ -203,10 +197,9 @@ def _evaluate(
     model: DiffusionModel,
     rows: Rows,
     flight: Flight,
-    host: Tensor,
+    index: Tensor,
     parts: Sequence[list[int]],
     picked: Tensor,
-    candidates: Tensor,
     uniforms: Tensor,
 ) -> Tensor:
     """Run the model and draw a token for every candidate.
@@ -215,37 +208,40 @@ def _evaluate(
         model: the model.
         rows: the rows.
         flight: the micro-batches and their caches, which whole passes fill.
-        host: int64 ``[a]`` on the host, the rows of this step.
-        parts: places in ``host`` of the rows of each micro-batch that have candidates.
+        index: int64 ``[a]``, the rows of this step.
+        parts: places in ``index`` of the rows of each micro-batch that have candidates.
         picked: bool ``[a, k]``, the candidates.
-        candidates: int64 ``[a]`` on the host, their number.
         uniforms: float64 ``[a, k]``.
 
     Returns:
-        float64 ``[3, a, k]``: token, score and log-probability of each candidate; on the last
-        pipeline stage only.
+        float64 ``[4, a, k]`` on the host, on every rank: of each candidate the token, its score,
+        the probability that the score is the logarithm of, and the token's probability.
     """
-    config, index = flight.config, host.to(model.device)
+    config = flight.config
     one_shape = model.layout.pp_size > 1  # pipeline stages pass hidden states of one shape
+    # Attention with caches has no graphs for which the shapes would have to be few.
+    shapes = model.shapes if config.cache == "none" else Shapes(model.pad_multiple)
     most = max(len(part) for part in parts)
     widths = [max((rows.widths[row] for row in batch.rows), default=0) for batch in flight.batches]
     made, found = [], []
     for batch, part, width in zip(flight.batches, parts, widths, strict=True):
         if not part:
             continue
-        # Copies of a row, of which nothing is read, make micro-batches equally long.
-        extra = most - len(part) if one_shape else 0
-        own = torch.tensor(part + part[-1:] * extra, device=model.device)
-        row, column = picked[own[: len(part)]].nonzero(as_tuple=True)
-        found.append((own[row], column))
+        number, longest = (most, max(widths)) if one_shape else (len(part), width)
+        number, positions = shapes.fit(number, longest, batch.size)
+        # Copies of a row, of which nothing is read, fill a micro-batch up.
+        own = torch.tensor(part + part[-1:] * (number - len(part)))
+        kept = own[: len(part)]
+        row, column = picked[kept].nonzero(as_tuple=True)
+        found.append((kept[row], column))
         mine = index[own]
-        tokens, places = rows.tokens[mine], rows.places(mine)
+        tokens, starts = rows.tokens[mine], rows.starts(mine)
         uncached = RowBatch(
-            tokens[:, : round_up(max(widths) if one_shape else width, model.pad_multiple)],
+            tokens[:, :positions],
             rows.prompt_lengths[mine] + config.completion_length,
             row,
-            places[row, column],
-            uniforms[own[row], column],
+            starts[row] + column,
+            uniforms[kept[row], column],
             sampling=True,
         )
         if config.guidance_scale > 0.0:
@@ -253,13 +249,13 @@ def _evaluate(
         elif config.cache == "none":
             made.append(uncached)
         else:
-            names, starts = mine.tolist(), places[:, 0]
-            made.append(_use_cache(uncached, tokens, batch, names, starts, flight, model))
-        kept, copies = torch.tensor(part), 2 if config.guidance_scale > 0.0 else 1
+            made.append(_use_cache(uncached, tokens, batch, mine.tolist(), starts, flight, model))
+        copies = 2 if config.guidance_scale > 0.0 else 1
         passed, cache = made[-1].tokens.size(1), made[-1].cache
         keys = passed if made[-1].offsets is None or cache is None else cache.width
-        rows.count_pass(host[kept], copies * passed, keys, copies * candidates[kept])
-        shortest = min(rows.widths[row] for row in host[kept].tolist())
+        real = index[kept]
+        rows.count_pass(real, copies * passed, keys, copies * picked[kept].sum(1))
+        shortest = min(rows.widths[row] for row in real.tolist())
         made[-1] = replace(made[-1], padded=shortest < keys)
     results = forward_only(
         model.chunks,
@@ -270,17 +266,20 @@ def _evaluate(
         # Only before the first step of a call; the next ones use the same FP8 copy of the weights.
         new_weights=not rows.num_evaluations.any(),
     )
-    draws = torch.zeros(3, *picked.shape, dtype=torch.float64, device=model.device)
+    where, columns = (torch.cat(places) for places in zip(*found, strict=True))
     if model.layout.is_last_stage:
-        where, columns = (torch.cat(parts) for parts in zip(*found, strict=True))
-        draws[:, where, columns] = torch.cat(results, dim=1)
+        drawn = torch.cat(results, dim=1)
+    else:
+        drawn = torch.empty(4, len(where), dtype=torch.float64, device=model.device)
+    draws = torch.zeros(4, *picked.shape, dtype=torch.float64)
+    draws[:, where, columns] = broadcast_from_last_stage(drawn, model.layout).cpu()
     return draws
 
 
 def _add_unconditional(batch: RowBatch, prompt_lengths: Tensor, model: DiffusionModel) -> RowBatch:
     """Let the rows be followed by themselves without the prompt, for guidance."""
     tokens = batch.tokens
-    is_prompt = torch.arange(tokens.size(1), device=tokens.device) < prompt_lengths[:, None]
+    is_prompt = torch.arange(tokens.size(1)) < prompt_lengths[:, None]
     return replace(
         batch,
         tokens=torch.cat((tokens, tokens.masked_fill(is_prompt, model.mask_token_id))),
@@ -320,7 +319,7 @@ def _use_cache(
     assert batch.cache is not None
     rows = None  # all of them: then nothing of the cache is copied
     if names != batch.cached:
-        rows = torch.tensor([batch.cached.index(name) for name in names], device=model.device)
+        rows = torch.tensor([batch.cached.index(name) for name in names])
     if not flight.windows:
         # The cache keeps its width when the longest of its rows have left.
         whole = replace(whole, tokens=tokens[:, : batch.cache.width])
@@ -329,7 +328,7 @@ def _use_cache(
     offsets = starts - int(model.logit_shift)
     # All rows are in the same block where windows reach to their ends.
     end = starts + config.block_length if config.cache == "dual" else whole.lengths
-    window = torch.arange(int(end[0] - offsets[0]), device=model.device)
+    window = torch.arange(int(end[0] - offsets[0]))
     return replace(
         whole,
         tokens=tokens.gather(1, offsets[:, None] + window),
@@ -340,7 +339,7 @@ def _use_cache(
 
 
 def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: RolloutConfig) -> Tensor:
-    """Turn logits into tokens, their scores and log-probabilities: float64 ``[3, r]``."""
+    """Draw a token from each row of logits: float64 ``[4, r]``, as :func:`_evaluate` gives them."""
     logits = logits.float()
     if config.guidance_scale > 0.0:
         conditional, unconditional = logits.chunk(2)
@@ -357,36 +356,30 @@ def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: Rollo
     )
     decided = config.remasking in ("random", "origin")
     scores = draw.log_confidence if decided else rank_by(config.remasking, draw)
-    return torch.stack((draw.tokens.double(), scores.double(), draw.log_confidence.double()))
+    scores = torch.stack((scores, draw.log_confidence)).double()
+    return torch.cat((draw.tokens.double()[None], scores[:1], scores.exp()))
 
 
-def _choose(
-    model: DiffusionModel, draws: Tensor, picked: Tensor, flight: Flight, counts: Tensor
-) -> tuple[Tensor, Tensor]:
+def _choose(draws: Tensor, picked: Tensor, flight: Flight, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Decide which candidates are committed.
 
     Args:
-        model: the model.
-        draws: float64 ``[3, a, k]``, read on the last pipeline stage.
+        draws: float64 ``[4, a, k]``, from :func:`_evaluate`.
         picked: bool ``[a, k]``, the candidates.
         flight: says whether the draws come from windows of cached rows.
         counts: int64 ``[a]``, tokens that the schedule commits.
 
     Returns:
         int64 ``[a, k]``, the token for each place of the block or -1, and float64 ``[a, k]``,
-        their probabilities; on every rank.
+        their probabilities.
     """
-    config, decision = flight.config, draws[:2].clone()
-    if model.layout.is_last_stage:
-        tokens, scores, log_confidence = draws
-        kept = picked
-        if config.remasking not in ("random", "origin"):
-            scores = scores.masked_fill(~picked, -torch.inf)
-            if config.is_parallel:
-                least = 0 if flight.windows and config.cache_unsure == "refresh" else 1
-                kept = select_confident(scores, config.threshold, config.factor, least)
-            else:
-                kept = picked & select_highest(scores, counts)
-        decision = torch.stack((torch.where(kept, tokens, -1.0), log_confidence.exp()))
-    decision = broadcast_from_last_stage(decision, model.layout)
-    return decision[0].long(), decision[1]
+    config, kept = flight.config, picked
+    tokens, scores, likelihood, confidence = draws
+    if config.remasking not in ("random", "origin"):
+        scores = scores.masked_fill(~picked, -torch.inf)
+        if config.is_parallel:
+            least = 0 if flight.windows and config.cache_unsure == "refresh" else 1
+            kept = select_confident(scores, likelihood, config.threshold, config.factor, least)
+        else:
+            kept = picked & select_highest(scores, counts)
+    return torch.where(kept, tokens, -1.0).long(), confidence

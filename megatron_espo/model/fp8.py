@@ -9,13 +9,15 @@ Scaling recipes of Transformer Engine (``--fp8-recipe``):
   (1 x 128 tiles of activations, 128 x 128 blocks of weights), ``mxfp8`` (groups of 32, Blackwell).
   The result of a pass is a function of its weights and its inputs.
 * ``delayed``: scales come from the largest entries of earlier passes. Two passes of the same
-  weights over the same inputs then differ.
+  weights over the same inputs then differ, and checkpoints hold the scales as pickles.
 """
 
 import argparse
 import contextlib
+import importlib
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,10 @@ Phase = Literal["rollout", "elbo"]
 
 STATELESS_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 DEFAULT_RECIPE = "tensorwise"
+
+# Transformer Engine's own switch: 1 lets it open the pickles of delayed scaling in a checkpoint.
+# Whoever wrote a pickle decides what runs when it is opened, so nothing here sets it.
+OPEN_PICKLES = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 
 # Transformer Engine's matrix products take dimensions in multiples of this; mxfp8 refuses tensors
 # that do not split into groups of 32.
@@ -82,6 +88,12 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--fp8-output-proj: log-probabilities need the output head in higher precision; leave "
             "it out."
         )
+    if args.fp8_recipe == "delayed" and (args.save or args.load) and not opens_pickles():
+        raise ValueError(
+            "--fp8-recipe delayed keeps its scales in checkpoints as pickles, which Transformer "
+            "Engine refuses to open, so that the run could not be resumed; use tensorwise or "
+            f"blockwise, or set {OPEN_PICKLES}=1 if nobody else can write to --save."
+        )
     needed, tp = alignment(args.fp8_recipe), args.tensor_model_parallel_size
     for flag, size in _layer_dimensions(args).items():
         if size % (needed * tp):
@@ -90,6 +102,31 @@ def check_arguments(args: argparse.Namespace) -> None:
                 f"cannot split over --tensor-model-parallel-size {tp}: it must be a multiple of "
                 f"{needed} on every rank."
             )
+
+
+def opens_pickles(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user lets Transformer Engine open the pickles of delayed scaling."""
+    return environment.get(OPEN_PICKLES) == "1"
+
+
+def check_stored(stored: argparse.Namespace, transformer_impl: str, source: str) -> None:
+    """Check that Transformer Engine will read a checkpoint.
+
+    Args:
+        stored: the checkpoint's arguments.
+        transformer_impl: --transformer-impl of the run that loads it.
+        source: flag and folder.
+
+    Raises:
+        ValueError: it was trained with delayed scaling.
+    """
+    delayed = getattr(stored, "fp8", None) and getattr(stored, "fp8_recipe", None) == "delayed"
+    if delayed and transformer_impl == "transformer_engine" and not opens_pickles():
+        raise ValueError(
+            f"{source} was trained with --fp8-recipe delayed and holds pickles, which Transformer "
+            f"Engine refuses to open; set {OPEN_PICKLES}=1 if you trust who wrote it, or use "
+            "--transformer-impl local."
+        )
 
 
 def _layer_dimensions(args: argparse.Namespace) -> dict[str, int]:
@@ -140,15 +177,22 @@ def check_device(recipe: str) -> None:
     Raises:
         ValueError: with Transformer Engine's own reason.
     """
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-
+    manager = _quantization().FP8GlobalStateManager
     ask = {
-        "mxfp8": FP8GlobalStateManager.is_mxfp8_available,
-        "blockwise": FP8GlobalStateManager.is_fp8_block_scaling_available,
-    }.get(recipe, FP8GlobalStateManager.is_fp8_available)
+        "mxfp8": manager.is_mxfp8_available,
+        "blockwise": manager.is_fp8_block_scaling_available,
+    }.get(recipe, manager.is_fp8_available)
     available, reason = ask()
     if not available:
         raise ValueError(f"--fp8-recipe {recipe} does not run on this GPU: {reason}")
+
+
+def _quantization() -> Any:
+    try:
+        return importlib.import_module("transformer_engine.pytorch.quantization")
+    except ModuleNotFoundError:
+        # Its name in older versions; in newer ones a deprecated one.
+        return importlib.import_module("transformer_engine.pytorch.fp8")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.parallel.layout import Layout
 
 
@@ -24,6 +25,8 @@ class DiffusionModel:
         pad_multiple: rows are padded to a multiple of this many positions.
         device: where the model computes.
         layout: process groups.
+        widths: the widths that micro-batches may have (see data/shapes.py); empty: every multiple
+            of ``pad_multiple``.
     """
 
     chunks: Sequence[Any]
@@ -36,3 +39,9 @@ class DiffusionModel:
     pad_multiple: int
     device: torch.device
     layout: Layout
+    widths: tuple[int, ...] = ()
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes that micro-batches may have."""
+        return Shapes(self.pad_multiple, self.widths)

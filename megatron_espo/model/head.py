@@ -15,17 +15,15 @@ def masked_cross_entropy(
 
     Args:
         logits: float ``[r, n]``, this rank's part of the vocabulary; used up.
-        payload: which tokens they predict.
+        payload: which tokens they predict; on the device of the logits.
         tp_group: tensor-parallel group.
 
     Returns:
         float32 ``[R, c]``, zero where nothing is masked; carries the gradient.
     """
-    device = logits.device
-    losses = cross_entropy(logits, payload.targets.to(device), payload.vocab_size, tp_group)
+    losses = cross_entropy(logits, payload.targets, payload.vocab_size, tp_group)
     if payload.is_dummy:
         losses = losses * 0.0
     table = losses.new_zeros(payload.num_rows, payload.num_columns)
     # Each place is written once, so the sums over the table do not depend on an order of adding.
-    place = (payload.rows.to(device), payload.columns.to(device))
-    return torch.index_put(table, place, losses)
+    return torch.index_put(table, (payload.rows, payload.columns), losses)

@@ -121,7 +121,7 @@ def object_from_first_of_samples[Value](value: Value, layout: Layout) -> Value:
 
 def any_over_samples(vote: bool, layout: Layout, device: torch.device) -> bool:
     """Say whether any of the ranks that work on the same samples votes yes."""
-    votes = torch.tensor([int(vote)], device=device)
+    votes = torch.full((1,), int(vote), device=device)  # filled there: nothing is copied
     for group in (layout.mp, layout.cp):
         if group.size() > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)

@@ -9,12 +9,15 @@ With context parallelism each rank passes a contiguous part of the positions thr
 the rows that the head reads are collected on all of them: what is made of the logits is the same on
 every rank, so that callers need not know of it.
 
+Batches are on the host. All that a pass needs to know of its rows is worked out there and sent to
+the device in one copy that nothing waits for.
+
 Symbols: b rows of tokens, s positions, r selected rows, n vocabulary entries of this rank.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
+from megatron_espo.device import current_device
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.parallel.passes import (
     KeyValueCache,
@@ -33,6 +37,7 @@ from megatron_espo.parallel.passes import (
     running,
     select_positions,
 )
+from megatron_espo.transfer import on_device
 
 LogitsFunction = Callable[[Tensor, Any], Tensor]
 
@@ -42,7 +47,7 @@ _FP8_ROWS = 32
 
 @dataclass(frozen=True)
 class RowBatch:
-    """One micro-batch of a pass over the model.
+    """One micro-batch of a pass over the model, on the host.
 
     Attributes:
         tokens: int64 ``[b, s]``, padded on the right; ``[b, w]`` where ``offsets`` are given.
@@ -50,15 +55,15 @@ class RowBatch:
         rows: int64 ``[r]``, the row of ``tokens`` of each predicted token, ascending.
         positions: int64 ``[r]``, its position. With ``logit_shift`` the hidden state before it
             predicts it.
-        payload: what the function of the logits needs besides the logits.
+        payload: what the function of the logits needs besides the logits; its tensors are sent to
+            the device with the rest.
         cache: keys and values that a pass without ``offsets`` fills and one with them uses; without
             gradients.
         offsets: int64 ``[b]``, where ``tokens`` start in the cached rows: the window of w positions
             that passes through the model. It lies inside the rows and holds every hidden state that
             is read; its tokens replace those that the cache was filled with.
         cache_rows: int64 ``[b]``, the rows of the cache that these are; None for all, in order.
-        padded: whether any of ``lengths`` is below the rows' positions. Who makes the batch says
-            it, on the host: to look at it in a pass would be to wait for the device.
+        padded: whether any of ``lengths`` is below the rows' positions.
         sampling: whether tokens are drawn from the pass; see :class:`PassState`.
     """
 
@@ -72,15 +77,6 @@ class RowBatch:
     cache_rows: Tensor | None = None
     padded: bool = True
     sampling: bool = False
-
-    def to(self, device: torch.device) -> "RowBatch":
-        """Return the batch with its tensors on ``device`` (the payload is left alone)."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
 
 
 def padding_mask(lengths: Tensor, s: int) -> Tensor:
@@ -106,7 +102,7 @@ def run_model(
 
     Args:
         model: a GPTModel, possibly wrapped.
-        batch: the micro-batch, on this rank's device.
+        batch: the micro-batch.
         logits_function: gets the float logits ``[r, n]`` and the batch's payload; called on the
             last stage only, with one extra dummy row instead of none where ``r`` is 0.
         logit_shift: whether position i is predicted from the hidden state at i - 1 (Dream).
@@ -114,22 +110,72 @@ def run_model(
     Returns:
         The function's result on the last stage, hidden states elsewhere.
     """
+    config = get_model_config(model)
+    inputs = on_device(_inputs(unwrap_model(model), batch, logit_shift), current_device())
+    with running(inputs.state), _rotation_by_row(config, batch.offsets is not None):
+        output: Tensor = model(
+            inputs.tokens,
+            inputs.position_ids.expand_as(inputs.tokens),
+            inputs.mask,
+            output_processor=select_rows,
+            output_processor_context=(inputs.head, logits_function),
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What the output head reads.
+
+    Attributes:
+        num_rows: r of this rank, without those that fill them up.
+        index: int64 ``[r]``, their places among the hidden states ``[w, b]``; None where the last
+            layer gives no others.
+        part: with context parallelism, which of all rows they are.
+        payload: the batch's.
+    """
+
+    num_rows: int
+    index: Tensor | None
+    part: "_ContextPart | None"
+    payload: Any
+
+
+class _Inputs(NamedTuple):
+    """Everything that a pass sends to the device.
+
+    Attributes:
+        tokens: int64 ``[b, w]``.
+        position_ids: int64 ``[1 or b, w]``.
+        mask: bool ``[b, 1, 1, s]``.
+        state: what the layers need to know.
+        head: what the output head needs to know.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    state: PassState
+    head: _Head
+
+
+def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
+    """Work out, on the host, what this rank's part of the model needs for a pass."""
     b, s = batch.tokens.shape
     tokens, rows, places = batch.tokens, batch.rows, batch.positions - int(logit_shift)
-    position_ids = torch.arange(s, device=tokens.device)[None, :].expand(b, -1)
+    position_ids = torch.arange(s)[None]
     window, part = None, None
     if batch.offsets is not None:
         assert batch.cache is not None, "a window needs the keys and values of the rest"
         position_ids, s = position_ids + batch.offsets[:, None], batch.cache.width
         window, places = position_ids, places - batch.offsets[rows]
-    config, stage = get_model_config(model), unwrap_model(model)
     cp_group = stage.pg_collection.cp
     if cp_group.size() > 1:
         assert batch.cache is None, "a cache holds all positions of its rows"
         width = s // cp_group.size()
         start = cp_group.rank() * width
         tokens = tokens[:, start : start + width]
-        window = position_ids = position_ids[:, start : start + width]
+        window = position_ids = position_ids[:, start : start + width].expand_as(tokens)
         part = _ContextPart(
             ((places >= start) & (places < start + width)).nonzero()[:, 0], rows.numel(), cp_group
         )
@@ -138,19 +184,13 @@ def run_model(
             rows, places = part.places.new_zeros(1), part.places.new_zeros(1)
     selected = _select(stage, tokens, rows, places)
     # Attention that runs again in the backward pass knows of no pass and takes the mask.
-    padded = batch.padded or config.recompute_granularity is not None
+    padded = batch.padded or stage.config.recompute_granularity is not None
     state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, batch.sampling)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
-    with running(state), _rotation_by_row(config, batch.offsets is not None):
-        output: Tensor = model(
-            tokens,
-            position_ids,
-            padding_mask(batch.lengths, s),
-            output_processor=select_rows,
-            output_processor_context=(batch, logits_function, index, part),
-        )
-    return output
+    num_rows = batch.rows.numel() if part is None else part.places.numel()
+    head = _Head(num_rows, index, part, batch.payload)
+    return _Inputs(tokens, position_ids, padding_mask(batch.lengths, s), state, head)
 
 
 class _ContextPart(NamedTuple):
@@ -201,12 +241,12 @@ def select_rows(
     hidden_states: Tensor,
     output_layer: Any,
     output_weight: Tensor | None,
-    context: tuple[RowBatch, LogitsFunction, Tensor | None, _ContextPart | None],
+    context: tuple[_Head, LogitsFunction],
     scale_logits: Callable[[Tensor], Tensor],
     **_: Any,
 ) -> Tensor:
     """Run the output head on the rows of a :class:`RowBatch` (GPTModel's output processor)."""
-    batch, logits_function, index, part = context
+    head, logits_function = context
     sequence_parallel = output_layer.sequence_parallel
     if sequence_parallel:
         # The head's copy-to-region sums the gradient over the tensor-parallel ranks; the gather
@@ -214,19 +254,18 @@ def select_rows(
         hidden_states = gather_from_sequence_parallel_region(
             hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
         )
-    if index is not None:
-        hidden_states = hidden_states.flatten(0, 1).index_select(0, index)[:, None, :]
-    if part is None:
-        chosen = hidden_states[: batch.rows.numel()]
-    else:
-        chosen = join_context(hidden_states[: part.places.numel()], *part)
+    if head.index is not None:
+        hidden_states = hidden_states.flatten(0, 1).index_select(0, head.index)[:, None, :]
+    chosen = hidden_states[: head.num_rows]
+    if head.part is not None:
+        chosen = join_context(chosen, *head.part)
     output_layer.sequence_parallel = False
     try:
         logits, _bias = output_layer(chosen, weight=output_weight)
     finally:
         output_layer.sequence_parallel = sequence_parallel
     # An index would cost a second tensor of this size in the backward pass; a view costs none.
-    return logits_function(scale_logits(logits).squeeze(1), batch.payload)
+    return logits_function(scale_logits(logits).squeeze(1), head.payload)
 
 
 def forward_only(

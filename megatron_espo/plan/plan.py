@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import round_up
+from megatron_espo.data.shapes import round_up
 from megatron_espo.monitor.flops import (
     ModelDimensions,
     RolloutFlops,

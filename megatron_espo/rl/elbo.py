@@ -61,7 +61,7 @@ def estimate_elbo(
     indices = torch.arange(n)
     ids = indices if sample_ids is None else sample_ids
     views = elbo_views(estimator, stream(seed, purpose), ids, indices, n, length, num_mc)
-    sequences = pack_sequences(prompts, completions, model.pad_token_id, model.pad_multiple)
+    sequences = pack_sequences(prompts, completions, model.pad_token_id, model.shapes)
     rows = _largest_divisor(views.weights.numel(), rows_per_batch)
     batches = view_batches(
         sequences,
@@ -88,7 +88,7 @@ def elbo_of_views(model: DiffusionModel, batches: list[ViewBatch], views: ElboVi
     """
     results = forward_only(
         model.chunks,
-        [batch.batch.to(model.device) for batch in batches],
+        [batch.batch for batch in batches],
         partial(view_cross_entropy, tp_group=model.layout.tp),
         model.logit_shift,
         model.layout,
@@ -111,10 +111,13 @@ def in_order_of_views(
         float32 ``[n*m*v]`` on the host.
     """
     index = torch.cat([batch.view_index for batch in batches])
-    values = torch.empty(len(index), device=model.device)
     if model.layout.is_last_stage:
-        values[index.to(model.device)] = torch.cat(list(results))
-    return broadcast_from_last_stage(values, model.layout).cpu()
+        known = torch.cat(list(results))
+    else:
+        known = torch.empty(len(index), device=model.device)
+    values = torch.empty(len(index))
+    values[index] = broadcast_from_last_stage(known, model.layout).cpu()
+    return values
 
 
 def view_cross_entropy(

@@ -14,6 +14,7 @@ from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import sum_over_data_parallel
 from megatron_espo.rl.rollout import completion_lengths, decode_completions, score_completions
 from megatron_espo.tasks.base import Example, Score, Task
+from megatron_espo.transfer import on_device
 
 # Completions of one problem draw their noise under ids this far apart; the first one's id is the
 # problem's number.
@@ -168,7 +169,7 @@ def evaluate_task(
         sums[6] = float(scored.num_committed.sum())
         sums[7] = float(scored.mean_confidence.double().sum())
     # One copy of the model may be interrupted when another is not: the flag travels with the sums.
-    totals = sum_over_data_parallel(sums.to(model.device), layout).tolist()
+    totals = sum_over_data_parallel(on_device(sums, model.device), layout).tolist()
     correct, reward, length, count, interrupted, evaluations, committed, confidence = totals
     if interrupted:
         return None

@@ -191,7 +191,7 @@ def assemble_rollout(
             [prompt.token_ids for prompt in prompts for _ in range(espo.group_size)],
             generation.completions,
             model.pad_token_id,
-            model.pad_multiple,
+            model.shapes,
         ),
         sample_ids=ids,
         indices=ids % espo.completions_per_rollout,

@@ -50,7 +50,7 @@ from megatron_espo.rl.rollout import (
     take_failures,
 )
 from megatron_espo.rl.types import PreparedRollout, Prompt, Rollout
-from megatron_espo.rl.update import accumulate_gradient
+from megatron_espo.rl.update import accumulate_gradient, check_gradient
 from megatron_espo.tasks.base import Example, Task
 
 # Denoising steps between looks at whether the run was told to stop: a look costs a collective.
@@ -105,6 +105,7 @@ class Trainer:
         seed: the run's seed.
         rows_per_batch: views per model pass.
         dashboard: where reports go.
+        check_gradient: whether a gradient that is not finite ends the run.
         inference: context in which the policy is evaluated without gradients.
         is_due: asked after every optimizer step whether it is time to save.
         save: saves the run at a position.
@@ -126,6 +127,7 @@ class Trainer:
     seed: int
     rows_per_batch: int
     dashboard: Dashboard
+    check_gradient: bool
     inference: Callable[[], AbstractContextManager[None]]
     is_due: Callable[[int], bool]
     save: Callable[[Position], None]
@@ -322,7 +324,10 @@ def _update(
                 espo.completions_per_rollout,
                 passes.append,
             )
-        succeeded, grad_norm, _ = trainer.optimizer.step()
+        succeeded, norm, _ = trainer.optimizer.step()
+        grad_norm = None if norm is None else float(norm)  # waits until the gradient is there
+        if trainer.check_gradient:
+            check_gradient(grad_norm, bool(succeeded), step)
         if succeeded:
             # Megatron's schedule counts samples: the rows of one update.
             trainer.scheduler.step(increment=espo.completions_per_rollout)

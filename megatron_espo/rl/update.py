@@ -8,6 +8,7 @@ exp() is not linear, so all draws of a sequence must meet before the ratio. Two 
   does not grow with the number of draws.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.pipeline import run_model
 from megatron_espo.rl.elbo import elbo_of_views, in_order_of_views, view_cross_entropy
 from megatron_espo.rl.losses import elbo_gradient, espo_terms
+from megatron_espo.transfer import on_device
 
 LossFunction = Callable[[ViewBatch, Tensor], Tensor]
 
@@ -79,19 +81,44 @@ def accumulate_gradient(
     def joint_loss(batch: ViewBatch, sums: Tensor) -> Tensor:
         rows = batch.view_index.view(-1, m, v)
         sequence = rows[:, 0, 0] // (m * v)
-        device = sums.device
-        draws = elbo_draws(sums.view(rows.shape), batch.weights.view(rows.shape).to(device))
-        old = draws.detach() if elbo_old is None else elbo_old[sequence].to(device)
-        ref = None if elbo_ref is None else elbo_ref[sequence].to(device)
-        chosen = advantages[sequence].to(device)
+        old, ref = (None if elbo is None else elbo[sequence] for elbo in (elbo_old, elbo_ref))
+        known = (batch.weights.view(rows.shape), advantages[sequence], old, ref)
+        weights, chosen, old, ref = on_device(known, sums.device)
+        draws = elbo_draws(sums.view(rows.shape), weights)
+        old = draws.detach() if old is None else old
         return espo_terms(draws, old, ref, chosen, length, config).loss.sum() * scale
 
     sums = _forward_backward(model, batches, joint_loss)
     return elbo_draws(sums.view(n, m, v), views.weights)
 
 
+def check_gradient(norm: float | None, succeeded: bool, step: int) -> None:
+    """Stop a run whose gradient is not finite: its weights are of no use any more.
+
+    Megatron can look at every bucket of the gradient before it is reduced, for which the host waits
+    each time. The norm is read anyway, is of all ranks, and is not finite if anything in them is.
+
+    Args:
+        norm: of the whole gradient before clipping, the same on every rank; None where the
+            optimizer found something in the gradient that is not finite before it took the norm.
+        succeeded: whether the optimizer made its step.
+        step: number of the step.
+
+    Raises:
+        RuntimeError: on every rank.
+    """
+    if succeeded and norm is not None and math.isfinite(norm):
+        return
+    found = "inf or nan" if norm is None else str(norm)
+    raise RuntimeError(
+        f"the gradient's norm at optimizer step {step} is {found}; "
+        "the step is not saved. Go on from the last checkpoint; if it happens there again, with a "
+        "smaller --lr or --espo-kl-coef."
+    )
+
+
 def _linear_loss(batch: ViewBatch, sums: Tensor, *, factors: Tensor) -> Tensor:
-    return (sums * factors[batch.view_index].to(sums.device)).sum()
+    return (sums * on_device(factors[batch.view_index], sums.device)).sum()
 
 
 def _forward_backward(
@@ -109,7 +136,7 @@ def _forward_backward(
         batch = next(iterator)
         output = run_model(
             chunk,
-            batch.batch.to(model.device),
+            batch.batch,
             partial(view_cross_entropy, tp_group=model.layout.tp),
             model.logit_shift,
         )

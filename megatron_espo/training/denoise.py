@@ -11,13 +11,13 @@ from torch import Tensor
 from megatron_espo.arguments import config_from_args
 from megatron_espo.config import DiffusionConfig
 from megatron_espo.data.batch import mask_rows
-from megatron_espo.device import current_device
 from megatron_espo.diffusion.losses import weighted_token_loss
 from megatron_espo.diffusion.noise import Noise, bernoulli, exact_count, random_lengths
 from megatron_espo.model.head import masked_cross_entropy
 from megatron_espo.parallel.layout import current_layout
 from megatron_espo.parallel.pipeline import RowBatch, run_model
 from megatron_espo.random import Stream, stream, substream
+from megatron_espo.transfer import on_device
 
 Report = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Report]]
@@ -45,7 +45,7 @@ def forward_step(iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
     timers("batch-generator").stop()
     layout = current_layout()
     head = partial(masked_cross_entropy, tp_group=layout.tp)
-    output = run_model(model, batch.to(current_device()), head, config.logit_shift)
+    output = run_model(model, batch, head, config.logit_shift)
     return output, partial(_loss, noise=noise, lengths=maskable.sum(dim=1), cp_size=layout.cp_size)
 
 
@@ -101,9 +101,9 @@ def noise_batch(
 def _loss(
     cross_entropy: Tensor, *, noise: Noise, lengths: Tensor, cp_size: int
 ) -> tuple[Tensor, Report]:
-    device = cross_entropy.device
-    loss = weighted_token_loss(cross_entropy, noise.weights.to(device), lengths.to(device))
-    rows = torch.tensor(float(lengths.numel()), device=device)
+    known = (noise.weights, lengths)
+    loss = weighted_token_loss(cross_entropy, *on_device(known, cross_entropy.device))
+    rows = torch.full((), float(lengths.numel()), device=cross_entropy.device)
     # Megatron multiplies the loss by the context-parallel size, for ranks that see a part of it
     # each; here they all see the whole. It divides the summed first entries of the report by the
     # summed second ones, over all ranks.

@@ -29,7 +29,8 @@ from megatron_espo.rl.trainer import TaskData, Trainer, train
 from megatron_espo.tasks import Task, load_task
 from megatron_espo.tasks.base import start_line
 from megatron_espo.tasks.workers import RewardWorkers
-from megatron_espo.training.dry_run import dry_run, is_dry_run
+from megatron_espo.training.dry_run import dry_run
+from megatron_espo.training.planned import is_dry_run
 from megatron_espo.training.setup import (
     diffusion_model,
     inference_mode,
@@ -169,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
         argv: flags.
     """
     if is_dry_run(argv):
-        dry_run(argv, prepare_arguments, with_espo=True)
+        dry_run(argv, prepare_arguments, "megatron_espo.training.espo")
         return
     args = initialize_arguments(argv, prepare_arguments)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
@@ -178,6 +179,10 @@ def main(argv: Sequence[str]) -> None:
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
+    # With clipping, the loop looks at the norm of the whole gradient, which the host reads anyway;
+    # Megatron waits for each bucket's.
+    check_gradient = args.check_for_nan_in_loss_and_grad
+    args.check_for_nan_in_loss_and_grad = check_gradient and not args.clip_grad
     store = initialize_process_groups(args)
     megatron_training.initialize_megatron(store=store)
     chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
@@ -223,6 +228,7 @@ def main(argv: Sequence[str]) -> None:
                     fp8=bool(args.fp8),
                 ),
             ),
+            check_gradient=check_gradient,
             inference=partial(inference_mode, chunks, optimizer),
             is_due=checkpoints.is_due,
             save=checkpoints.save,

@@ -24,7 +24,9 @@ from megatron_espo.training.inference import (
     load_model,
     prepare_arguments,
 )
+from megatron_espo.training.planned import is_dry_run
 from megatron_espo.training.setup import pad_multiple
+from megatron_espo.training.simulation import simulate_inference
 
 # Of the sampling settings, what only decides how fast completions come.
 _SPEED = ("micro_batch_size",)
@@ -57,6 +59,9 @@ def main(argv: Sequence[str]) -> None:
             setattr(args, f"rollout_{name}", value)
         prepare_arguments(args)
 
+    if is_dry_run(rest):
+        simulate_inference("megatron_espo.training.evaluation", argv, rest, prepare)
+        return
     model, args = load_model([*checkpoint_flags(options), *rest], prepare)
     task, tokenizer, data = load_eval_problems(args)
     assert protocol is not None

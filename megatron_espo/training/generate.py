@@ -26,7 +26,10 @@ from megatron_espo.training.inference import (
     add_checkpoint_arguments,
     checkpoint_flags,
     load_model,
+    prepare_arguments,
 )
+from megatron_espo.training.planned import is_dry_run
+from megatron_espo.training.simulation import simulate_inference
 
 _HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C breaks an answer off."
 
@@ -75,6 +78,9 @@ def main(argv: Sequence[str]) -> None:
             raise ValueError("--save-frames shows one completion; give one --prompt.")
     if not options.delay >= 0.0:
         raise ValueError(f"--delay {options.delay} must be 0 or more seconds.")
+    if is_dry_run(rest):
+        simulate_inference("megatron_espo.training.generate", argv, rest, prepare_arguments)
+        return
     model, args = load_model([*checkpoint_flags(options), *rest], log=_startup_log())
     session = Session(
         model,

@@ -15,7 +15,7 @@ from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.training.setup import run_entry_point
 
 # What torchrun tells its ranks; the torchrun that a rank starts must not inherit it.
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _RANK_PREFIXES = ("LOCAL_", "GROUP_", "ROLE_", "TORCHELASTIC_")
 
 

@@ -25,7 +25,8 @@ from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.training.denoise import forward_step
-from megatron_espo.training.dry_run import dry_run, is_dry_run
+from megatron_espo.training.dry_run import dry_run
+from megatron_espo.training.planned import is_dry_run
 from megatron_espo.training.setup import (
     initialize_process_groups,
     run_entry_point,
@@ -125,7 +126,7 @@ def main(argv: Sequence[str]) -> None:
         argv: flags.
     """
     if is_dry_run(argv):
-        dry_run(argv, prepare_arguments, with_espo=False)
+        dry_run(argv, prepare_arguments, "megatron_espo.training.pretrain")
         return
     args = initialize_arguments(argv, prepare_arguments)
     _check_data(args)

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device
+from megatron_espo.data.shapes import few_widths
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
@@ -133,12 +134,32 @@ def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
         pad_multiple=pad_multiple(args),
         device=device.current_device(),
         layout=current_layout(),
+        widths=few_shapes(args),
     )
+
+
+def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
+    """Choose the widths of micro-batches: a few where attention keeps a graph for every shape.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        The widths; none where any will do: on a CPU, and where PyTorch's kernels attend (plain
+        layers, context parallelism; see model/attention.py).
+    """
+    keeps_graphs = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
+    if not (device.has_cuda() and keeps_graphs):
+        return ()
+    return few_widths(args.rollout_completion_length + 1, args.seq_length, pad_multiple(args))
 
 
 @contextlib.contextmanager
 def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
     """Evaluate the model between updates: evaluation mode, gathered parameters, no hooks.
+
+    With overlapped gathers the parameters are gathered here, unless no step was made since they
+    were last.
 
     Args:
         chunks: this rank's model chunks.
@@ -153,7 +174,7 @@ def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterato
     hooked = optimizer is not None and should_disable_forward_pre_hook(get_args())
     hooked = hooked and all(getattr(c, "remove_forward_pre_hook_handles", None) for c in chunks)
     if hooked:
-        disable_forward_pre_hook(chunks)
+        disable_forward_pre_hook(chunks, param_sync=not _are_gathered(chunks))
     training = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
@@ -164,3 +185,19 @@ def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterato
             chunk.train(mode)
         if hooked:
             enable_forward_pre_hook(chunks)
+
+
+def _are_gathered(chunks: Sequence[Any]) -> bool:
+    """Whether this rank holds the newest parameters of all ranks.
+
+    Megatron marks a group of parameters when its gather starts, and takes the mark off when the
+    group's gradient is reduced, which is before every optimizer step.
+    """
+    groups = [
+        group
+        for chunk in chunks
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+    ]
+    return all(
+        group.param_gather_dispatched and group.param_gather_handle is None for group in groups
+    )

@@ -173,7 +173,7 @@ class StopRequest:
         )
         if step is not None and args.exit_interval and step % args.exit_interval == 0:
             over = True
-        votes: Tensor = torch.tensor([int(_signalled() or over)], device=current_device())
+        votes: Tensor = torch.full((1,), int(_signalled() or over), device=current_device())
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 

@@ -15,7 +15,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import pack_sequences, round_up, view_batches
+from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.data.shapes import Shapes, round_up
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation import sampler
 from megatron_espo.generation.sampler import generate
@@ -290,7 +291,10 @@ def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[st
     ids = torch.arange(N)[rows]
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, config.num_mc)
     sequences = pack_sequences(
-        prompts[rows], completions[rows], built.model.pad_token_id, built.model.pad_multiple * 2
+        prompts[rows],
+        completions[rows],
+        built.model.pad_token_id,
+        Shapes(built.model.pad_multiple * 2),
     )
     batches = view_batches(
         sequences,

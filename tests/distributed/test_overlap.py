@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_espo.checkpoint.compare import checkpoint_tensors, unequal_tensors
 from megatron_espo.config import EspoConfig
 from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
@@ -47,7 +48,7 @@ def two_steps(built: Built, folder: str) -> Outcome:
     rows = own_rows(built)
     ids = torch.arange(N)[rows]
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, 1)
-    sequences = pack_sequences(prompts[rows], completions[rows], 0, 8)
+    sequences = pack_sequences(prompts[rows], completions[rows], 0, Shapes(8))
     model = built.model
     batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, 2)
     chunks = list(model.chunks)
@@ -63,11 +64,22 @@ def two_steps(built: Built, folder: str) -> Outcome:
         accumulate_gradient(model, batches, views, None, None, advantages, LENGTH, config, N)
         assert built.optimizer.step()[0]
 
+    gathers: list[object] = []
+    for chunk in chunks:
+        start = chunk.start_param_sync
+        chunk.start_param_sync = lambda *a, start=start, **k: (gathers.append(k), start(*a, **k))
     step("two_pass")
     step("joint")
-    with inference_mode(chunks, built.optimizer):
-        reference.mix(0.6)
-        elbo = elbo_of_views(model, batches, views)
+    gathers.clear()
+    for visit in range(2):
+        # The first visit after a step gathers, if steps do not, and the next one has no reason to.
+        with inference_mode(chunks, built.optimizer):
+            if visit == 0:
+                reference.mix(0.6)
+                with reference.in_model():
+                    pass  # weights that go and come back are still the newest
+            elbo = elbo_of_views(model, batches, views)
+        assert len(gathers) == len(chunks) * built.args.overlap_param_gather
     built.args.save, built.args.global_batch_size = folder, N
     checkpoints = Checkpoints(chunks, built.optimizer, built.scheduler, reference, ESPO, None)
     # Another step, so that what this rank holds of the others' shards is old when it saves.

@@ -26,7 +26,7 @@ def views_of(built: Built) -> tuple[Any, Any]:
     # Of different lengths, so that rows hold padding.
     prompts = [numbers[i, : 9 + 11 * i].tolist() for i in range(N)]
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, 1)
-    sequences = pack_sequences(prompts, numbers[:, 64:], model.pad_token_id, model.pad_multiple)
+    sequences = pack_sequences(prompts, numbers[:, 64:], model.pad_token_id, model.shapes)
     return views, view_batches(sequences, views, model.mask_token_id, model.vocab_size, 4)
 
 
@@ -67,7 +67,7 @@ def logits(built: Built) -> Tensor:
 
     set_mode(built, training=False)
     _, batches = views_of(built)
-    batch = batches[0].batch.to(built.model.device)
+    batch = batches[0].batch
     take = lambda values, _: values.float()  # noqa: E731
     return forward_only(built.model.chunks, [batch], take, False, built.model.layout)[0]
 

@@ -28,7 +28,7 @@ from megatron.core.num_microbatches_calculator import (  # noqa: E402
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine  # noqa: E402
 from megatron.training import training as megatron_training  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
-from transformer_engine.pytorch import fp8 as te_fp8  # noqa: E402
+from transformer_engine.pytorch import quantization as te_fp8  # noqa: E402
 
 from megatron_espo import arguments  # noqa: E402
 from megatron_espo.arguments import initialize_arguments  # noqa: E402
@@ -47,7 +47,7 @@ SHAPE = (
 TE = ("--transformer-impl", "transformer_engine")
 FP8 = (*TE, "--bf16", "--fp8-format", "hybrid")
 
-_check_backend = arguments._check_backend
+_check_backend = arguments.check_backend
 
 
 def _check_backend_as_with_a_gpu(args: Any) -> None:
@@ -55,7 +55,7 @@ def _check_backend_as_with_a_gpu(args: Any) -> None:
         _check_backend(args)
 
 
-arguments._check_backend = _check_backend_as_with_a_gpu
+arguments.check_backend = _check_backend_as_with_a_gpu
 
 
 @dataclass(frozen=True)

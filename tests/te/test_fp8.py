@@ -14,7 +14,7 @@ import torch
 from conftest import FP8, SHAPE, TE, Build, Built, forget
 from megatron.core import mpu
 from torch import Tensor
-from transformer_engine.pytorch import fp8 as te_fp8
+from transformer_engine.pytorch import quantization as te_fp8
 
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
@@ -41,7 +41,7 @@ def views_of(built: Built, n: int = N, rows: int = 2) -> tuple[Any, Any]:
     model, ids = built.model, torch.arange(n)
     views = elbo_views("coupled", stream(5, "elbo"), ids, ids, n, LENGTH, 1)
     sequences = pack_sequences(
-        prompts, numbers[:, 16 : 16 + LENGTH], model.pad_token_id, model.pad_multiple
+        prompts, numbers[:, 16 : 16 + LENGTH], model.pad_token_id, model.shapes
     )
     return views, view_batches(sequences, views, model.mask_token_id, model.vocab_size, rows)
 

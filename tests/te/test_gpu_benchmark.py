@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 from conftest import TE, forget
 from megatron.core import mpu
-from transformer_engine.pytorch import fp8 as te_fp8
+from transformer_engine.pytorch import quantization as te_fp8
 
 sys.path.append(str(Path(__file__).parents[2]))
 

@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.utils import unwrap_model
 from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
-from transformer_engine.pytorch import fp8 as te_fp8
+from transformer_engine.pytorch import quantization as te_fp8
 
 from megatron_espo.parallel.pipeline import RowBatch, forward_only
 

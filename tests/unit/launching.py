@@ -13,6 +13,8 @@ CLEAN = {
     name: value
     for name, value in os.environ.items()
     if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "NNODES", "GPUS_PER_NODE")
+    # What runs set by themselves must not come from elsewhere.
+    and not name.startswith(("CUDA_DEVICE_MAX", "NVTE_", "TORCHDYNAMO"))
 }
 
 

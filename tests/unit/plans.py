@@ -38,7 +38,7 @@ def plan(
     argv = [word for word in argv if word not in without]
     try:
         with contextlib.redirect_stdout(printed):
-            made = dry_run.dry_run(argv, entry.prepare_arguments, with_espo=entry is espo)
+            made = dry_run.dry_run(argv, entry.prepare_arguments, entry.__name__)
     except ValueError as error:
         return {"refused": str(error), "printed": printed.getvalue()}
     assert made is not None
@@ -64,7 +64,7 @@ def megatron(flags: list[str]) -> dict[str, float]:
     made = dry_run.dry_run(
         [*complete_flags(["llada_8b", "gsm8k"], flags), "--dry-run"],
         espo.prepare_arguments,
-        with_espo=True,
+        espo.__name__,
     )
     assert made is not None
     args = made.args

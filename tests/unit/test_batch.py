@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megatron_espo.data.batch import Sequences, mask_rows, pack_sequences, view_batches
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.model.head import masked_cross_entropy
 from megatron_espo.random import stream
@@ -16,7 +17,7 @@ def sequences() -> Sequences:
     """Four sequences in which every token of prompt and completion is different."""
     prompts = [[0, 1, 2], [3], [4, 5, 6, 7, 8, 9], [10, 11]]
     completions = 20 + torch.arange(4 * LENGTH).view(4, LENGTH)
-    return pack_sequences(prompts, completions, PAD, pad_multiple=4)
+    return pack_sequences(prompts, completions, PAD, Shapes(4))
 
 
 def views(num_mc: int = 2) -> ElboViews:
@@ -39,13 +40,15 @@ def test_packing_puts_prompt_completion_and_padding_side_by_side() -> None:
 
 @pytest.mark.parametrize(("multiple", "width"), [(1, 8), (2, 8), (3, 9), (16, 16)])
 def test_width_is_the_least_multiple_that_holds_the_longest_row(multiple: int, width: int) -> None:
-    packed = pack_sequences([[1], [1, 2, 3]], torch.zeros(2, 5, dtype=torch.int64), PAD, multiple)
+    packed = pack_sequences(
+        [[1], [1, 2, 3]], torch.zeros(2, 5, dtype=torch.int64), PAD, Shapes(multiple)
+    )
     assert packed.tokens.shape == (2, width)
 
 
 def test_packing_refuses_prompts_and_completions_of_different_number() -> None:
     with pytest.raises(ValueError, match="zip"):
-        pack_sequences([[1], [2], [3]], torch.zeros(2, 5, dtype=torch.int64), PAD, 1)
+        pack_sequences([[1], [2], [3]], torch.zeros(2, 5, dtype=torch.int64), PAD, Shapes())
 
 
 @pytest.mark.parametrize("rows_per_batch", [1, 2, 4, 8, 16])
@@ -154,11 +157,3 @@ def test_a_dummy_row_has_no_loss_and_a_gradient_of_zeros(one_rank) -> None:
     assert table.tolist() == [[0.0] * 3] * 2
     table.sum().backward()
     assert weight.grad.tolist() == [[0.0] * 6]
-
-
-def test_moving_a_batch_keeps_its_content_and_payload() -> None:
-    view = view_batches(sequences(), views(), MASK, VOCAB, 4, same_width=True)[0]
-    moved = view.batch.to(torch.device("cpu"))
-    for name in ("tokens", "lengths", "rows", "positions"):
-        assert torch.equal(getattr(moved, name), getattr(view.batch, name))
-    assert moved.payload is view.batch.payload

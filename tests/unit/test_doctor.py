@@ -1,5 +1,6 @@
 """The doctor's findings: one sentence per problem, and a status that can be trusted."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -7,22 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from megatron_espo.doctor import (
-    GB,
-    Finding,
-    Gpu,
+from megatron_espo.doctor.finding import GB, Finding, Gpu
+from megatron_espo.doctor.machine import (
     check_gpus,
     check_limits,
-    check_nccl,
     check_network,
     check_sandbox,
     check_shared_memory,
+)
+from megatron_espo.doctor.software import (
+    Driver,
+    check_compiler,
+    check_connections,
+    check_cudnn,
+    check_driver,
+    check_kernels,
+    check_nccl,
     check_transformer_engine,
     check_versions,
 )
+from megatron_espo.environment import CONNECTIONS, OLDEST_ENGINE, Engine
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 85 * GB, (9, 0))
 A100 = Gpu("NVIDIA A100-SXM4-80GB", 85 * GB, (8, 0))
+B200 = Gpu("NVIDIA B200", 190 * GB, (10, 0))
 V100 = Gpu("Tesla V100", 32 * GB, (7, 0))
 GOOD = {"torch": "2.15.0+cu130", "megatron-core": "0.19.2", "transformers": "5.23.0"}
 
@@ -69,16 +78,74 @@ def test_gpus_are_a_problem_only_where_they_are_wanted() -> None:
 
 
 def test_fp8_needs_transformer_engine_and_the_gpu() -> None:
-    (fine,) = check_transformer_engine("2.8.0", None, [H100])
+    (fine,) = check_transformer_engine(Engine("2.8.0"), [H100])
     assert fine.level == "ok" and "FP8 can be used" in fine.text
-    engine, fp8 = check_transformer_engine("2.8.0", None, [H100, A100])
+    engine, fp8 = check_transformer_engine(Engine("2.8.0"), [H100, A100])
     assert (engine.level, fp8.level) == ("ok", "warning") and "--fp8-format" in fp8.text
-    assert levels(check_transformer_engine(None, None, [H100])) == ["problem"]
-    (broken,) = check_transformer_engine("2.8.0", "OSError: libcudnn", [H100])
+    assert levels(check_transformer_engine(Engine(None), [H100])) == ["problem"]
+    (broken,) = check_transformer_engine(Engine("2.8.0", "OSError: libcudnn"), [H100])
     assert broken.level == "problem" and "libcudnn" in broken.text
-    assert levels(check_transformer_engine(None, None, [])) == ["ok"]
+    assert levels(check_transformer_engine(Engine(None), [])) == ["ok"]
     assert levels(check_nccl(None, [H100])) == ["problem"]
     assert levels(check_nccl(None, [])) == levels(check_nccl("2.27.3", [H100])) == ["ok"]
+
+
+@pytest.mark.parametrize("version", ["2.7.0+abc", "1.13", "2.7.1"])
+def test_transformer_engine_must_be_as_new_as_the_gpu_extra_asks(version: str) -> None:
+    (old,) = check_transformer_engine(Engine(version), [H100])
+    assert old.level == "problem" and "is too old; install 2.8 or newer" in old.text
+    for fine in ("2.8.0", "2.20.2", "2.10.0+8cba1b4", "3.0"):
+        assert levels(check_transformer_engine(Engine(fine), [H100])) == ["ok"]
+    asked = [r for r in importlib.metadata.requires("megatron-espo") or [] if "transformer" in r]
+    assert any(f"transformer-engine[pytorch]>={OLDEST_ENGINE[0]}.{OLDEST_ENGINE[1]};" in
+               r.replace(" ", "") for r in asked)  # fmt: skip
+
+
+def test_cudnn_is_as_new_as_transformer_engine_asks() -> None:
+    assert check_cudnn(91300, [H100]) == [Finding("ok", "cuDNN 9.13.0")]
+    assert levels(check_cudnn(91200, [H100])) == ["ok"]
+    (warned,) = check_cudnn(91002, [H100])
+    assert warned.level == "warning" and "cuDNN 9.10.2 is old" in warned.text
+    (refused,) = check_cudnn(8907, [H100])
+    assert refused.level == "problem" and "cuDNN 8.9.7 is old" in refused.text
+    assert levels(check_cudnn(None, [H100])) == ["problem"]
+    assert check_cudnn(None, []) == []
+
+
+def test_driver_must_know_the_cuda_that_pytorch_was_built_for() -> None:
+    new, old = Driver("580.65.06", (13, 0), 8), Driver("550.54", (12, 4), 8)
+    assert check_driver(new, "13.2", [H100]) == [
+        Finding("ok", "driver 580.65.06 for CUDA 13.0, PyTorch built for CUDA 13.2")
+    ]
+    assert levels(check_driver(new, "12.8", [H100])) == ["ok"]
+    (problem,) = check_driver(old, "13.0", [])
+    assert problem.level == "problem" and "update the driver or install" in problem.text
+    # With NVIDIA's compatibility libraries it runs all the same.
+    assert levels(check_driver(old, "13.0", [H100])) == ["ok"]
+    (other,) = check_driver(new, None, [])
+    assert other.level == "warning" and "this PyTorch has no CUDA" in other.text
+    assert check_driver(None, "13.0", []) == []
+
+
+def test_pytorch_must_hold_kernels_for_the_gpu() -> None:
+    built = ["sm_80", "sm_86", "sm_90", "compute_90"]
+    assert check_kernels(built, [H100, A100, Gpu("Ada", GB, (8, 9)), B200]) == []
+    (missing,) = check_kernels(["sm_80", "sm_90a"], [H100, B200, B200])
+    assert missing.level == "problem" and "compute capability 10.0" in missing.text
+    assert levels(check_kernels(["sm_80"], [V100])) == ["problem"]
+
+
+def test_connections_are_left_to_the_run_or_fit_the_gpus() -> None:
+    assert check_connections({CONNECTIONS: "8"}, []) == []
+    for given, gpus in (({}, [H100]), ({CONNECTIONS: "1"}, [H100]), ({CONNECTIONS: "32"}, [B200])):
+        assert levels(check_connections(given, gpus)) == ["ok"]
+    (warned,) = check_connections({CONNECTIONS: "32"}, [B200, H100])
+    assert warned.level == "warning" and "unset it" in warned.text
+
+
+def test_compiler_is_missed_only_with_a_gpu() -> None:
+    assert check_compiler("gcc", [H100]) == check_compiler(None, []) == []
+    assert levels(check_compiler(None, [H100])) == ["warning"]
 
 
 def test_dockers_shared_memory_is_too_small_for_several_gpus() -> None:

@@ -244,6 +244,28 @@ def test_espo_does_not_read_the_global_generators(folder: Path, whole: str) -> N
     assert_same_run(folder, "poisoned")
 
 
+NAN = (
+    "from megatron_espo.rl import trainer\n"
+    "accumulate = trainer.accumulate_gradient\n"
+    "def spoilt(model, *a):\n"
+    "    draws = accumulate(model, *a)\n"
+    "    gradient = model.chunks[0].buffers[0].grad_data\n"
+    "    if torch.distributed.get_rank() == 1:\n"
+    "        gradient[len(gradient) // 2 + 5] = float('nan')\n"
+    "    return draws\n"
+    "trainer.accumulate_gradient = spoilt"
+)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(folder: Path) -> None:
+    """One entry of one rank's part, spoilt after the gradient was reduced: all ranks find it."""
+    program = poisoned(folder, "espo", NAN)
+    output = espo(folder, "spoilt", "--use-distributed-optimizer", program=program, fails=True)
+    message = "the gradient's norm at optimizer step 1 is nan; the step is not saved"
+    assert output.count(f"RuntimeError: {message}") >= 2
+    assert not list((folder / "spoilt").glob("iter_*"))
+
+
 def test_fine_tuning_resumes_bit_for_bit_and_shows_each_step_once(folder: Path) -> None:
     program = ["-m", "megatron_espo.training.pretrain"]
     flags = ("--load", str(folder / "tuned"), "--save-interval", "2", "--log-interval", "1",

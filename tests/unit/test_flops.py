@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation.sampler import generate
@@ -144,7 +145,7 @@ def test_rollout_flops_are_those_of_its_phases(
     completions = torch.randint(0, 250, (2, LENGTH))
     ids = torch.arange(2)
     views = elbo_views("coupled", stream(1, "e"), ids, ids, 2, LENGTH, espo.num_mc)
-    sequences = pack_sequences(PROMPTS, completions, model.pad_token_id, 1)
+    sequences = pack_sequences(PROMPTS, completions, model.pad_token_id, Shapes())
     batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, 4)
 
     def evaluate() -> None:

@@ -1,7 +1,9 @@
 """What FP8 needs of shapes and flags."""
 
+import argparse
 import importlib.util
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ from hypothesis import strategies as st
 
 from megatron_espo.arguments import plan_arguments
 from megatron_espo.model.fp8 import (
+    OPEN_PICKLES,
     STATELESS_RECIPES,
     check_arguments,
+    check_device,
     check_policy_arguments,
+    check_stored,
     fp8_phase,
     sequence_multiple,
 )
@@ -24,7 +29,7 @@ LLADA = {
     "fp8": "hybrid", "fp8_recipe": "tensorwise", "bf16": True, "fp8_output_proj": False,
     "fp8_param_gather": False, "tensor_model_parallel_size": 8, "num_attention_heads": 32,
     "group_query_attention": False, "num_query_groups": 1, "kv_channels": 128,
-    "hidden_size": 4096, "ffn_hidden_size": 12288,
+    "hidden_size": 4096, "ffn_hidden_size": 12288, "save": None, "load": None,
 }  # fmt: skip
 DREAM = LLADA | {
     "tensor_model_parallel_size": 4, "num_attention_heads": 28, "group_query_attention": True,
@@ -144,3 +149,55 @@ def test_phase_switches_every_config_and_gives_it_back_after_an_error() -> None:
     for phases in ("both", "rollout"):
         with fp8_phase([model], "rollout", phases):  # type: ignore[arg-type]
             assert [config.fp8 for config in configs] == ["hybrid", "e4m3"]
+
+
+@pytest.mark.parametrize("flag", ["save", "load"])
+def test_delayed_scaling_is_refused_where_its_checkpoints_could_not_be_read(
+    monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    monkeypatch.delenv(OPEN_PICKLES, raising=False)
+    check_arguments(arguments(fp8_recipe="delayed"))
+    check_arguments(arguments(**{flag: "runs/x"}))
+    run = arguments(fp8_recipe="delayed", **{flag: "runs/x"})
+    with pytest.raises(ValueError, match=f"--fp8-recipe delayed .* tensorwise .* {OPEN_PICKLES}=1"):
+        check_arguments(run)
+    monkeypatch.setenv(OPEN_PICKLES, "1")
+    check_arguments(run)
+
+
+def test_checkpoints_of_delayed_scaling_are_named_before_transformer_engine_reads_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(OPEN_PICKLES, raising=False)
+    engine, where = "transformer_engine", "--pretrained-checkpoint base"
+    # Without FP8 the recipe is stored, too, and says nothing.
+    plain = argparse.Namespace(fp8=None, fp8_recipe="delayed")
+    stateless = argparse.Namespace(fp8="hybrid", fp8_recipe="tensorwise")
+    delayed = argparse.Namespace(fp8="hybrid", fp8_recipe="delayed")
+    for stored in (plain, stateless, argparse.Namespace()):
+        check_stored(stored, engine, where)
+    check_stored(delayed, "local", where)
+    with pytest.raises(ValueError, match=f"^{where} was trained with --fp8-recipe delayed"):
+        check_stored(delayed, engine, where)
+    monkeypatch.setenv(OPEN_PICKLES, "1")
+    check_stored(delayed, engine, where)
+
+
+@pytest.mark.parametrize("name", ["quantization", "fp8"])
+def test_recipes_are_asked_for_by_the_name_that_transformer_engine_has(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    manager = SimpleNamespace(
+        is_fp8_available=lambda: (True, ""),
+        is_mxfp8_available=lambda: (False, "needs 10.0."),
+        is_fp8_block_scaling_available=lambda: (True, ""),
+    )
+    module = f"transformer_engine.pytorch.{name}"
+    for package in ("transformer_engine", "transformer_engine.pytorch"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+        sys.modules[package].__path__ = []
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    monkeypatch.setattr(sys.modules[module], "FP8GlobalStateManager", manager, raising=False)
+    check_device("tensorwise")
+    with pytest.raises(ValueError, match=r"--fp8-recipe mxfp8 does not run on this GPU: needs 10"):
+        check_device("mxfp8")

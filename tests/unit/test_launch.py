@@ -76,6 +76,22 @@ def test_a_signal_to_the_script_reaches_the_ranks_and_not_torchrun(
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900" in given
 
 
+def test_what_the_user_has_set_for_torchrun_stays(ranks: dict[str, str]) -> None:
+    """And nothing is set for ranks, which torchrun alone would not set."""
+    log = Path(ranks["LOG"])
+    ranks = {name: value for name, value in ranks.items() if name != "OMP_NUM_THREADS"}
+    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "0", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "77"}
+    job = subprocess.Popen(
+        ["bash", str(EXAMPLES / "run_espo_8b.sh")], env=ranks | own | {"GPUS_PER_NODE": "8"}
+    )
+    wait_for(log / "ready-0")
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 0
+    given = (log / "torchrun-environment").read_text().splitlines()
+    assert all(f"{name}={value}" in given for name, value in own.items())
+    assert not [line for line in given if line.startswith(("OMP_", "CUDA_DEVICE", "NVTE_"))]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -133,10 +133,14 @@ def row_of(confidences: list[float | None]) -> Tensor:
 CONFIDENCES = st.lists(st.none() | st.integers(1, 64).map(lambda n: n / 64), min_size=1, max_size=9)
 
 
+def confident(scores: Tensor, threshold: float | None, factor: float | None = None) -> Tensor:
+    return select_confident(scores, scores.double().exp(), threshold, factor)
+
+
 @settings(max_examples=150, deadline=None)
 @given(confidences=CONFIDENCES, threshold=st.integers(1, 70).map(lambda n: (n - 0.5) / 64))
 def test_threshold_commits_the_best_and_what_reaches_it(confidences, threshold: float) -> None:
-    chosen = select_confident(row_of(confidences), threshold, None)[0].tolist()
+    chosen = confident(row_of(confidences), threshold)[0].tolist()
     candidates = [i for i, c in enumerate(confidences) if c is not None]
     best = max(candidates, key=lambda i: (confidences[i], -i), default=None)
     for i, c in enumerate(confidences):
@@ -147,7 +151,7 @@ def test_threshold_commits_the_best_and_what_reaches_it(confidences, threshold: 
 @settings(max_examples=150, deadline=None)
 @given(confidences=CONFIDENCES, factor=st.integers(1, 400).map(lambda n: (n - 0.5) / 64))
 def test_factor_commits_the_largest_number_that_its_rule_allows(confidences, factor) -> None:
-    chosen = select_confident(row_of(confidences), None, factor)[0].tolist()
+    chosen = confident(row_of(confidences), None, factor)[0].tolist()
     order = sorted(
         (i for i, c in enumerate(confidences) if c is not None), key=lambda i: -confidences[i]
     )
@@ -158,7 +162,7 @@ def test_factor_commits_the_largest_number_that_its_rule_allows(confidences, fac
 
 def test_threshold_itself_is_confident_enough_and_rows_are_independent() -> None:
     rows = torch.cat([row_of([0.5, 0.25, 0.5]), row_of([0.125, None, 0.25])])
-    chosen = select_confident(rows, 0.5, None)
+    chosen = confident(rows, 0.5)
     assert chosen.tolist() == [[True, False, True], [False, False, True]]
 
 

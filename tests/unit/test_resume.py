@@ -16,6 +16,7 @@ from megatron_espo.checkpoint.tracker import (
     repair_tracker,
 )
 from megatron_espo.config import EspoConfig
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.generation.sampler import Generation
 from megatron_espo.monitor.curves import read_scalars
@@ -33,7 +34,7 @@ N, LENGTH = ESPO.completions_per_rollout, 5
 
 def model(dp_rank: int, dp_size: int) -> SimpleNamespace:
     layout = SimpleNamespace(dp_rank=dp_rank, dp_size=dp_size, dp="group")
-    return SimpleNamespace(layout=layout, pad_token_id=0, pad_multiple=1, stop_token_ids=(257,))
+    return SimpleNamespace(layout=layout, pad_token_id=0, shapes=Shapes(), stop_token_ids=(257,))
 
 
 def prompts(dp_rank: int, dp_size: int) -> list[Prompt]:

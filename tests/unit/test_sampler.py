@@ -19,8 +19,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import RolloutConfig
 from megatron_espo.data.batch import ViewBatch, mask_rows, pack_sequences, view_batches
+from megatron_espo.data.shapes import Shapes
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.diffusion.noise import elbo_views
+from megatron_espo.generation import sampler
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
@@ -419,9 +421,48 @@ def test_sampler_may_take_weights_as_left_factors_and_elbos_may_not(
     asked.clear()
     ids = torch.arange(4)
     views = elbo_views("coupled", stream(4, "test"), ids, ids, 4, 6, 2)
-    packed = pack_sequences(PROMPTS, torch.arange(24).view(4, 6), 0, 1)
+    packed = pack_sequences(PROMPTS, torch.arange(24).view(4, 6), 0, Shapes())
     elbo_of_views(model, view_batches(packed, views, MASK, VOCAB, 4, same_width=False), views)
     assert asked and not any(asked)
+
+
+@pytest.mark.parametrize("name", ["blocks", "guidance", "threshold", "dual, threshold"])
+@pytest.mark.parametrize("micro_batch_size", [3, 8])
+def test_few_shapes_change_neither_tokens_nor_elbos(
+    model: DiffusionModel, name: str, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: wider rows, and copies that fill a micro-batch up."""
+    few, shapes = replace(model, widths=(14, 17, 22, 30)), []
+    run = sampler.forward_only
+
+    def counted(chunks: Any, batches: Any, *args: Any, **named: Any) -> Any:
+        shapes.extend(tuple(batch.tokens.shape) for batch in batches)
+        return run(chunks, batches, *args, **named)
+
+    monkeypatch.setattr(sampler, "forward_only", counted)
+    ids = torch.arange(4)
+    plain = generate(model, PROMPTS, ids, CONFIGS["blocks"], 17, "test")
+    stop = int(plain.completions[2, 5])
+    config = replace(CONFIGS[name], early_stop=True, micro_batch_size=micro_batch_size)
+    results, seen = [], []
+    for one in (model, few):
+        shapes.clear()
+        stopping = replace(one, stop_token_ids=(stop, MASK))
+        results.append(generate(stopping, PROMPTS, ids, config, 17, "test"))
+        seen.append(set(shapes))
+    exact, padded = results
+    assert torch.equal(padded.completions, exact.completions)
+    assert torch.equal(padded.num_evaluations, exact.num_evaluations)
+    torch.testing.assert_close(padded.mean_confidence, exact.mean_confidence)
+    if config.cache == "none":
+        assert {width for _, width in seen[1]} <= set(few.widths)
+        assert seen[1] != seen[0] and (padded.work[:, 0] > exact.work[:, 0]).all()
+    else:  # whose attention keeps no graphs
+        assert seen[1] == seen[0]
+    ours, theirs = (
+        estimate_elbo(one, PROMPTS, exact.completions, rows_per_batch=2) for one in (few, model)
+    )
+    torch.testing.assert_close(ours.draws, theirs.draws, rtol=1e-5, atol=1e-4)
 
 
 def test_sample_does_not_depend_on_its_batch(model: DiffusionModel) -> None:
@@ -489,7 +530,7 @@ def test_elbos_are_those_of_each_view_alone_in_the_order_of_the_sequences(
     """Although the longest sequences are evaluated first, padded to the longest beside them."""
     ids, length = torch.arange(4), 6
     views = elbo_views("coupled", stream(4, "test"), ids, ids, 4, length, 2)
-    packed = pack_sequences(PROMPTS, torch.arange(4 * length).view(4, length), 0, 1)
+    packed = pack_sequences(PROMPTS, torch.arange(4 * length).view(4, length), 0, Shapes())
     masks, weights = views.mask_indices.flatten(0, 2), views.weights.flatten()
     alone = []
     for index in torch.arange(len(weights)).split(1):

@@ -1,5 +1,4 @@
-from transformer_engine.pytorch import distributed, fp8, tensor
-from transformer_engine.pytorch.fp8 import fp8_autocast, fp8_model_init
+from transformer_engine.pytorch import distributed, quantization, tensor
 from transformer_engine.pytorch.modules import (
     DotProductAttention,
     GroupedLinear,
@@ -7,6 +6,7 @@ from transformer_engine.pytorch.modules import (
     Linear,
     RMSNorm,
 )
+from transformer_engine.pytorch.quantization import fp8_autocast, fp8_model_init
 
 __all__ = [
     "DotProductAttention",
@@ -15,8 +15,8 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "distributed",
-    "fp8",
     "fp8_autocast",
     "fp8_model_init",
+    "quantization",
     "tensor",
 ]

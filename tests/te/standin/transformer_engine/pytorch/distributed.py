@@ -16,7 +16,7 @@ def checkpoint(
     **kwargs: Any,
 ) -> Any:
     """As in the real one, the recomputation runs in the FP8 context of the first pass."""
-    from transformer_engine.pytorch.fp8 import fp8_autocast, state
+    from transformer_engine.pytorch.quantization import fp8_autocast, state
 
     enabled, recipe = state.enabled, state.recipe
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from transformer_engine.pytorch.fp8 import check_shape, record, replace, rounded, state
+from transformer_engine.pytorch.quantization import check_shape, record, replace, rounded, state
 from transformer_engine.signatures import bound
 
 

@@ -1,0 +1,122 @@
+"""Every entry point at its smallest, as ranks of a node of GPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+OK = [
+    "espo",
+    "espo, cp",
+    "espo, dual cache",
+    "espo, fp8",
+    "pretrain",
+    "sft",
+    "evaluate",
+    "generate",
+]
+COMPARED = ["espo", "espo, cp", "espo, dual cache", "pretrain", "module"]
+ESPO_PHASES = [
+    *("build", "load", "reference", "evaluation", "rollout", "old_elbo", "ref_elbo", "update"),
+    *("update: passes", "save"),
+]
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    # Without what the start scripts and the image set: torchrun alone starts the ranks.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA", "NVTE", "TORCH"))}
+    paths = [str(HERE.parents[1]), str(HERE)]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
+        kept.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(HERE / "entries.py"),
+         str(tmp_path_factory.mktemp("jobs"))],
+        env={**kept, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=560, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("name", OK)
+def test_entry_points_run_to_their_end(ran: dict[str, Any], name: str) -> None:
+    for rank in ran[name]["ranks"]:
+        assert rank["status"] == "ok", (rank["status"], rank["traceback"][-3000:])
+        for phase, found in rank["phases"].items():
+            assert not found["complaints"], (phase, found["complaints"])
+        assert rank["facts"]["transformer_engine"].startswith("2.")
+
+
+@pytest.mark.parametrize("name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8"])
+def test_espo_reaches_every_phase(ran: dict[str, Any], name: str) -> None:
+    for rank in ran[name]["ranks"]:
+        assert set(ESPO_PHASES) <= set(rank["phases"])
+        assert rank["phases"]["update"]["entered"] == 2
+        assert rank["phases"]["load"]["kernels"] > 0
+        assert rank["facts"]["saved_bytes"] > 0
+        assert all(rank["phases"][phase]["flops"] > 0 for phase in ("rollout", "ref_elbo"))
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_ranks_agree_in_their_collectives(ran: dict[str, Any], name: str) -> None:
+    assert len(ran[name]["ranks"]) == 4
+    assert ran[name]["trace"] > 50
+    assert ran[name]["mismatch"] is None
+
+
+def test_data_parallel_ranks_are_fed_different_data(ran: dict[str, Any]) -> None:
+    first, other = ran["module"]["ranks"][0], ran["module"]["ranks"][1]
+    steps = [rank["phases"]["rollout"]["units"]["denoising step"] for rank in (first, other)]
+    assert steps[0] != steps[1]
+    assert first["phases"]["rollout"]["flops"] != other["phases"]["rollout"]["flops"]
+
+
+def test_a_plan_whose_ranks_disagree_is_found_with_both_places(ran: dict[str, Any]) -> None:
+    """Ranks that ask all others in a rollout, where other copies make other numbers of steps."""
+    assert all(rank["status"] == "ok" for rank in ran["disagreeing"]["ranks"])
+    mismatch = ran["disagreeing"]["mismatch"]
+    assert mismatch is not None
+    assert "all_reduce" in mismatch and mismatch.count(".py:") >= 2, mismatch
+    assert "ranks 0 and 1 disagree" in mismatch
+
+
+@pytest.mark.parametrize("name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "module"])
+def test_the_host_waits_for_the_device_where_it_must_only(ran: dict[str, Any], name: str) -> None:
+    for rank in ran[name]["ranks"]:
+        phases, batches = rank["phases"], rank["facts"]["simulated_micro_batches"]
+
+        def waits(phase: str, phases: Any = phases) -> int:
+            return sum(phases[phase]["waits"].values())
+
+        # A denoising step: the tokens that were drawn, and every few steps a look for signals.
+        assert rank["steps"] and all(step["waits"] <= 2 for step in rank["steps"])
+        # ELBO passes: their results, once per update, not once per micro-batch. The reference's
+        # weights come and go once each.
+        assert batches >= 2
+        assert waits("old_elbo") <= 1
+        assert waits("ref_elbo") <= 2 + 2
+        # Per update the results of its two passes over the micro-batches, and in the optimizer's
+        # step one check for NaN and what Megatron reads itself.
+        # Transformer Engine makes an empty tensor once.
+        assert waits("update: passes") <= 2 * 2 + 1, phases["update: passes"]["waits"]
+        assert waits("update") <= 2 * 5, phases["update"]["waits"]
+
+
+def test_the_reference_policy_is_pinned_in_its_own_size(ran: dict[str, Any]) -> None:
+    for rank in ran["module"]["ranks"]:
+        weights = rank["facts"]["weights"]
+        # Beside it only what one pass sends to the device.
+        assert weights <= rank["pinned"] <= 1.02 * weights + (1 << 20)
+
+
+def test_fp8_multiplies_in_fp8_and_keeps_no_more_than_bf16_plus_copies(ran: dict[str, Any]) -> None:
+    fp8 = ran["espo, fp8"]["ranks"][0]
+    assert fp8["phases"]["rollout"]["operations"]["quantize"] > 0
+    assert "quantize" not in ran["espo, cp"]["ranks"][0]["phases"]["rollout"]["operations"]

@@ -1,0 +1,162 @@
+"""Few shapes of micro-batches, and little padding, whatever the prompts' lengths."""
+
+import argparse
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_espo.config import RolloutConfig
+from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.data.shapes import Shapes, few_widths, round_up
+from megatron_espo.diffusion.noise import elbo_views
+from megatron_espo.generation import sampler
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.random import stream
+from megatron_espo.training import setup
+
+LENGTH, LONGEST, MASK, STOP, ROWS = 256, 656, 3, 4, 24
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shortest=st.integers(1, 4000), longest=st.integers(1, 4000), multiple=st.integers(1, 64),
+    needed=st.integers(1, 5000), rows=st.integers(1, 40), most=st.integers(1, 40),
+)  # fmt: skip
+def test_shapes_hold_the_rows_and_are_few(
+    shortest: int, longest: int, multiple: int, needed: int, rows: int, most: int
+) -> None:
+    widths = few_widths(shortest, longest, multiple)
+    shapes = Shapes(multiple, widths)
+    assert len(widths) <= 16 and max(widths) >= longest
+    full, part = shapes.width(needed), shapes.width(needed, full=False)
+    assert needed <= full <= part and full % multiple == part % multiple == 0
+    if shortest <= needed <= longest:
+        # Within one ratio of what is needed, but for rounding.
+        assert full <= needed * (longest / shortest) ** (1 / 16) + multiple + 1
+        assert full in widths and part in widths
+    assert shapes.room(needed) >= part
+    if rows <= most:
+        size = shapes.rows(rows, most)
+        assert rows <= size <= most and size - rows <= most / 8
+        assert len({shapes.rows(n, most) for n in range(1, most + 1)}) <= 8
+
+
+@given(needed=st.integers(1, 5000), rows=st.integers(1, 40), multiple=st.integers(1, 64))
+def test_without_widths_shapes_are_exact(needed: int, rows: int, multiple: int) -> None:
+    assert Shapes(multiple).fit(rows, needed, 40) == (rows, round_up(needed, multiple))
+
+
+def mixed_lengths(n: int, seed: int) -> list[int]:
+    """Prompt lengths as of gsm8k: 50 to 400 tokens, most of them short."""
+    draws = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    return (120 * (0.45 * draws).exp()).clamp(50, LONGEST - LENGTH).long().tolist()
+
+
+class Passes:
+    """Stands for the model: notes the shapes of its passes and draws tokens from a generator."""
+
+    def __init__(self, stop: float) -> None:
+        self.generator, self.stop = torch.Generator().manual_seed(5), stop
+        self.shapes: list[tuple[int, int]] = []
+
+    def __call__(self, chunks: Any, batches: Any, *_: Any, **__: Any) -> list[Tensor]:
+        found = []
+        for batch in batches:
+            self.shapes.append(tuple(batch.tokens.shape))
+            r = batch.payload.numel()
+            draws = torch.rand(4, r, generator=self.generator, dtype=torch.float64)
+            draws[0] = torch.where(draws[0] < self.stop, STOP, 9)
+            found.append(draws)
+        return found
+
+
+def model(pp_size: int, few: bool) -> DiffusionModel:
+    layout: Any = SimpleNamespace(pp_size=pp_size, is_last_stage=True)
+    widths = few_widths(LENGTH + 1, LONGEST, 2) if few else ()
+    cpu = torch.device("cpu")
+    return DiffusionModel((), MASK, 0, (STOP,), STOP, 300, False, 2, cpu, layout, widths)
+
+
+CASES = {
+    "steps": RolloutConfig(LENGTH, 32, 16, micro_batch_size=ROWS),
+    "early stop": RolloutConfig(LENGTH, 32, 16, micro_batch_size=ROWS, early_stop=True),
+    "threshold": RolloutConfig(LENGTH, 32, threshold=0.8, early_stop=True, micro_batch_size=ROWS),
+}
+
+
+def sampled(
+    config: RolloutConfig, pp_size: int, n: int, few: bool, patch: pytest.MonkeyPatch
+) -> tuple[int, float]:
+    """Sample a run's rollouts of n completions, in groups of eight; shapes and share of padding."""
+    passes, positions = Passes(stop=0.004), 0.0
+    patch.setattr(sampler, "forward_only", passes)
+    patch.setattr(sampler, "broadcast_from_last_stage", lambda values, _: values)
+    for rollout in range(8):
+        lengths = [length for length in mixed_lengths(n // 8, rollout) for _ in range(8)]
+        result = sampler.generate(
+            model(pp_size, few), [[7] * length for length in lengths], torch.arange(n), config,
+            rollout, "test",
+        )  # fmt: skip
+        positions += float((result.num_evaluations * (torch.tensor(lengths) + LENGTH)).sum())
+    computed = sum(rows * width for rows, width in passes.shapes)
+    return len(set(passes.shapes)), 1 - positions / computed
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("n", "pp_size"), [(96, 1), (24, 1), (24, 2)])
+def test_a_run_samples_in_few_shapes_with_little_padding(
+    name: str, n: int, pp_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exact = sampled(CASES[name], pp_size, n, False, monkeypatch)
+    few = sampled(CASES[name], pp_size, n, True, monkeypatch)
+    assert few[0] <= 32
+    # Rows of one micro-batch differ in length anyway, with pipeline stages those of all in flight.
+    if name == "steps":
+        assert few[1] < min(0.12 if (n, pp_size) == (96, 1) else 1.0, exact[1] + 0.03)
+    else:  # one by one the rows leave, with 24 of them from the first step on
+        assert few[1] < exact[1] + (0.06 if (n, pp_size) == (96, 1) else 0.14)
+
+
+def test_updates_of_a_run_have_few_shapes_with_little_padding() -> None:
+    shapes, positions = [], 0
+    for rollout in range(12):
+        lengths = mixed_lengths(48, rollout)
+        ids = torch.arange(48)
+        views = elbo_views("coupled", stream(1, "test"), ids, ids, 48, LENGTH, 1)
+        packed = pack_sequences(
+            [[7] * length for length in lengths],
+            torch.zeros(48, LENGTH, dtype=torch.int64), 0, model(1, few=True).shapes,
+        )  # fmt: skip
+        batches = view_batches(packed, views, MASK, 300, 4, same_width=False)
+        shapes += [tuple(view.batch.tokens.shape) for view in batches]
+        positions += 2 * (sum(lengths) + 48 * LENGTH)
+    computed = sum(rows * width for rows, width in shapes)
+    assert len(set(shapes)) <= 16
+    assert 1 - positions / computed < 0.12
+
+
+@pytest.mark.parametrize(
+    ("cuda", "layers", "cp_size", "few"),
+    [
+        (True, "transformer_engine", 1, True),
+        (False, "transformer_engine", 1, False),
+        (True, "local", 1, False),
+        (True, "transformer_engine", 2, False),
+    ],
+)
+def test_shapes_are_few_where_attention_keeps_graphs(
+    cuda: bool, layers: str, cp_size: int, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup.device, "has_cuda", lambda: cuda)
+    args = argparse.Namespace(
+        transformer_impl=layers, context_parallel_size=cp_size, fp8=None, sequence_parallel=True,
+        tensor_model_parallel_size=2, rollout_micro_batch_size=24, seq_length=LONGEST,
+        rollout_completion_length=LENGTH,
+    )  # fmt: skip
+    expected = few_widths(LENGTH + 1, LONGEST, 2) if few else ()
+    assert setup.few_shapes(args) == expected
