@@ -1,10 +1,8 @@
-"""Memory of one GPU by part: arithmetic on counts, for the most loaded pipeline stage.
+"""Memory of one GPU by part: arithmetic on counts, for each pipeline stage.
 
 Weights, gradients and optimizer are exact but for the padding of Megatron's buffers (a few
-kilobytes per bucket). Activations are the tensors that a backward pass keeps (arXiv 2205.05198,
-section 4, for a gated MLP, without dropout, with an attention kernel that does not store its
-scores). Caches of rollouts are exact for rows of the full length; the working memory of rollouts
-and ELBO passes and the overhead of CUDA and NCCL are estimates.
+kilobytes per bucket). What passes through the layers take is in plan/activations.py. A peak is the
+largest of several moments of a run. The reserve for what libraries take is not measured.
 """
 
 import argparse
@@ -15,12 +13,14 @@ import torch
 from megatron_espo.checkpoint.shape import query_groups
 from megatron_espo.config import RolloutConfig
 from megatron_espo.generation.flight import micro_batches
+from megatron_espo.plan import activations
+from megatron_espo.plan.activations import Sizes
 from megatron_espo.plan.parameters import StageParameters
 
 GB = 10**9
 
-# CUDA context, NCCL's buffers, workspaces of cuBLAS and Transformer Engine, fragmentation.
-OVERHEAD = 4 * GB
+# CUDA context, NCCL's buffers, workspaces of cuBLAS and cuDNN, fragmentation: not measured.
+RESERVE = 4 * GB
 
 
 @dataclass(frozen=True)
@@ -57,34 +57,53 @@ class Memory:
         quantised: FP8 copies of the linear weights and their transposes.
         gradients: the gradient buffer.
         optimizer: master weights and Adam's two moments.
-        activations: kept for the backward pass of an update, with the logits of its masked rows.
+        buffers: what libraries keep from call to call.
+        activations: most that an update takes: what is kept for the backward pass with the logits
+            of the masked rows, or with the gradient of the embedding.
         rollout: working memory of a sampling pass; not at the same time as activations.
         cache: keys and values that a rollout keeps; at the same time as ``rollout``.
-        overhead: what CUDA and NCCL take.
+        others: most that a change of policies or a checkpoint takes; not at the same time.
+        build: all that the model takes when it is built, with its weights in two places.
+        reserve: for what libraries take.
         reference: the reference policy, on the host.
         offloaded: optimizer state on the host.
+        saving: the host's memory for the optimizer's state while a checkpoint is written.
     """
 
     weights: float
     quantised: float
     gradients: float
     optimizer: float
+    buffers: float
     activations: float
     rollout: float
     cache: float
-    overhead: float
+    others: float
+    build: float
+    reserve: float
     reference: float
     offloaded: float
+    saving: float
+
+    @property
+    def lasting(self) -> float:
+        """Bytes of the GPU that are held all the time."""
+        return self.weights + self.quantised + self.gradients + self.optimizer + self.buffers
+
+    @property
+    def peak(self) -> float:
+        """Most bytes of the GPU at once, without the reserve."""
+        passing = max(self.activations, self.rollout + self.cache, self.others)
+        return max(self.lasting + passing, self.build)
 
     @property
     def total(self) -> float:
-        """Bytes of the GPU at the peak."""
-        lasting = self.weights + self.quantised + self.gradients + self.optimizer + self.overhead
-        return lasting + max(self.activations, self.rollout + self.cache)
+        """Bytes of the GPU to have, with the reserve."""
+        return self.peak + self.reserve
 
     @property
     def host(self) -> float:
-        """Bytes of the host for this rank."""
+        """Bytes of the host that this rank holds all the time."""
         return self.reference + self.offloaded
 
 
@@ -96,7 +115,7 @@ def parameter_bytes(args: argparse.Namespace) -> tuple[int, int, float]:
 
     Returns:
         Bytes of a weight, of its gradient, and of its optimizer state, the latter as an average
-        over the data-parallel ranks with the distributed optimizer.
+        over the data- and context-parallel ranks with the distributed optimizer.
     """
     half = args.bf16 or args.fp16
     weight = 2 if half else 4
@@ -107,86 +126,112 @@ def parameter_bytes(args: argparse.Namespace) -> tuple[int, int, float]:
         state = [args.main_params_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype]
     optimizer = float(sum(dtype.itemsize for dtype in state))
     if args.use_distributed_optimizer:
-        optimizer /= args.data_parallel_size
+        optimizer /= args.data_parallel_size * args.context_parallel_size
     return weight, gradient, optimizer
 
 
-def layer_activations(args: argparse.Namespace, rows: int, positions: int) -> float:
-    """Bytes that one layer keeps for its backward pass.
-
-    Args:
-        args: Megatron's validated arguments.
-        rows: rows of the micro-batch.
-        positions: positions per row.
-
-    Returns:
-        Bytes.
-    """
-    tp, size = args.tensor_model_parallel_size, 2 if args.bf16 or args.fp16 else 4
-    shared = tp if args.sequence_parallel else 1
-    heads, dim = args.num_attention_heads, args.kv_channels
-    groups = query_groups(args)
-    selective = args.recompute_granularity == "selective"
-    again = args.recompute_modules if selective else ()
-    # Input and output of both norms.
-    outside = (2 if "layernorm" in again else 4) * args.hidden_size / shared
-    # q, k, v; the attention's output; gate and up projection, and their product.
-    mlp = 0 if "mlp" in again else 3 * args.ffn_hidden_size
-    inside = ((2 * heads + 2 * groups) * dim + mlp) / tp
-    tokens = rows * positions
-    kept = tokens * size * (outside + inside)
-    if args.transformer_impl == "local" and "core_attn" not in again:
-        # Scores before and after the softmax.
-        kept += 2 * size * rows * heads / tp * positions**2
-    return kept
+def _chunks_in_flight(args: argparse.Namespace, stage: int, num_batches: int) -> tuple[int, float]:
+    """Say how many model chunks keep activations at once on a stage, and their layers."""
+    pp = args.pipeline_model_parallel_size
+    virtual = args.virtual_pipeline_model_parallel_size or 1
+    layers = args.num_layers / (pp * virtual)
+    if virtual == 1:
+        return min(pp - stage, num_batches), layers
+    # Megatron's interleaved schedule: the passes before its first backward pass, and one.
+    return min(2 * (pp - stage - 1) + (virtual - 1) * pp + 1, num_batches * virtual), layers
 
 
-def activation_memory(args: argparse.Namespace, passes: Passes) -> float:
-    """Bytes that the micro-batches in flight keep, and the logits of one of them.
+def activation_memory(
+    args: argparse.Namespace, passes: Passes, sizes: Sizes, stage: int, fused: bool
+) -> float:
+    """Most bytes that an update takes on a stage beside what lasts.
 
     Args:
         args: Megatron's validated arguments.
         passes: sizes of the passes.
+        sizes: of the layers.
+        stage: pipeline stage.
+        fused: whether weight gradients are added to the buffer where they are computed.
 
     Returns:
-        Bytes on the first pipeline stage, which has most micro-batches in flight, with the head
-        of the last.
+        Bytes: the largest of the backward passes of the head, of a layer and of the embedding.
     """
-    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    layer = layer_activations(args, passes.rows, passes.positions)
-    layers = args.num_layers / pp
-    in_flight = min(pp, passes.num_batches)
-    if args.virtual_pipeline_model_parallel_size:
-        in_flight *= 1 + (pp - 1) / (pp * args.virtual_pipeline_model_parallel_size)
+    pp, cp = args.pipeline_model_parallel_size, args.context_parallel_size
+    tokens, rows = passes.rows * passes.positions / cp, passes.head_rows / cp
+    chunks, layers = _chunks_in_flight(args, stage, passes.num_batches)
+    number, is_last = chunks * layers, stage == pp - 1
+    kept = activations.layer_kept(sizes, tokens)
+    last = activations.last_layer_kept(sizes, tokens, rows) if is_last else kept
+    state = sizes.width * tokens * sizes.part
+    # Between stages: what came in, and the gradient that goes back.
+    between = 2 * state if pp > 1 else 0.0
+    head = activations.head_memory(sizes, passes.head_rows, fused) if is_last else 0.0
+    transient = activations.layer_transient(sizes, tokens)
+    all_kept = (number - 1) * kept + last
+    # The last layer's own backward pass is that of few rows: the one before it takes most.
+    moments = [all_kept + head, all_kept - (last if is_last else 0.0) + transient]
     if args.recompute_granularity == "full":
-        size = 2 if args.bf16 or args.fp16 else 4
-        inputs = size * passes.rows * passes.positions * args.hidden_size
-        inputs /= tp if args.sequence_parallel else 1
-        kept = in_flight * layers * inputs + layer
-    else:
-        kept = in_flight * layers * layer
-    return kept + logits_memory(args, passes.head_rows)
+        group = args.recompute_num_layers or 1
+        if args.recompute_method == "block":
+            again, whole = min(group, layers), max(layers - group, 0.0)
+            inputs, group = chunks * again * state + (chunks * whole) * kept, 1
+        else:
+            inputs = chunks * layers / group * state
+        moments = [inputs + head, inputs + group * kept + transient]
+    if stage == 0:
+        embedding = sizes.vocabulary * sizes.hidden * sizes.width
+        others = all_kept * (chunks - 1) / chunks
+        if args.recompute_granularity == "full":
+            others = inputs * (chunks - 1) / chunks
+        moments.append(others + embedding + sizes.width * tokens * sizes.hidden)
+    return max(moments) + between
 
 
-def logits_memory(args: argparse.Namespace, head_rows: float) -> float:
-    """Bytes of the logits of some rows, from the output head to its backward pass.
-
-    Logits are float32 (model/float_logits.py). Megatron's cross entropy works in place: softmax and
-    gradient take the place of the logits; the head's backward pass gets the gradient in its
-    weights' type.
-    """
-    gradient = 2 if args.bf16 or args.fp16 else 0
-    return head_rows * args.padded_vocab_size / args.tensor_model_parallel_size * (4 + gradient)
-
-
-def rollout_memory(args: argparse.Namespace, sampling: RolloutConfig, positions: int) -> float:
-    """Estimate the working memory of a sampling pass: one layer and the logits of a block."""
-    rows = sampling.micro_batch_size * (2 if sampling.guidance_scale > 0.0 else 1)
+def rollout_memory(
+    args: argparse.Namespace, passes: Passes, sampling: RolloutConfig, sizes: Sizes
+) -> float:
+    """Bytes of a sampling pass: the largest layer, or the logits of a block."""
+    pp, cp = args.pipeline_model_parallel_size, args.context_parallel_size
+    _, rows = micro_batches(passes.sampled_rows, sampling.micro_batch_size, pp)
+    rows *= 2 if sampling.guidance_scale > 0.0 else 1
     # In float32, and a copy where more is read from them than one distribution.
     copied = sampling.temperature not in (0.0, 1.0) or sampling.remasking == "entropy"
     entry = 4 * (2 if copied or sampling.guidance_scale > 0.0 else 1)
-    logits = rows * sampling.block_length * args.padded_vocab_size * entry
-    return layer_activations(args, rows, positions) + logits / args.tensor_model_parallel_size
+    logits = rows * sampling.block_length * (sizes.vocabulary * entry + sizes.hidden * sizes.width)
+    layer = activations.forward_memory(sizes, rows * passes.positions / cp)
+    return max(layer, logits)
+
+
+def saving_memory(
+    args: argparse.Namespace, stage: StageParameters, index: int
+) -> tuple[float, float]:
+    """Bytes that the optimizer's state takes in the GPU and on the host while it is written.
+
+    Every rank gathers the state of all data-parallel ranks, bucket by bucket and one kind of number
+    after the other (Megatron 0.19, ``get_parameter_state_dp_zero``), and puts it together on the
+    host. Buckets are those of overlapped reductions, on the first pipeline stage.
+
+    Args:
+        args: Megatron's validated arguments.
+        stage: parameters of the rank.
+        index: pipeline stage.
+
+    Returns:
+        Bytes in the GPU, bytes on the host; 0 where each rank writes what it has.
+    """
+    if not (args.use_distributed_optimizer and args.dist_ckpt_optim_fully_reshardable):
+        return 0.0, 0.0
+    ranks = args.data_parallel_size * args.context_parallel_size
+    bucket, virtual = stage.largest_chunk, args.virtual_pipeline_model_parallel_size or 1
+    if args.overlap_grad_reduce and index == 0:
+        # Only the first chunk, which has the embedding, is cut.
+        cut = min(bucket, stage.largest + max(40_000_000, 1_000_000 * ranks))
+        bucket = max(cut, (stage.total - bucket) // max(virtual - 1, 1))
+    if args.distrib_optim_fully_reshardable_mem_efficient:
+        # The first of the data-parallel ranks does, on the host alone.
+        share = min(1.0, args.tensor_model_parallel_size / args.dry_run_gpus_per_node)
+        return 0.0, 12.0 * stage.total * share
+    return 4.0 * bucket * (1 + 1 / ranks), 12.0 * stage.total
 
 
 def cache_memory(args: argparse.Namespace, passes: Passes) -> float:
@@ -232,13 +277,16 @@ def quantised_memory(args: argparse.Namespace, linear: int, *, with_gradients: b
     return float(linear * (2 if with_gradients else 1))
 
 
-def plan_memory(args: argparse.Namespace, stage: StageParameters, passes: Passes) -> Memory:
+def plan_memory(
+    args: argparse.Namespace, stage: StageParameters, passes: Passes, index: int = 0
+) -> Memory:
     """Add up the memory of one rank.
 
     Args:
         args: Megatron's validated arguments.
         stage: parameters of the rank.
         passes: sizes of its passes.
+        index: its pipeline stage.
 
     Returns:
         Bytes by part.
@@ -246,18 +294,31 @@ def plan_memory(args: argparse.Namespace, stage: StageParameters, passes: Passes
     weight, gradient, optimizer = parameter_bytes(args)
     moved = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
     state = stage.total * optimizer
-    sampling, rollout = passes.sampling, 0.0
+    sizes = activations.layer_sizes(args, bool(args.fp8) and passes.fp8_gradients)
+    fused = args.gradient_accumulation_fusion and sizes.with_te
+    sampling, rollout, most_rows = passes.sampling, 0.0, passes.rows
     if sampling is not None:
-        rollout = rollout_memory(args, sampling, passes.positions)
+        rollout = rollout_memory(args, passes, sampling, sizes)
+        most_rows = max(passes.rows, min(sampling.micro_batch_size, passes.sampled_rows))
+    most_tokens = most_rows * passes.positions / args.context_parallel_size
+    weights, gradients = float(stage.total * weight), float(stage.total * gradient)
+    saved, saving = saving_memory(args, stage, index)
+    swapped = float(stage.largest * weight) if passes.keeps_reference else 0.0
+    # The distributed optimizer's weights move to a buffer of their own.
+    twice = 2 if args.use_distributed_optimizer else 1
     return Memory(
-        weights=float(stage.total * weight),
+        weights=weights,
         quantised=quantised_memory(args, stage.linear, with_gradients=passes.fp8_gradients),
-        gradients=float(stage.total * gradient),
+        gradients=gradients,
         optimizer=state * (1.0 - moved),
-        activations=activation_memory(args, passes),
+        buffers=activations.lasting_buffers(args, sizes, most_tokens, fused),
+        activations=activation_memory(args, passes, sizes, index, fused),
         rollout=rollout,
         cache=cache_memory(args, passes),
-        overhead=float(OVERHEAD),
-        reference=float(stage.total * weight) if passes.keeps_reference else 0.0,
+        others=max(swapped, saved if args.save is not None else 0.0),
+        build=twice * weights + gradients,
+        reserve=float(RESERVE),
+        reference=weights if passes.keeps_reference else 0.0,
         offloaded=state * moved,
+        saving=saving if args.save is not None else 0.0,
     )

@@ -24,6 +24,7 @@ class StageParameters:
         total: all of them.
         linear: weights of the layers' linear projections, those that FP8 quantises.
         largest: the largest one.
+        largest_chunk: those of the largest model chunk; all without virtual stages.
         whole_model: those of the stage over all its tensor-parallel ranks, without the rows that
             pad the vocabulary.
     """
@@ -31,6 +32,7 @@ class StageParameters:
     total: int
     linear: int
     largest: int
+    largest_chunk: int
     whole_model: int
 
 
@@ -63,7 +65,7 @@ def count_parameters(args: argparse.Namespace) -> list[StageParameters]:
 def _count(args: argparse.Namespace, stage: int) -> StageParameters:
     last = stage == args.pipeline_model_parallel_size - 1
     virtual = args.virtual_pipeline_model_parallel_size
-    named = []
+    named, chunks = [], []
     for part in range(virtual or 1):
         with contextlib.redirect_stdout(io.StringIO()):
             chunk = model_provider(
@@ -72,6 +74,7 @@ def _count(args: argparse.Namespace, stage: int) -> StageParameters:
                 vp_stage=part if virtual else None,
             )
         named += list(chunk.named_parameters())
+        chunks.append(sum(weight.numel() for weight in chunk.parameters()))
     tp = args.tensor_model_parallel_size
     padding = args.padded_vocab_size - args.vocab_size
     whole = 0
@@ -82,7 +85,7 @@ def _count(args: argparse.Namespace, stage: int) -> StageParameters:
             whole -= padding * args.hidden_size
     sizes = [weight.numel() for _, weight in named]
     linear = sum(w.numel() for name, w in named if ".linear_" in name and w.dim() == 2)
-    return StageParameters(sum(sizes), linear, max(sizes), whole)
+    return StageParameters(sum(sizes), linear, max(sizes), max(chunks), whole)
 
 
 @contextlib.contextmanager

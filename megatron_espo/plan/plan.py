@@ -66,6 +66,11 @@ class Plan:
         """Host memory of the ranks of one node."""
         return self.peak.host * min(gpus_per_node(self.args), self.args.world_size)
 
+    @property
+    def saving_bytes_per_node(self) -> float:
+        """Host memory of the ranks of one node for the optimizer's state in a checkpoint."""
+        return self.peak.saving * min(gpus_per_node(self.args), self.args.world_size)
+
 
 def gpus_per_node(args: argparse.Namespace) -> int:
     """GPUs of one node of the plan."""
@@ -127,7 +132,7 @@ def make_plan(
             num_batches=batch // (rows * args.data_parallel_size),
         )
         step_flops = training_flops(dimensions, batch, args.seq_length, batch * maskable / 2)
-    memory = [plan_memory(args, stage, passes) for stage in stages]
+    memory = [plan_memory(args, stage, passes, index) for index, stage in enumerate(stages)]
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
     return Plan(args, stages, memory, gpu_memory, passes, flops, step_flops, steps)
 
@@ -156,10 +161,7 @@ def check_plan(plan: Plan) -> None:
         return
     args = plan.args
     parts = {
-        "weights, gradients and optimizer": memory.weights
-        + memory.quantised
-        + memory.gradients
-        + memory.optimizer,
+        "weights, gradients and optimizer": max(memory.lasting, memory.build),
         "activations": memory.activations,
         "rollouts": memory.rollout + memory.cache,
     }

@@ -47,9 +47,12 @@ def _layout(plan: Plan) -> list[str]:
     sizes = {
         "tensor": args.tensor_model_parallel_size,
         "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
         "data": args.data_parallel_size,
     }
-    split = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    split = " x ".join(
+        f"{name} {size}" for name, size in sizes.items() if size > 1 or name != "context"
+    )
     return [
         f"Layout: {args.world_size} GPUs of {plan.gpu_memory / GB:.0f} GB in "
         f"{nodes} node{'s' if nodes > 1 else ''} of {node}: {split}; "
@@ -66,17 +69,24 @@ def _memory(plan: Plan) -> list[str]:
         ("FP8 copies of weights", memory.quantised, ""),
         ("gradients", memory.gradients, ""),
         ("optimizer", memory.optimizer, ""),
-        ("activations of an update", memory.activations, " (estimate)"),
-        ("sampling pass", memory.rollout, " (estimate; not at the same time)"),
+        ("buffers of the layers", memory.buffers, ""),
+        ("update", memory.activations, " (activations, logits; not at the same time as others)"),
+        ("sampling pass", memory.rollout, " (not at the same time)"),
         ("key/value caches", memory.cache, " (with the sampling pass)"),
-        ("CUDA, NCCL, workspaces", memory.overhead, " (assumed)"),
+        ("policies, checkpoints", memory.others, " (a swap or a save; not at the same time)"),
     ]
     stage = "" if len(plan.memory) == 1 else ", most loaded pipeline stage"
     lines = [f"Memory of a GPU{stage}:"]
     lines += [f"  {name:26}{size / GB:8.2f} GB{note}" for name, size, note in rows if size]
     free = plan.gpu_memory - memory.total
     rest = f"{free / GB:.1f} GB free" if free >= 0.0 else f"{-free / GB:.1f} GB too much"
-    lines.append(f"  {'peak':26}{memory.total / GB:8.2f} GB ({rest})")
+    building = ", when the model is built" if memory.build >= memory.peak else ""
+    lines += [
+        f"  {'peak of tensors':26}{memory.peak / GB:8.2f} GB{building}",
+        f"  {'reserve, not measured':26}{memory.reserve / GB:8.2f} GB "
+        "(CUDA context, NCCL, cuDNN, fragmentation)",
+        f"  {'to have':26}{memory.total / GB:8.2f} GB ({rest})",
+    ]
     if memory.host:
         what = " and ".join(
             name
@@ -89,6 +99,9 @@ def _memory(plan: Plan) -> list[str]:
         lines.append(
             f"  {'host, all ranks of a node':26}{plan.host_bytes_per_node / GB:8.2f} GB ({what})"
         )
+    if memory.saving:
+        size = plan.saving_bytes_per_node / GB
+        lines.append(f"  {'host, during a checkpoint':26}{size:8.2f} GB more (optimizer state)")
     lines.append(f"  {'one checkpoint on disk':26}{plan.checkpoint_bytes / GB:8.2f} GB")
     return lines
 

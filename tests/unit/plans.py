@@ -18,6 +18,7 @@ from megatron.training.training import get_model
 
 from megatron_espo import device
 from megatron_espo.model.provider import model_provider
+from megatron_espo.plan.memory import Memory
 from megatron_espo.plan.parameters import _fake_groups
 from megatron_espo.training import dry_run, espo, pretrain
 from megatron_espo.training.launch import complete_flags
@@ -25,11 +26,16 @@ from megatron_espo.training.launch import complete_flags
 device.prepare()
 
 
-def plan(flags: list[str], recipes: tuple[str, ...] = ("llada_8b", "gsm8k")) -> dict[str, Any]:
+def plan(
+    flags: list[str],
+    recipes: tuple[str, ...] = ("llada_8b", "gsm8k"),
+    without: tuple[str, ...] = (),
+) -> dict[str, Any]:
     """Plan a run; what it prints, its numbers, or why it was refused."""
     printed = io.StringIO()
-    entry = espo if "gsm8k" in recipes else pretrain
+    entry = pretrain if {"pretrain_8b", "sft_8b"}.intersection(recipes) else espo
     argv = [*complete_flags(recipes, flags), "--dry-run"]
+    argv = [word for word in argv if word not in without]
     try:
         with contextlib.redirect_stdout(printed):
             made = dry_run.dry_run(argv, entry.prepare_arguments, entry.__name__)
@@ -41,9 +47,16 @@ def plan(flags: list[str], recipes: tuple[str, ...] = ("llada_8b", "gsm8k")) -> 
         "printed": printed.getvalue(),
         "parameters": made.num_parameters,
         "stages": [stage.total for stage in made.stages],
-        "memory": vars(memory) | {"total": memory.total, "host": memory.host},
+        "memory": numbers(memory),
+        "by_stage": [numbers(memory) for memory in made.memory],
         "theory": compute_weight_and_optimizer_memory(made.args),
     }
+
+
+def numbers(memory: Memory) -> dict[str, float]:
+    """All that a plan says of a GPU's memory."""
+    names = ("total", "peak", "lasting", "host")
+    return vars(memory) | {name: getattr(memory, name) for name in names}
 
 
 def megatron(flags: list[str]) -> dict[str, float]:
