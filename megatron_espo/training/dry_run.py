@@ -51,7 +51,8 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     print(plan_report(plan, espo, rollout))
     print(_files(args), flush=True)
     if is_simulation(args):
-        simulate(module, argv, args, args.dry_run_gpus_per_node)
+        peaks = [memory.peak for memory in plan.memory]
+        simulate(module, argv, args, args.dry_run_gpus_per_node, peaks)
     check_plan(plan)
     print("The plan fits.", flush=True)
     return plan
