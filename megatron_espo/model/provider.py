@@ -35,6 +35,9 @@ def model_provider(
     args = get_args()
     if config is None:
         config = core_transformer_config_from_args(args)
+    # Megatron waits for the device after each exchange between pipeline stages, for the sake of a
+    # bug in old versions of PyTorch (its own words); a denoising step has several of them.
+    config.batch_p2p_sync = False
     model = GPTModel(
         config=config,
         transformer_layer_spec=bidirectional_block_spec(
