@@ -36,8 +36,9 @@ def model_provider(
     args = get_args()
     if config is None:
         config = core_transformer_config_from_args(args)
-        # Guards against a race in old versions of PyTorch, at two waits for the device a message.
-        config.batch_p2p_sync = False
+    # Megatron waits for the device after each exchange between pipeline stages, for the sake of a
+    # bug in old versions of PyTorch (its own words); a denoising step has several of them.
+    config.batch_p2p_sync = False
     with_te = args.transformer_impl == "transformer_engine"
     fused = config.gradient_accumulation_fusion and with_te
     with built_unfused(config, fused):
