@@ -2,8 +2,7 @@
 
 What a layer keeps for its backward pass follows arXiv 2205.05198, section 4, for a gated
 feed-forward part, without dropout, with an attention kernel that does not store its scores, as
-Transformer Engine 2.20 and the local layers (model/) save it. FP8 is taken from Transformer
-Engine's source; it has not been compared with anything.
+Transformer Engine 2.20 and the local layers (model/) save it.
 
 Symbols: r rows that reach the output head, T positions of all rows of a micro-batch on this rank, h
 hidden size, f inner width, n vocabulary.

@@ -88,11 +88,31 @@ HELD_OUT = {
         1,
     ),
     "2 rows, first of vp2": Row(f"{VP2} --num-layers 8 --micro-batch-size 2", 9877, 5854, 10361),
+    "8 rows, layers again": Row(
+        f"{FULL} 1 --micro-batch-size 8 --num-layers 8", 13863, 10058, without=(NO_SP,)
+    ),
     "16 rows sampled": Row(
         "--espo-prompts-per-rollout 16 --rollout-micro-batch-size 16", 9768, 7359
     ),
 }
 ROWS = SEEN | HELD_OUT
+
+FP8 = "--fp8-format hybrid --num-layers 4"
+# Whole jobs, all held out: recipes, flags, most megabytes of any phase, and by how much the plan
+# may be above. Training is planned for micro-batches with every position masked.
+JOBS = {
+    "pre-training": (["pretrain_8b"], "--num-layers 4", 11690, 0.03),
+    "fine-tuning": (["dream_7b", "sft_8b"], "--num-layers 4", 12340, 0.05),
+    "tensorwise": (["llada_8b", "countdown"], f"{FP8} --fp8-recipe tensorwise", 11180, 0.03),
+    "blockwise": (["llada_8b", "countdown"], f"{FP8} --fp8-recipe blockwise", 11180, 0.03),
+    "tensorwise, cp2": (
+        ["llada_8b", "countdown"],
+        "--fp8-format hybrid --num-layers 8 --context-parallel-size 2 "
+        "--tensor-model-parallel-size 1",
+        27220,
+        0.03,
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +127,10 @@ def plans() -> dict[str, Any]:
                 row.without,
             ]
             for name, row in ROWS.items()
+        }
+        | {
+            name: ["plan", [*flags.split(), "--dry-run-gpu-memory", "200"], recipes]
+            for name, (recipes, flags, *_) in JOBS.items()
         }
     )
 
@@ -145,6 +169,20 @@ def test_peak_of_a_checkpoint_is_the_simulated_one(plans: dict[str, Any], name: 
     assert memory["lasting"] + memory["others"] == pytest.approx(row.save * MB, rel=0.01)
     peak = max(row.save, row.update, row.rollout)
     assert memory["peak"] == pytest.approx(peak * MB, rel=0.03)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_peak_of_a_job_is_the_simulated_one(plans: dict[str, Any], name: str) -> None:
+    *_, simulated, above = JOBS[name]
+    assert "refused" not in plans[name], plans[name]
+    ratio = plans[name]["memory"]["peak"] / (simulated * MB)
+    assert 0.97 < ratio < 1 + above
+
+
+def test_fp8_updates_are_the_simulated_ones(plans: dict[str, Any]) -> None:
+    for name, simulated in (("tensorwise", 10560), ("blockwise", 10590)):
+        memory = plans[name]["memory"]
+        assert memory["lasting"] + memory["activations"] == pytest.approx(simulated * MB, rel=0.01)
 
 
 def test_model_is_built_with_its_weights_in_two_places(plans: dict[str, Any]) -> None:
