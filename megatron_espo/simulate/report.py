@@ -103,8 +103,9 @@ def _phase(name: str, phase: Phase) -> Iterator[str]:
     often = sorted(phase.waits.items(), key=lambda entry: -entry[1])
     for place, number in often[:_LISTED]:
         yield f"    waits {number} x: {place}"
-    if phase.attention:
-        yield f"    {len(phase.attention)} shapes of attention"
+    graphs = sum(shape.startswith("cuDNN") for shape in phase.attention)
+    if graphs:
+        yield f"    {graphs} graphs of cuDNN's attention, each built once"
     for place, number in phase.complaints.items():
         yield f"    A GPU REFUSES {number} x: {place}"
 
