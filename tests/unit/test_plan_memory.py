@@ -146,9 +146,11 @@ def memory_of(plans: dict[str, Any], name: str) -> dict[str, float]:
 def test_peak_of_an_update_is_the_simulated_one(plans: dict[str, Any], name: str) -> None:
     memory, simulated = memory_of(plans, name), ROWS[name].update * MB
     lasting, passing = memory["lasting"], memory["activations"]
-    assert lasting + passing == pytest.approx(simulated, rel=0.03 if name in HELD_OUT else 0.01)
+    assert lasting + passing == pytest.approx(simulated, rel=0.005)
     # What lasts is most of it in so few layers: what passes through them is held to account, too.
-    assert passing == pytest.approx(simulated - lasting, rel=0.07)
+    assert passing == pytest.approx(
+        simulated - lasting, rel=0.07 if name == "block of layers again" else 0.035
+    )
 
 
 @pytest.mark.parametrize("name", ROWS)
