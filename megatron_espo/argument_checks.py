@@ -170,6 +170,11 @@ def _check_needs(args: argparse.Namespace) -> None:
             raise ValueError(f"{flag} needs --transformer-impl transformer_engine; leave it out.")
         if not transformer_engine().usable:
             raise ValueError(f"{flag}: {transformer_engine().problem}, or leave it out.")
+    again = args.recompute_modules or () if args.recompute_granularity == "selective" else ()
+    if "layernorm" in again and not transformer_engine().usable:
+        raise ValueError(
+            f"--recompute-modules layernorm: {transformer_engine().problem}, or leave it out."
+        )
 
 
 def check_precision(args: argparse.Namespace) -> None:

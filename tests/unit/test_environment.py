@@ -242,6 +242,10 @@ def test_without_transformer_engine_the_advice_is_a_way_out(
         ("--use-te-activation-func", "--use-te-activation-func needs --transformer-impl"),
         ("--te-rng-tracker", "--te-rng-tracker: Transformer Engine is not installed"),
         ("--use-precision-aware-optimizer", "--use-precision-aware-optimizer: Transformer Engine"),
+        (
+            "--recompute-granularity selective --recompute-modules mlp layernorm",
+            "--recompute-modules layernorm: Transformer Engine is not installed",
+        ),
         ("--fp8-format hybrid", "--fp8-format needs --transformer-impl transformer_engine"),
         ("--fp4-format e2m1", "--fp4-format e2m1: rows are not padded"),
         ("--use-megatron-fsdp", "--use-megatron-fsdp: its checkpoints"),
@@ -257,7 +261,8 @@ def test_what_needs_transformer_engine_is_refused_by_name(
 
 def test_flags_of_transformer_engine_are_taken_where_it_is(hopper: pytest.MonkeyPatch) -> None:
     with_engine(hopper, Engine("2.20.2"))
-    args = check("--use-precision-aware-optimizer", "--te-rng-tracker")
+    again = "--recompute-granularity selective --recompute-modules mlp layernorm".split()
+    args = check("--use-precision-aware-optimizer", "--te-rng-tracker", *again)
     assert args.transformer_impl == "transformer_engine" and args.apply_rope_fusion
 
 
