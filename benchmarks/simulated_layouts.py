@@ -63,7 +63,7 @@ _GENERATE = (
 def _without(flag: str) -> str:
     """The flags of ESPO's recipes without one that cannot be taken back."""
     flags = expand_recipes(["--recipe", "llada_8b", "--recipe", "countdown"])
-    return " ".join(f for f in flags if f != flag)
+    return " ".join(f for f in flags if f != flag) + " --save runs/simulated"
 
 
 def _nodes(model: str, nodes: int) -> Row:
@@ -80,7 +80,8 @@ ROWS = (
         "--recipe countdown --pipeline-model-parallel-size 2"),
     Row("pre-training, tp 2 x dp 4, 32 layers", _PRETRAIN, ""),
     Row("SFT, tp 2 x dp 4, 32 layers", _SFT, "", fitted=True),
-    Row("ESPO by python -m, 32 layers", "espo", "--recipe llada_8b --recipe countdown"),
+    Row("ESPO by python -m, 32 layers", "espo",
+        "--recipe llada_8b --recipe countdown --save runs/simulated"),
     Row("evaluate, tp 2 x dp 4, 32 layers", "tools/evaluate.py", _EVALUATE),
     Row("generate, one GPU, 32 layers", "tools/generate.py", _GENERATE),
     Row("tp 2 x dp 4", _ESPO, _SHORT, fitted=True),

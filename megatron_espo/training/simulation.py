@@ -324,8 +324,9 @@ def _target(module: str, argv: Sequence[str]) -> tuple[str, Sequence[str]]:
 def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
     """Flags that cut the job short, and keep it from this machine's files."""
     runs = f"{OWN_FOLDER}/run"
-    changes = ["--save", runs, "--tensorboard-dir", f"{OWN_FOLDER}/tensorboard"]
-    changes += ["--num-workers", "0"]
+    changes = ["--tensorboard-dir", f"{OWN_FOLDER}/tensorboard", "--num-workers", "0"]
+    if args.save is not None:
+        changes += ["--save", runs]
     if args.tokenizer_model is None or not Path(args.tokenizer_model).is_dir():
         tokenizer = str(folder / "tokenizer")
         save_tokenizer(byte_tokenizer(), tokenizer)
