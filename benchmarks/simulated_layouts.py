@@ -24,6 +24,19 @@ GB = 1e9
 _UNSET = ("CUDA_DEVICE_MAX_CONNECTIONS", "OMP_NUM_THREADS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
 
 
+# Rows that the formulas of plan/ were written after; the others are held out.
+_IN_VIEW = (
+    "tp 2 x dp 4",
+    "tp 2 x pp 2 x dp 2",
+    "tp 2 x pp 2 x dp 2, two virtual stages",
+    "tp 2 x cp 2 x dp 2",
+    "plain layers",
+    "selective recomputation",
+    "full recomputation",
+    "dual cache",
+)
+
+
 @dataclass(frozen=True)
 class Row:
     """A run that is planned and simulated.
@@ -32,13 +45,16 @@ class Row:
         name: of the row.
         target: start script or tool, or a module's name.
         flags: its command line.
-        fitted: whether the constants of the plan were chosen with this row in view.
     """
 
     name: str
     target: str
     flags: str
-    fitted: bool = False
+
+    @property
+    def in_view(self) -> bool:
+        """Whether the plan's formulas were written with this row in view."""
+        return self.name in _IN_VIEW
 
     def command(self) -> list[str]:
         """The command line of its simulation."""
@@ -75,55 +91,52 @@ def _nodes(model: str, nodes: int) -> Row:
 
 ROWS = (
     *(_nodes(model, nodes) for nodes in (1, 2, 8) for model in ("llada_8b", "dream_7b")),
-    Row("ESPO, tp 2 x dp 4, 32 layers", _ESPO, "--recipe countdown", fitted=True),
+    Row("ESPO, tp 2 x dp 4, 32 layers", _ESPO, "--recipe countdown"),
     Row("ESPO, pp 2 x tp 2 x dp 2, 32 layers", _ESPO,
         "--recipe countdown --pipeline-model-parallel-size 2"),
     Row("pre-training, tp 2 x dp 4, 32 layers", _PRETRAIN, ""),
-    Row("SFT, tp 2 x dp 4, 32 layers", _SFT, "", fitted=True),
+    Row("SFT, tp 2 x dp 4, 32 layers", _SFT, ""),
     Row("ESPO by python -m, 32 layers", "espo",
         "--recipe llada_8b --recipe countdown --save runs/simulated"),
     Row("evaluate, tp 2 x dp 4, 32 layers", "tools/evaluate.py", _EVALUATE),
     Row("generate, one GPU, 32 layers", "tools/generate.py", _GENERATE),
-    Row("tp 2 x dp 4", _ESPO, _SHORT, fitted=True),
+    Row("tp 2 x dp 4", _ESPO, _SHORT),
     Row("tp 4 x dp 2", _ESPO, f"{_SHORT} --tensor-model-parallel-size 4"),
     Row("tp 2 x pp 2 x dp 2", _ESPO, f"{_SHORT} --pipeline-model-parallel-size 2"),
-    Row("tp 2 x pp 4", _ESPO, f"{_SHORT} --pipeline-model-parallel-size 4", fitted=True),
+    Row("tp 2 x pp 4", _ESPO, f"{_SHORT} --pipeline-model-parallel-size 4"),
     Row("tp 2 x pp 2 x dp 2, two virtual stages", _ESPO,
-        f"{_SHORT} --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
-        fitted=True),
+        f"{_SHORT} --pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
     Row("tp 2 x cp 2 x dp 2", _ESPO, f"{_SHORT} --context-parallel-size 2"),
     Row("tp 1 x cp 4 x dp 2", _ESPO,
-        f"{_SHORT} --tensor-model-parallel-size 1 --context-parallel-size 4", fitted=True),
+        f"{_SHORT} --tensor-model-parallel-size 1 --context-parallel-size 4"),
     Row("no sequence parallelism", "espo",
         f"{_without('--sequence-parallel')} --num-layers 8"),
     Row("no overlapped gradients and gathers", "espo",
         f"{_without('--overlap-grad-reduce').replace('--overlap-param-gather', '')} "
-        "--num-layers 8", fitted=True),
+        "--num-layers 8"),
     Row("no distributed optimizer", "espo",
         f"{_without('--use-distributed-optimizer').replace('--overlap-param-gather', '')} "
         "--num-layers 8"),
-    Row("FP8 tensorwise", _ESPO, f"{_SHORT} --fp8-format hybrid", fitted=True),
+    Row("FP8 tensorwise", _ESPO, f"{_SHORT} --fp8-format hybrid"),
     Row("FP8 tensorwise, rollouts only", _ESPO,
         f"{_SHORT} --fp8-format hybrid --espo-fp8-phases rollout"),
     Row("FP8 tensorwise, ELBOs only", _ESPO,
         f"{_SHORT} --fp8-format hybrid --espo-fp8-phases elbo"),
     Row("FP8 blockwise", _ESPO, f"{_SHORT} --fp8-format hybrid --fp8-recipe blockwise"),
     Row("FP8 blockwise, rollouts only", _ESPO,
-        f"{_SHORT} --fp8-format hybrid --fp8-recipe blockwise --espo-fp8-phases rollout",
-        fitted=True),
+        f"{_SHORT} --fp8-format hybrid --fp8-recipe blockwise --espo-fp8-phases rollout"),
     Row("FP8 blockwise, ELBOs only", _ESPO,
-        f"{_SHORT} --fp8-format hybrid --fp8-recipe blockwise --espo-fp8-phases elbo",
-        fitted=True),
+        f"{_SHORT} --fp8-format hybrid --fp8-recipe blockwise --espo-fp8-phases elbo"),
     Row("dual cache", _ESPO, f"{_SHORT} --rollout-cache dual"),
     Row("Dream-7B", _ESPO, f"{_SHORT} --recipe dream_7b --num-layers 8"),
-    Row("plain layers", _ESPO, f"{_SHORT} --transformer-impl local", fitted=True),
+    Row("plain layers", _ESPO, f"{_SHORT} --transformer-impl local"),
     Row("plain layers, micro-batch 8", _ESPO,
         f"{_SHORT} --transformer-impl local --micro-batch-size 8"),
     Row("micro-batch 8", _ESPO, f"{_SHORT} --micro-batch-size 8"),
     Row("selective recomputation", _ESPO, f"{_SHORT} --recompute-activations"),
     Row("full recomputation", _ESPO,
         f"{_SHORT} --recompute-granularity full --recompute-method uniform "
-        "--recompute-num-layers 1", fitted=True),
+        "--recompute-num-layers 1"),
 )  # fmt: skip
 
 
@@ -155,7 +168,7 @@ def lines(row: Row, found: dict[str, Any]) -> Iterator[str]:
         planned = rank["planned_peak"]
         compared = " | "
         if planned:
-            part = "fitted" if row.fitted else "held out"
+            part = "in view" if row.in_view else "held out"
             compared = f"{planned / GB:.2f} | {100 * (planned / peaks[where] - 1):+.1f}% ({part})"
         steps = rank["steps"]
         waits = f"{sum(s['waits'] for s in steps) / len(steps):.1f}" if steps else ""
@@ -193,7 +206,7 @@ def main(argv: Sequence[str]) -> None:
             continue
         with tempfile.TemporaryDirectory() as folder:
             found = simulate(row, Path(folder))
-        results[row.name] = {"fitted": row.fitted, "command": row.flags, **found}
+        results[row.name] = {"in_view": row.in_view, "command": row.flags, **found}
         for line in lines(row, found):
             print(line, flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
