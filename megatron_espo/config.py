@@ -45,6 +45,8 @@ class LaunchConfig:
             raise ValueError(
                 f"--dry-run-world-size {self.dry_run_world_size}: a plan needs at least 1 GPU."
             )
+        if self.simulate and not self.dry_run:
+            raise ValueError("--simulate is a kind of dry run; add --dry-run.")
         if not 0.0 < self.dry_run_gpu_memory < math.inf:
             raise ValueError(
                 f"--dry-run-gpu-memory {self.dry_run_gpu_memory} must be a positive number of GB."

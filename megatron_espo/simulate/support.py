@@ -1,12 +1,16 @@
 """Whether this machine's PyTorch can simulate GPUs."""
 
+import importlib.util
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
 
 SEEN_WITH = "2.15"
+# Where `make te` puts Transformer Engine's Python layer.
+FOLDER = Path(sys.prefix) / "transformer_engine_python"
 _HOOKS = "include/ATen/detail/AcceleratorHooksInterface.h"
 
 
@@ -37,3 +41,12 @@ def primary_context_slot() -> int:
             return place
         place += 2 if "~" in line else 1  # a destructor has two
     raise ValueError(f"{header} names no hasPrimaryContext")
+
+
+def transformer_engine_folder() -> Path | None:
+    """Return the folder that holds the package ``transformer_engine``, or None."""
+    if (FOLDER / "transformer_engine" / "pytorch").is_dir():
+        return FOLDER
+    found = importlib.util.find_spec("transformer_engine")
+    places = list(found.submodule_search_locations or ()) if found is not None else []
+    return next((Path(p).parent for p in places if (Path(p) / "pytorch").is_dir()), None)

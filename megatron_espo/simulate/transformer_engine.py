@@ -7,7 +7,6 @@ as usual, or lie unpacked in a folder (``make te`` puts it into the virtual envi
 import dataclasses
 import enum
 import importlib
-import importlib.util
 import os
 import re
 import sys
@@ -17,11 +16,9 @@ from typing import Any
 
 import torch
 
-from megatron_espo.simulate import te_kernels
+from megatron_espo.simulate import support, te_kernels
 
 SEEN_WITH = "2.20"
-# Where `make te` puts it.
-FOLDER = Path(sys.prefix) / "transformer_engine_python"
 _EXTENSION = "transformer_engine_torch"
 _OVER_TENSORS = (
     *("multi_tensor_adam", "multi_tensor_adam_param_remainder", "multi_tensor_adam_fp8"),
@@ -67,22 +64,13 @@ class _Member(int):
     name: str
 
 
-def find() -> Path | None:
-    """Return the folder that holds the package ``transformer_engine``, or None."""
-    if (FOLDER / "transformer_engine" / "pytorch").is_dir():
-        return FOLDER
-    found = importlib.util.find_spec("transformer_engine")
-    places = list(found.submodule_search_locations or ()) if found is not None else []
-    return next((Path(p).parent for p in places if (Path(p) / "pytorch").is_dir()), None)
-
-
 def install() -> str | None:
     """Let this process import Transformer Engine's Python layer.
 
     Returns:
         Its version, or None where it is not here: Megatron then finds no Transformer Engine.
     """
-    folder = find()
+    folder = support.transformer_engine_folder()
     if folder is None:
         return None
     sys.path.insert(0, str(folder))

@@ -78,6 +78,12 @@ def simulate(
     """
     if (reason := support.check()) is not None:
         raise ValueError(reason)
+    with_te = args.transformer_impl == "transformer_engine"
+    if with_te and support.transformer_engine_folder() is None:
+        raise ValueError(
+            "--simulate takes Transformer Engine's own Python layer, which is not here: `make te` "
+            "installs it, or pass --transformer-impl local."
+        )
     with tempfile.TemporaryDirectory(prefix="megatron_espo-simulate-") as folder:
         job = make_job(module, argv, args, gpus_per_node, Path(folder))
         print(

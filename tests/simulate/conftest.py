@@ -17,7 +17,7 @@ from megatron_espo.simulate.ledger import Ledger
 from megatron_espo.simulate.roofline import Ceilings
 
 REASON = support.check()
-if REASON is None and transformer_engine.find() is None:
+if REASON is None and support.transformer_engine_folder() is None:
     REASON = "Transformer Engine's Python layer is not here: make te installs it"
 if REASON is not None:
     if os.environ.get("REQUIRE_TRANSFORMER_ENGINE"):

@@ -4,6 +4,7 @@ import argparse
 import json
 import platform
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from megatron_espo.simulate.compare import find_mismatch
 from megatron_espo.simulate.extrapolate import Cost, espo_costs, rollout_cost
 from megatron_espo.simulate.record import Collective, Phase, Rank
 from megatron_espo.simulate.roofline import Ceilings
-from megatron_espo.training.simulation import chosen_ranks, without_own_flags
+from megatron_espo.training.simulation import chosen_ranks, simulate, without_own_flags
 
 PAIR, WORLD = "0,1#0", "0,1,2,3#0"
 
@@ -189,6 +190,7 @@ def test_settings_are_checked() -> None:
     SimulateConfig(ranks="0,4").validate()
     for config, flag in (
         (SimulateConfig(ranks="first"), "--simulate-ranks"),
+        (LaunchConfig(simulate=True), "add --dry-run"),
         (SimulateConfig(processes=0), "--simulate-processes"),
         (SimulateConfig(network_gbs=0.0), "--simulate-network-gbs"),
         (SimulateConfig(launch_us=float("nan")), "--simulate-launch-us"),
@@ -209,6 +211,18 @@ def test_every_flag_of_the_dry_run_is_known() -> None:
     names += [f"--simulate-{f.name}" for f in fields(SimulateConfig)]
     for name in names:
         assert without_own_flags([f"{name.replace('_', '-')}=1"]) == [], name
+
+
+def test_a_machine_without_transformer_engines_layer_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(support, "check", lambda: None)
+    monkeypatch.setattr(support, "FOLDER", tmp_path / "nothing")
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: None)
+    args = planned()
+    args.transformer_impl = "transformer_engine"
+    with pytest.raises(ValueError, match="make te"):
+        simulate("megatron_espo.training.espo", [], args, 8)
 
 
 def test_this_machine_can_simulate_or_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
