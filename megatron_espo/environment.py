@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 # From this compute capability on (Blackwell) kernels need not be queued in one line for
@@ -51,6 +52,23 @@ def set_environment(
         environment[CONNECTIONS] = "1"
 
 
+def management_library() -> Any | None:
+    """Start NVML, which answers although CUDA has not started or PyTorch cannot use it.
+
+    Returns:
+        The module pynvml, or None where it is missing or there is no driver.
+    """
+    try:
+        nvml: Any = importlib.import_module("pynvml")
+    except ImportError:
+        return None
+    try:
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return None
+    return nvml
+
+
 def oldest_capability() -> tuple[int, int] | None:
     """Ask the driver for the lowest compute capability of this machine's GPUs.
 
@@ -59,12 +77,10 @@ def oldest_capability() -> tuple[int, int] | None:
     Returns:
         Major and minor, or None where there is no GPU, no driver, or no pynvml.
     """
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
+    nvml = management_library()
+    if nvml is None:
         return None
     try:
-        nvml.nvmlInit()
         found = [
             tuple(nvml.nvmlDeviceGetCudaComputeCapability(nvml.nvmlDeviceGetHandleByIndex(i)))
             for i in range(nvml.nvmlDeviceGetCount())

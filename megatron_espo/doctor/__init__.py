@@ -39,7 +39,7 @@ from megatron_espo.doctor.software import (
     check_transformer_engine,
     check_versions,
 )
-from megatron_espo.environment import Engine, transformer_engine
+from megatron_espo.environment import Engine, management_library, transformer_engine
 
 
 @dataclass(frozen=True)
@@ -143,12 +143,10 @@ def _torch() -> _Torch:
 
 def _driver() -> Driver | None:
     """Ask NVIDIA's driver, which answers although PyTorch cannot use it."""
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
+    nvml = management_library()
+    if nvml is None:
         return None
     try:
-        nvml.nvmlInit()
         cuda = nvml.nvmlSystemGetCudaDriverVersion_v2()
         version, gpus = nvml.nvmlSystemGetDriverVersion(), nvml.nvmlDeviceGetCount()
     except nvml.NVMLError:

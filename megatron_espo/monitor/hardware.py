@@ -1,6 +1,5 @@
 """GPU utilisation, memory, power and temperature through NVML; nothing where there is no GPU."""
 
-import importlib
 import resource
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_espo import device
+from megatron_espo.environment import management_library
 
 _GIB = 2**30
 # So many GPUs get curves of their own; of more, the mean and the ends are shown.
@@ -95,12 +95,10 @@ def open_gpu(uuid: str | None = None, interval: float = 1.0) -> GpuMonitor | Non
             return None
         # NVML knows nothing of CUDA_VISIBLE_DEVICES: only the name of a GPU is the same in both.
         uuid = f"GPU-{torch.cuda.get_device_properties(device.current_device()).uuid}"
-    try:
-        nvml = importlib.import_module("pynvml")
-    except ImportError:
+    nvml = management_library()
+    if nvml is None:
         return None
     try:
-        nvml.nvmlInit()
         handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
     except nvml.NVMLError:
         return None

@@ -5,7 +5,8 @@ send must meet a receive of the same size. And what blocks must come in an order
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 from megatron_espo.simulate.record import Collective, Rank
 
@@ -56,15 +57,13 @@ def _of_groups(
         first = present[0]
         expected = by_rank.get(first, [])
         for rank in present[1:]:
-            found = by_rank.get(rank, [])
-            for number in range(max(len(expected), len(found))):
-                ours = expected[number] if number < len(expected) else None
-                theirs = found[number] if number < len(found) else None
-                if ours is None or theirs is None or _what(ours) != _what(theirs):
-                    return (
-                        f"ranks {first} and {rank} disagree in collective {number + 1} of their "
-                        f"group {members(group)}: {_named(ours)}; {_named(theirs)}"
-                    )
+            difference = _difference(expected, by_rank.get(rank, []), _what)
+            if difference is not None:
+                number, ours, theirs = difference
+                return (
+                    f"ranks {first} and {rank} disagree in collective {number} of their "
+                    f"group {members(group)}: {_named(ours)}; {_named(theirs)}"
+                )
     return None
 
 
@@ -74,15 +73,23 @@ def _of_pairs(
     for (_, source, target), both in sends.items():
         if not {source, target} <= simulated:
             continue
-        sent, received = both["send"], both["recv"]
-        for number in range(max(len(sent), len(received))):
-            ours = sent[number] if number < len(sent) else None
-            theirs = received[number] if number < len(received) else None
-            if ours is None or theirs is None or _size(ours) != _size(theirs):
-                return (
-                    f"message {number + 1} from rank {source} to rank {target} does not match: "
-                    f"{_named(ours)}; {_named(theirs)}"
-                )
+        difference = _difference(both["send"], both["recv"], _size)
+        if difference is not None:
+            number, ours, theirs = difference
+            return (
+                f"message {number} from rank {source} to rank {target} does not match: "
+                f"{_named(ours)}; {_named(theirs)}"
+            )
+    return None
+
+
+def _difference(
+    ours: Sequence[Collective], theirs: Sequence[Collective], of: Callable[[Collective], object]
+) -> tuple[int, Collective | None, Collective | None] | None:
+    """Find the first place, counted from 1, where two sequences differ; None stands for an end."""
+    for number, (mine, other) in enumerate(zip_longest(ours, theirs), start=1):
+        if mine is None or other is None or of(mine) != of(other):
+            return number, mine, other
     return None
 
 
