@@ -6,14 +6,16 @@ A process of its own, in which nothing is simulated: it plans as `--dry-run --si
 starts the simulating process, once for all.
 """
 
+import io
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from megatron_espo.config import SimulateConfig
 from megatron_espo.simulate.compare import find_mismatch
 from megatron_espo.simulate.job import Job
+from megatron_espo.simulate.record import Rank
 from megatron_espo.training import espo, evaluation, generate, launch, pretrain, simulation
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -84,15 +86,28 @@ class _Planned(Exception):
     """The job is made: it will run with the others."""
 
 
+def conclusion(job: Job, ranks: list[Rank], module: str, args: Any, peaks: Any) -> dict[str, str]:
+    """What a user gets to see, and why the plan is refused."""
+    printed, refused = io.StringIO(), ""
+    with mock.patch.object(sys, "stdout", printed):
+        try:
+            simulation.conclude(module, job, args, ranks, peaks)
+        except ValueError as error:
+            refused = str(error)
+    return {"printed": printed.getvalue(), "refused": refused}
+
+
 def main(folder: Path) -> None:
     """Plan, run, print."""
     jobs: dict[str, Job] = {}
+    plans: dict[str, tuple[Any, ...]] = {}
     for number, (name, (target, flags)) in enumerate(STARTED.items()):
         own = folder / str(number)
         own.mkdir(parents=True)
 
         def plan(module, argv, args, gpus, peaks=None, name=name, own=own):
             jobs[name] = simulation.make_job(module, argv, args, gpus, own)
+            plans[name] = (module, args, peaks)
             raise _Planned
 
         script = str(EXAMPLES / target) if isinstance(target, str) else target.__file__
@@ -125,6 +140,7 @@ def main(folder: Path) -> None:
         record_trace=True,
     )
     (own / "tokenizer").symlink_to(Path(module.folder) / "tokenizer")
+    plans["disagreeing"] = plans["module"]
     results = {}
     for (name, job), ranks in zip(
         jobs.items(), simulation.run_jobs(list(jobs.values())), strict=True
@@ -133,10 +149,10 @@ def main(folder: Path) -> None:
             "ranks": [{**rank.as_json(), "trace": []} for rank in ranks],
             "trace": len(ranks[0].trace),
             "mismatch": find_mismatch(ranks) if job.record_trace else None,
+            **conclusion(job, ranks, *plans[name]),
         }
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    assert SimulateConfig.ranks is None
     main(Path(sys.argv[1]))

@@ -85,6 +85,24 @@ def test_a_plan_whose_ranks_disagree_is_found_with_both_places(ran: dict[str, An
     assert mismatch is not None
     assert "all_reduce" in mismatch and mismatch.count(".py:") >= 2, mismatch
     assert "ranks 0 and 1 disagree" in mismatch
+    assert ran["disagreeing"]["refused"] == f"this plan would hang: {mismatch}."
+
+
+@pytest.mark.parametrize("name", OK)
+def test_what_was_found_is_printed(ran: dict[str, Any], name: str) -> None:
+    printed = ran[name]["printed"]
+    assert ran[name]["refused"] == ""
+    first = ran[name]["ranks"][0]
+    assert f"Simulated rank 0 of {first['facts']['world_size']}: ok" in printed
+    for phase, found in first["phases"].items():
+        if found["kernels"]:
+            assert f"  {phase}: peak {found['peak'] / 1e9:.2f} GB" in printed
+    training = name not in ("evaluate", "generate")
+    assert ("the plan's arithmetic" in printed) == training
+    assert ("tokens/s on all ranks" in printed) == training
+    assert ("agree" in printed) == (name in COMPARED)
+    for place in list(first["phases"].get("rollout", {"waits": {}})["waits"])[:1]:
+        assert f" x: {place}" in printed
 
 
 @pytest.mark.parametrize("name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "module"])
