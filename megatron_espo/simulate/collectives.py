@@ -36,6 +36,11 @@ KINDS = {
     "reduce_": "reduce",
     "monitored_barrier_": "barrier",
 }
+# Those that return their outputs beside the handle.
+_WITH_OUTPUTS = (
+    *("allreduce_", "broadcast_", "allgather_", "_allgather_base_", "reduce_scatter_"),
+    *("_reduce_scatter_base_", "alltoall_", "scatter_"),
+)
 _GPUS_PER_NODE = "gpus_per_node"
 
 
@@ -67,7 +72,7 @@ class Collectives:
         group = private.group_of(flat)
         tensors = [t for t in flat if isinstance(t, Tensor)]
         kind = KINDS[name]
-        size = 0 if kind == "barrier" else _size(kind, args)
+        size = 0 if kind == "barrier" else _size(args)
         dtype = "" if kind == "barrier" or not tensors else str(tensors[0].dtype)[6:]
         peer = f" {args[2]}" if kind in ("send", "recv") else ""
         self.note(group, kind + peer, size, dtype)
@@ -157,7 +162,7 @@ class Collectives:
                     tensor.known = None
 
 
-def _size(kind: str, args: Any) -> int:
+def _size(args: Any) -> int:
     totals = [
         sum(size_of(t) for t in tree_flatten(argument)[0] if isinstance(t, Tensor))
         for argument in args
@@ -168,17 +173,7 @@ def _size(kind: str, args: Any) -> int:
 
 def _result(name: str, args: Any) -> Any:
     work = private.finished_work()
-    if name in ("barrier", "send", "recv_", "recv_any_source_", "gather_", "reduce_"):
-        return work
-    if name in (
-        "allgather_into_tensor_coalesced_",
-        "reduce_scatter_tensor_coalesced_",
-        "allreduce_coalesced_",
-        "alltoall_base_",
-        "monitored_barrier_",
-    ):
-        return work
-    return args[0], work
+    return (args[0], work) if name in _WITH_OUTPUTS else work
 
 
 def _megatron_label(name: str) -> str | None:

@@ -304,19 +304,20 @@ def chosen_ranks(args: argparse.Namespace, config: SimulateConfig) -> list[int]:
 
 def _stage_ranks(args: argparse.Namespace) -> list[int]:
     """The first ranks of the first, middle and last pipeline stage."""
-    stages = args.pipeline_model_parallel_size
-    inner = args.tensor_model_parallel_size * args.context_parallel_size
-    between = inner if args.use_tp_pp_dp_mapping else args.world_size // stages
+    stages, between = args.pipeline_model_parallel_size, _between_stages(args)
     return sorted({between * stage for stage in (0, stages // 2, stages - 1)})
+
+
+def _between_stages(args: argparse.Namespace) -> int:
+    """Ranks from one pipeline stage to the next."""
+    if args.use_tp_pp_dp_mapping:
+        return int(args.tensor_model_parallel_size * args.context_parallel_size)
+    return int(args.world_size // args.pipeline_model_parallel_size)
 
 
 def _stage(args: argparse.Namespace, rank: int) -> int:
     """The pipeline stage of a rank."""
-    stages = args.pipeline_model_parallel_size
-    inner = args.tensor_model_parallel_size * args.context_parallel_size
-    if args.use_tp_pp_dp_mapping:
-        return rank // inner % stages
-    return int(rank // (args.world_size // stages))
+    return int(rank // _between_stages(args) % args.pipeline_model_parallel_size)
 
 
 def _target(module: str, argv: Sequence[str]) -> tuple[str, Sequence[str]]:
