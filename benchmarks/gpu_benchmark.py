@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from benchmarks.gpu_model import (  # noqa: E402
     build,
     computing_in,
-    float32_twin,
+    float32_copy,
     free_gradients,
     layers_of,
     usable_recipes,
@@ -41,7 +41,7 @@ from megatron_espo.model.fp8 import STATELESS_RECIPES  # noqa: E402
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
 from megatron_espo.model.presets import PRESETS  # noqa: E402
 from megatron_espo.rl.elbo import elbo_of_views  # noqa: E402
-from megatron_espo.training.setup import run_entry_point  # noqa: E402
+from megatron_espo.startup.setup import run_entry_point  # noqa: E402
 
 # Dense peaks of the data sheets in TFLOP/s, (bf16, FP8), by a part of the device's name; the first
 # that fits counts.
@@ -127,7 +127,7 @@ def elbo_deviations(
     for precision in precisions:
         with computing_in(model, precision):
             elbos[precision] = elbo_of_views(model, batches, views) / options.completion
-    exact = float32_twin(model)
+    exact = float32_copy(model)
     elbos["float32"] = elbo_of_views(exact, batches, views) / options.completion
     result = {}
     for name in precisions:

@@ -17,13 +17,13 @@ from megatron.training.checkpointing import load_checkpoint
 from torch import Tensor
 
 from megatron_espo import device
-from megatron_espo.arguments import initialize_arguments
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.environment import transformer_engine
 from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
-from megatron_espo.training.setup import diffusion_model, initialize_process_groups
+from megatron_espo.startup.arguments import initialize_arguments
+from megatron_espo.startup.setup import diffusion_model, initialize_process_groups
 
 
 def usable_recipes(asked: Sequence[str], rest: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -112,7 +112,7 @@ def free_gradients(model: DiffusionModel) -> None:
             buffer.grad_data.untyped_storage().resize_(0)
 
 
-def float32_twin(model: DiffusionModel) -> DiffusionModel:
+def float32_copy(model: DiffusionModel) -> DiffusionModel:
     """Build the same model in float32 with local layers: Transformer Engine would use TF32.
 
     So does PyTorch where its environment says so, as in NVIDIA's images; not in this process from

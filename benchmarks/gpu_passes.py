@@ -12,11 +12,11 @@ from torch import Tensor
 from benchmarks.gpu_model import half_of_the_layers, layers_of
 from megatron_espo import device
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import ViewBatch, pack_sequences, view_batches
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.generation.sampler import Interrupted, generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.flops import ModelDimensions, forward_flops
+from megatron_espo.passes.batch import ViewBatch, pack_sequences, view_batches
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.update import accumulate_gradient

@@ -29,7 +29,7 @@ from benchmarks.models import SHAPES, build_random, random_prompts
 from megatron_espo.config import RolloutConfig
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.parallel.pipeline import RowBatch, forward_only
+from megatron_espo.passes.pipeline import RowBatch, forward_only
 from megatron_espo.rl.elbo import estimate_elbo
 
 PROMPT = 16

@@ -13,12 +13,12 @@ from megatron.training import training as megatron_training
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_espo.arguments import initialize_arguments
+from megatron_espo.commands.inference import load_model
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
-from megatron_espo.training.inference import load_model
-from megatron_espo.training.setup import diffusion_model, initialize_process_groups
+from megatron_espo.startup.arguments import initialize_arguments
+from megatron_espo.startup.setup import diffusion_model, initialize_process_groups
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def build_trained(folder: str) -> DiffusionModel:
     return load_model(argv)[0]
 
 
-def llama_twin(model: DiffusionModel, shape: Shape) -> LlamaForCausalLM:
+def llama_oracle(model: DiffusionModel, shape: Shape) -> LlamaForCausalLM:
     """Copy the weights of a Megatron model into transformers' Llama.
 
     Args:

@@ -32,7 +32,7 @@ from benchmarks.measure import (
     ratios,
     spread,
 )
-from benchmarks.models import SHAPES, llama_twin, llama_weights
+from benchmarks.models import SHAPES, llama_oracle, llama_weights
 from benchmarks.workloads import Workload
 from megatron_espo.config import RolloutConfig
 from megatron_espo.model.handle import DiffusionModel
@@ -292,7 +292,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print(json.dumps(report["machine"]))
     if not options.only_memory:
         model = work.build()
-        llama = llama_twin(model, work.shape)
+        llama = llama_oracle(model, work.shape)
     sizes = (
         f"{options.shape}, prompt {work.prompt_length}, completion {rollout.completion_length}, "
         f"block {rollout.block_length}"

@@ -11,15 +11,15 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import straightforward
 from benchmarks.confident import read_prompts, reward
-from benchmarks.models import Shape, build_random, build_trained, llama_twin, random_prompts
+from benchmarks.models import Shape, build_random, build_trained, llama_oracle, random_prompts
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import pack_sequences, view_batches
+from megatron_espo.conversion.verification import quiet
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.passes.batch import pack_sequences, view_batches
 from megatron_espo.random import stream
 from megatron_espo.rl.update import accumulate_gradient
-from megatron_espo.training.verification import quiet
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def prepare_our_rollout(work: Workload, config: RolloutConfig) -> Callable[[bool
 
 def prepare_their_rollout(work: Workload) -> Callable[[bool], Any]:
     """Build for sampling; see measure.peak_memory."""
-    llama = llama_twin(work.build(), work.shape)
+    llama = llama_oracle(work.build(), work.shape)
     return lambda small: their_rollout(
         llama, work.small() if small else work, work.rollout.temperature
     )
@@ -221,5 +221,5 @@ def prepare_our_update(work: Workload, gradient: str) -> Callable[[bool], Any]:
 
 def prepare_their_update(work: Workload, pass_per_mask: bool) -> Callable[[bool], Any]:
     """Build for updates; see measure.peak_memory."""
-    llama = llama_twin(work.build(), work.shape)
+    llama = llama_oracle(work.build(), work.shape)
     return lambda small: their_update(llama, work.small() if small else work, pass_per_mask)

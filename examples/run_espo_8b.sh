@@ -22,6 +22,6 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 if __name__ == "__main__":
-    from megatron_espo.training.launch import start
+    from megatron_espo.commands.launch import start
 
     start(__file__, "espo", ["llada_8b", "gsm8k"])

@@ -2,10 +2,9 @@
 
 Megatron spells "cuda" out in allocations, streams, events and random-state calls. On a machine
 without CUDA, :func:`prepare` points these at the CPU and gloo; the code that runs is the same code
-that runs on GPUs. With CUDA present nothing of Megatron is changed, apart from two repairs that do
-not depend on the device: Megatron's start-up runs ``make`` on the data-set helpers although the
-wheel ships them compiled and without a Makefile, and without Apex and Transformer Engine its
-distributed optimizer cannot be resumed. And one of PyTorch's attention kernels is not taken.
+that runs on GPUs. With CUDA present nothing of Megatron is changed, apart from the repairs of
+``megatron_patches.py`` that do not depend on the device. And one of PyTorch's attention kernels is
+not taken.
 """
 
 import contextlib
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_espo import megatron_patches
 from megatron_espo.environment import CONNECTIONS, set_environment, transformer_engine
 
 CPU = torch.device("cpu")
@@ -87,13 +87,13 @@ def _uncompiled(function: Any = None, **_: object) -> Any:
 def prepare() -> None:
     """Make Megatron-Core usable on this machine; call once, before Megatron's start-up.
 
-    Changes nothing of Megatron but the two repairs where CUDA is present, and chooses among
-    PyTorch's attention kernels. Calling it again has no effect.
+    Where CUDA is present it changes nothing of Megatron but what is repaired everywhere, and it
+    chooses among PyTorch's attention kernels. Calling it again has no effect.
     """
     set_environment()
     transformer_engine()
-    _skip_compiled_helpers()
-    _repair_distributed_optimizer()
+    megatron_patches.skip_compiled_helpers()
+    megatron_patches.repair_distributed_optimizer()
     # Its attention keeps a compiled graph for every shape; the passes that go through PyTorch's
     # kernels (caches, the last layer's rows) have as many as there are steps.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -107,6 +107,7 @@ def prepare() -> None:
     # PyTorch's optimizers import this at their first step; its tables want the original torch.cuda.
     importlib.import_module("torch._dynamo")
     _replace_cuda_calls()
+    megatron_patches.run_without_cuda()
     _CudaOnCpu.active = True
     _CudaOnCpu().__enter__()
 
@@ -188,7 +189,7 @@ class _NoStream:
 
 
 def _replace_cuda_calls() -> None:
-    """Point the calls of torch.cuda and Megatron that need a device at the CPU."""
+    """Point the calls of torch.cuda that need a device at the CPU."""
     nothing = _constant(None)
     replacements: dict[str, Any] = {
         "current_device": _constant(CPU),
@@ -223,34 +224,6 @@ def _replace_cuda_calls() -> None:
         setattr(torch.cuda.nvtx, name, nothing)
     torch.nn.Module.cuda = lambda self, device=None: self  # type: ignore[method-assign]
 
-    import megatron.core.tensor_parallel.random as tp_random
-    import megatron.training.training as training
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    def get_state(*args: object, **kwargs: object) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
-        torch.set_rng_state(state)
-
-    tp_random._get_cuda_rng_state = get_state
-    tp_random._set_cuda_rng_state = set_state
-    initialize = training.initialize_megatron
-
-    @functools.wraps(initialize)
-    def initialize_without_cuda(*args: Any, **kwargs: Any) -> Any:
-        kwargs["allow_no_cuda"] = True
-        result = initialize(*args, **kwargs)
-        # Megatron seeds the tensor-parallel tracker only where it counts CUDA devices.
-        from megatron.training import get_args
-
-        model_parallel_cuda_manual_seed(get_args().seed)
-        return result
-
-    training.initialize_megatron = initialize_without_cuda
-    # Compiles and times fused CUDA kernels; there are none.
-    training.set_jit_fusion_options = nothing
-
 
 class _ZeroStats(dict[str, int]):
     """Memory statistics of an allocator that is not there."""
@@ -264,58 +237,3 @@ def _constant(value: Any) -> Callable[..., Any]:
         return value
 
     return call
-
-
-def _skip_compiled_helpers() -> None:
-    """Skip the build of Megatron's data-set helpers where the compiled module imports."""
-    try:
-        import megatron.core.datasets.helpers_cpp  # noqa: F401
-    except ImportError:
-        return
-    import megatron.core.datasets.utils as dataset_utils
-
-    dataset_utils.compile_helpers = _constant(None)
-
-
-def _repair_distributed_optimizer() -> None:
-    """Let the distributed optimizer be resumed with PyTorch's Adam.
-
-    With Apex or Transformer Engine the count of steps belongs to parameter groups. Without them it
-    is part of every parameter's state: Megatron reads it at loading, before there is a state,
-    looks for it among the sharded tensors, where it is not, and gives all parameters one tensor,
-    to which each of them then adds its own step.
-    """
-    from megatron.core.optimizer import distrib_optimizer
-
-    optimizer = distrib_optimizer.DistributedOptimizer
-    if distrib_optimizer.HAVE_APEX_OR_TE or hasattr(optimizer, "_is_repaired"):
-        return
-    optimizer._is_repaired = True
-    state_dict, load_state_dict = optimizer.state_dict, optimizer.load_state_dict
-    set_states = optimizer._set_main_param_and_optimizer_states
-
-    @functools.wraps(state_dict)
-    def state_dict_from_the_start(self: Any) -> Any:
-        if not self.optimizer.state:
-            # As PyTorch's optimizer begins at its first step.
-            for group in self.optimizer.param_groups:
-                for parameter in group["params"]:
-                    self.optimizer.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        **{key: torch.zeros_like(parameter) for key in self.optimizer_state_keys},
-                    }
-        return state_dict(self)
-
-    @functools.wraps(load_state_dict)
-    def load_state_dict_with_own_steps(self: Any, loaded: Any) -> None:
-        load_state_dict(self, loaded)
-        for state in self.optimizer.state.values():
-            state["step"] = state["step"].clone()
-
-    @functools.wraps(set_states)
-    def set_states_but_steps(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
-        set_states(self, parameter, {"step": None, **tensors})
-
-    optimizer.state_dict = state_dict_from_the_start
-    optimizer._set_main_param_and_optimizer_states = set_states_but_steps
-    optimizer.load_state_dict = load_state_dict_with_own_steps

@@ -13,13 +13,13 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megatron_espo.checkpoint.families import FAMILIES
-from megatron_espo.training.conversion import (
+from megatron_espo.conversion.convert import (
     DTYPES,
     convert_to_hugging_face,
     convert_to_megatron,
 )
-from megatron_espo.training.setup import run_entry_point
+from megatron_espo.conversion.families import FAMILIES
+from megatron_espo.startup.setup import run_entry_point
 
 
 def main(argv: Sequence[str]) -> None:

@@ -8,8 +8,8 @@ Runs under torchrun like training does, or alone. The same command takes up what
 finished in --out. See docs/evaluation.md.
 """
 
-from megatron_espo.training.evaluation import main
-from megatron_espo.training.setup import run_entry_point
+from megatron_espo.commands.evaluate import main
+from megatron_espo.startup.setup import run_entry_point
 
 if __name__ == "__main__":
     run_entry_point(main)

@@ -9,8 +9,8 @@ With --chat each prompt is a user's message, written in the tokenizer's chat for
 --prompt the tool reads what is typed in. See docs/evaluation.md.
 """
 
-from megatron_espo.training.generate import main
-from megatron_espo.training.setup import run_entry_point
+from megatron_espo.commands.generate import main
+from megatron_espo.startup.setup import run_entry_point
 
 if __name__ == "__main__":
     run_entry_point(main)

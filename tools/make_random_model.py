@@ -10,13 +10,13 @@ import argparse
 import dataclasses
 from collections.abc import Sequence
 
-from megatron_espo.checkpoint import dream, llada
-from megatron_espo.checkpoint.families import FAMILIES
-from megatron_espo.checkpoint.random_model import write_random_model
-from megatron_espo.checkpoint.shape import ModelShape
+from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion.convert import DTYPES
+from megatron_espo.conversion.families import FAMILIES
+from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
-from megatron_espo.training.conversion import DTYPES
-from megatron_espo.training.setup import run_entry_point
+from megatron_espo.model.shape import ModelShape
+from megatron_espo.startup.setup import run_entry_point
 
 PUBLISHED = {"llada": llada.PUBLISHED, "dream": dream.PUBLISHED}
 

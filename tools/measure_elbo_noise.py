@@ -21,13 +21,13 @@ import torch
 from megatron.training.checkpointing import load_checkpoint
 from torch import Tensor
 
-from megatron_espo.arguments import config_from_args
+from megatron_espo.commands.inference import load_eval_problems, load_model
 from megatron_espo.config import RolloutConfig
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.rl.elbo import estimate_elbo
-from megatron_espo.training.inference import load_eval_problems, load_model
-from megatron_espo.training.setup import run_entry_point
+from megatron_espo.startup.arguments import config_from_args
+from megatron_espo.startup.setup import run_entry_point
 
 # Estimator and draws: rows of equal cost stand together.
 SETTINGS = (

@@ -1,1 +1,1 @@
-"""Checkpoints: reading, comparing."""
+"""Megatron's torch_dist checkpoints: where they lie, reading, writing, comparing."""

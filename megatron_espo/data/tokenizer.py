@@ -18,8 +18,8 @@ import jinja2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.data.jsonl import read_text
-from megatron_espo.data.whole import whole_folder
 
 MASK, END_OF_TEXT, START_OF_TEXT = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
 START_HEADER, END_HEADER, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -151,7 +151,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     Raises:
         ValueError: the folder holds something already.
     """
-    with whole_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         tokenizer.save_pretrained(str(partial))
 
 

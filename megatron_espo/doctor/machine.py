@@ -168,7 +168,7 @@ def check_sandbox(mode: str | None) -> list[Finding]:
 
 def sandbox_mode() -> str | None:
     """Ask the sandbox how it would run generated code; None where it cannot."""
-    from megatron_espo.tasks import sandbox
+    from megatron_espo.sandbox import run as sandbox
 
     try:
         return sandbox.start_line()

@@ -1,1 +1,1 @@
-"""Evaluation of a checkpoint on a task: protocols, resumable runs, statistics."""
+"""Evaluation on a task: problems, completing, scoring, protocols, resumable runs, statistics."""

@@ -8,14 +8,14 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.evaluation.completing import complete_problems
+from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.protocol import Protocol
 from megatron_espo.evaluation.statistics import Record, Summary, summarize
 from megatron_espo.evaluation.store import CompletionStore
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.progress import Progress
 from megatron_espo.parallel.layout import Layout
-from megatron_espo.rl.evaluate import complete_problems
-from megatron_espo.rl.trainer import TaskData
 from megatron_espo.tasks.base import Task
 
 Item = tuple[int, int]

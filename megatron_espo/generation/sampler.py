@@ -20,9 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.device import no_interception
-from megatron_espo.generation.flight import Flight, MicroBatch
 from megatron_espo.generation.remasking import (
     dream_commit_shares,
     rank_by,
@@ -30,11 +28,13 @@ from megatron_espo.generation.remasking import (
     select_highest,
 )
 from megatron_espo.generation.rows import Rows, lay_out_rows
+from megatron_espo.generation.scheduler import MicroBatch, Scheduler
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import broadcast_from_last_stage
-from megatron_espo.parallel.passes import KeyValueCache
-from megatron_espo.parallel.pipeline import RowBatch, forward_only
 from megatron_espo.parallel.vocab import draw_tokens
+from megatron_espo.passes.pipeline import RowBatch, forward_only
+from megatron_espo.passes.shapes import Shapes
+from megatron_espo.passes.state import KeyValueCache
 
 
 class Interrupted(Exception):
@@ -108,19 +108,19 @@ def generate(
         nothing = torch.empty(0, dtype=torch.int64)
         work = torch.empty(0, 4, dtype=torch.float64)
         return Generation(nothing.view(0, length), nothing, nothing, torch.empty(0), work)
-    flight = Flight.of(n, config, model.layout.pp_size)
-    rows = lay_out_rows(model, prompts, sample_ids, config, len(flight.schedule))
-    while flight.admit():
+    scheduler = Scheduler.of(n, config, model.layout.pp_size)
+    rows = lay_out_rows(model, prompts, sample_ids, config, len(scheduler.schedule))
+    while scheduler.admit():
         # Megatron's pipeline schedules name the device "cuda".
         with no_interception() if model.layout.pp_size == 1 else nullcontext():
-            final = _denoise(model, rows, flight, seed, purpose)
+            final = _denoise(model, rows, scheduler, seed, purpose)
         if on_step is not None:
             on_step(rows.completions)
         if len(final) and on_finished is not None:
             numbers = rows.order[final]
             on_finished(numbers, rows.completions[numbers])
-        flight.leave(final.tolist())
-        rows.enter_next_block(torch.tensor(flight.to_next_block(rows.complete.tolist())).long())
+        scheduler.leave(final.tolist())
+        rows.enter_next_block(torch.tensor(scheduler.to_next_block(rows.complete.tolist())).long())
     back = rows.order.argsort()  # to the caller's order
     return Generation(
         rows.completions,
@@ -131,7 +131,9 @@ def generate(
     )
 
 
-def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpose: str) -> Tensor:
+def _denoise(
+    model: DiffusionModel, rows: Rows, scheduler: Scheduler, seed: int, purpose: str
+) -> Tensor:
     """Make one denoising step with all rows in flight whose block is not complete.
 
     With a cache a step passes either whole rows or windows: rows that want a whole pass wait until
@@ -140,27 +142,27 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
     Returns:
         int64 ``[f]``: the rows that are final now.
     """
-    config = flight.config
-    index = torch.tensor(flight.rows)
+    config = scheduler.config
+    index = torch.tensor(scheduler.rows)
     index = index[~rows.complete[index]]
     if config.cache != "none":
         whole = rows.want_whole_passes(index, config.cache_refresh_steps)
-        flight.windows = not bool(whole.all())
-        index = index[~whole] if flight.windows else index
+        scheduler.windows = not bool(whole.all())
+        index = index[~whole] if scheduler.windows else index
     if config.temperature > 0.0 or config.remasking in ("random", "origin"):
         noise = rows.noise(index, seed, purpose)
     else:
         noise = torch.zeros(len(index), 2, config.block_length, dtype=torch.float64)
     step = rows.step[index]
-    counts = flight.schedule[step]
+    counts = scheduler.schedule[step]
     picked = _candidates(rows.masked[index], noise[:, 1], step, config, counts)
     evaluated = picked.any(1)
     if evaluated.any():
         place = {row: i for i, row in enumerate(index.tolist()) if evaluated[i]}
-        parts = [[place[row] for row in batch.rows if row in place] for batch in flight.batches]
-        draws = _evaluate(model, rows, flight, index, parts, picked, noise[:, 0])
-        flight.passes += 1
-        rows.commit(index, *_choose(draws, picked, flight, counts))
+        parts = [[place[row] for row in batch.rows if row in place] for batch in scheduler.batches]
+        draws = _evaluate(model, rows, scheduler, index, parts, picked, noise[:, 0])
+        scheduler.passes += 1
+        rows.commit(index, *_choose(draws, picked, scheduler, counts))
         rows.num_evaluations[index] += evaluated
     stops = torch.tensor(model.stop_token_ids) if config.early_stop else None
     blocks = config.completion_length // config.block_length
@@ -196,7 +198,7 @@ def _candidates(
 def _evaluate(
     model: DiffusionModel,
     rows: Rows,
-    flight: Flight,
+    scheduler: Scheduler,
     index: Tensor,
     parts: Sequence[list[int]],
     picked: Tensor,
@@ -207,7 +209,7 @@ def _evaluate(
     Args:
         model: the model.
         rows: the rows.
-        flight: the micro-batches and their caches, which whole passes fill.
+        scheduler: the micro-batches and their caches, which whole passes fill.
         index: int64 ``[a]``, the rows of this step.
         parts: places in ``index`` of the rows of each micro-batch that have candidates.
         picked: bool ``[a, k]``, the candidates.
@@ -217,14 +219,16 @@ def _evaluate(
         float64 ``[4, a, k]`` on the host, on every rank: of each candidate the token, its score,
         the probability that the score is the logarithm of, and the token's probability.
     """
-    config = flight.config
+    config = scheduler.config
     one_shape = model.layout.pp_size > 1  # pipeline stages pass hidden states of one shape
     # Attention with caches has no graphs for which the shapes would have to be few.
     shapes = model.shapes if config.cache == "none" else Shapes(model.pad_multiple)
     most = max(len(part) for part in parts)
-    widths = [max((rows.widths[row] for row in batch.rows), default=0) for batch in flight.batches]
+    widths = [
+        max((rows.widths[row] for row in batch.rows), default=0) for batch in scheduler.batches
+    ]
     made, found = [], []
-    for batch, part, width in zip(flight.batches, parts, widths, strict=True):
+    for batch, part, width in zip(scheduler.batches, parts, widths, strict=True):
         if not part:
             continue
         number, longest = (most, max(widths)) if one_shape else (len(part), width)
@@ -249,7 +253,9 @@ def _evaluate(
         elif config.cache == "none":
             made.append(uncached)
         else:
-            made.append(_use_cache(uncached, tokens, batch, mine.tolist(), starts, flight, model))
+            made.append(
+                _use_cache(uncached, tokens, batch, mine.tolist(), starts, scheduler, model)
+            )
         copies = 2 if config.guidance_scale > 0.0 else 1
         passed, cache = made[-1].tokens.size(1), made[-1].cache
         keys = passed if made[-1].offsets is None or cache is None else cache.width
@@ -295,7 +301,7 @@ def _use_cache(
     batch: MicroBatch,
     names: list[int],
     starts: Tensor,
-    flight: Flight,
+    scheduler: Scheduler,
     model: DiffusionModel,
 ) -> RowBatch:
     """Make a pass fill its micro-batch's cache, or pass only a window of its rows.
@@ -306,21 +312,21 @@ def _use_cache(
         batch: the micro-batch.
         names: its b rows of this pass.
         starts: int64 ``[b]``, where their blocks start.
-        flight: says which of the two the pass is.
+        scheduler: says which of the two the pass is.
         model: the model.
 
     Returns:
         The pass.
     """
-    config = flight.config
-    if flight.passes == 0:
+    config = scheduler.config
+    if scheduler.passes == 0:
         batch.cache, batch.cached = KeyValueCache(), names
         return replace(whole, cache=batch.cache)
     assert batch.cache is not None
     rows = None  # all of them: then nothing of the cache is copied
     if names != batch.cached:
         rows = torch.tensor([batch.cached.index(name) for name in names])
-    if not flight.windows:
+    if not scheduler.windows:
         # The cache keeps its width when the longest of its rows have left.
         whole = replace(whole, tokens=tokens[:, : batch.cache.width])
         return replace(whole, cache=batch.cache, cache_rows=rows)
@@ -360,25 +366,27 @@ def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: Rollo
     return torch.cat((draw.tokens.double()[None], scores[:1], scores.exp()))
 
 
-def _choose(draws: Tensor, picked: Tensor, flight: Flight, counts: Tensor) -> tuple[Tensor, Tensor]:
+def _choose(
+    draws: Tensor, picked: Tensor, scheduler: Scheduler, counts: Tensor
+) -> tuple[Tensor, Tensor]:
     """Decide which candidates are committed.
 
     Args:
         draws: float64 ``[4, a, k]``, from :func:`_evaluate`.
         picked: bool ``[a, k]``, the candidates.
-        flight: says whether the draws come from windows of cached rows.
+        scheduler: says whether the draws come from windows of cached rows.
         counts: int64 ``[a]``, tokens that the schedule commits.
 
     Returns:
         int64 ``[a, k]``, the token for each place of the block or -1, and float64 ``[a, k]``,
         their probabilities.
     """
-    config, kept = flight.config, picked
+    config, kept = scheduler.config, picked
     tokens, scores, likelihood, confidence = draws
     if config.remasking not in ("random", "origin"):
         scores = scores.masked_fill(~picked, -torch.inf)
         if config.is_parallel:
-            least = 0 if flight.windows and config.cache_unsure == "refresh" else 1
+            least = 0 if scheduler.windows and config.cache_unsure == "refresh" else 1
             kept = select_confident(scores, likelihood, config.threshold, config.factor, least)
         else:
             kept = picked & select_highest(scores, counts)

@@ -24,7 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_espo.parallel.passes import PassState, current_pass
+from megatron_espo.passes.state import PassState, current_pass
 
 
 class BidirectionalAttention(MegatronModule):

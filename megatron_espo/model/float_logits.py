@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 from torch import Tensor
 
-from megatron_espo.model.linear import multiply
+from megatron_espo.model.cpu.linear import multiply
 from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer
 
 # What Megatron's autograd function takes after input and weight.

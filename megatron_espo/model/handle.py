@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.parallel.layout import Layout
+from megatron_espo.passes.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class DiffusionModel:
         pad_multiple: rows are padded to a multiple of this many positions.
         device: where the model computes.
         layout: process groups.
-        widths: the widths that micro-batches may have (see data/shapes.py); empty: every multiple
+        widths: the widths that micro-batches may have (see passes/shapes.py); empty: every multiple
             of ``pad_multiple``.
     """
 

@@ -4,8 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_espo.data.batch import MaskedTargets
 from megatron_espo.parallel.vocab import cross_entropy
+from megatron_espo.passes.batch import MaskedTargets
 
 
 def masked_cross_entropy(

@@ -15,13 +15,13 @@ from megatron_espo.model.attention import (
     selecting_bias_dropout_add,
     transformer_engine_attention,
 )
-from megatron_espo.model.feed_forward import GatedFeedForward
-from megatron_espo.model.linear import (
+from megatron_espo.model.cpu.feed_forward import GatedFeedForward
+from megatron_espo.model.cpu.linear import (
     ColumnParallelLinear,
     FeatureMajorColumnParallelLinear,
     RowParallelLinear,
 )
-from megatron_espo.model.rotary import RotatingSelfAttention
+from megatron_espo.model.cpu.rotary import RotatingSelfAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -54,7 +54,7 @@ def bidirectional_block_spec(
 
     The mask type is ``padding`` in both backends: every position sees every position that is not
     right padding. The last layer can leave out the rows that nothing reads (see
-    parallel/passes.py). Everything else is Megatron's own block.
+    passes/state.py). Everything else is Megatron's own block.
 
     Args:
         config: the model's transformer config.

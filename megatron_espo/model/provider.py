@@ -11,7 +11,7 @@ from megatron_espo.device import skip_interception
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
 from megatron_espo.model.weight_gradients import built_unfused, fuse_layers
-from megatron_espo.parallel.passes import current_pass
+from megatron_espo.passes.state import current_pass
 
 
 def model_provider(
@@ -71,7 +71,7 @@ def model_provider(
         model.decoder.layers[-1].self_attention.checkpoint_core_attention = False
     if model.position_embedding_type == "rope":
         model.rotary_pos_emb.register_forward_hook(_rotate_window)
-        # Context-parallel ranks take contiguous parts here, see parallel/pipeline.py: without a
+        # Context-parallel ranks take contiguous parts here, see passes/pipeline.py: without a
         # causal mask there is no load to balance.
         model.rotary_pos_emb.cp_group = None
     skip_interception(model.decoder)

@@ -10,7 +10,7 @@ Four things differ from the count of a causal language model:
 
 * attention is bidirectional: every position sees every other, nothing is halved;
 * the output head runs on chosen rows only, so that its share is counted in rows;
-* the last layer leaves out the positions that nothing reads (parallel/passes.py);
+* the last layer leaves out the positions that nothing reads (passes/state.py);
 * a rollout is many full passes: one per denoising step, not one per token.
 
 Rows are counted at the width that they are given, the same for all.
@@ -19,9 +19,9 @@ Rows are counted at the width that they are given, the same for all.
 import argparse
 from dataclasses import dataclass
 
-from megatron_espo.checkpoint.shape import query_groups
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
+from megatron_espo.model.shape import query_groups
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ hidden size, f inner width, n vocabulary.
 import argparse
 from dataclasses import dataclass
 
-from megatron_espo.checkpoint.shape import query_groups
+from megatron_espo.model.shape import query_groups
 
 # Rows of the head's weight whose float32 gradient is held at a time: model/weight_gradients.py.
 _BLOCK = 4096

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_espo.checkpoint.shape import query_groups
 from megatron_espo.config import RolloutConfig
-from megatron_espo.generation.flight import micro_batches
+from megatron_espo.generation.scheduler import micro_batches
+from megatron_espo.model.shape import query_groups
 from megatron_espo.plan import activations
 from megatron_espo.plan.activations import Sizes
 from megatron_espo.plan.parameters import StageParameters
@@ -235,7 +235,7 @@ def saving_memory(
 
 
 def cache_memory(args: argparse.Namespace, passes: Passes) -> float:
-    """Bytes of the keys and values that a rollout keeps (see parallel/passes.py).
+    """Bytes of the keys and values that a rollout keeps (see passes/state.py).
 
     Args:
         args: Megatron's validated arguments.

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.shapes import round_up
 from megatron_espo.monitor.flops import (
     ModelDimensions,
     RolloutFlops,
@@ -13,6 +12,7 @@ from megatron_espo.monitor.flops import (
     training_flops,
 )
 from megatron_espo.monitor.throughput import PEAK_TFLOPS
+from megatron_espo.passes.shapes import round_up
 from megatron_espo.plan.memory import GB, Memory, Passes, plan_memory
 from megatron_espo.plan.parameters import StageParameters
 

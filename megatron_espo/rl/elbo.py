@@ -7,13 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_espo.data.batch import MaskedTargets, ViewBatch, pack_sequences, view_batches
-from megatron_espo.diffusion.elbo import elbo_draws
+from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.head import masked_cross_entropy
 from megatron_espo.parallel.layout import broadcast_from_last_stage
-from megatron_espo.parallel.pipeline import forward_only
+from megatron_espo.passes.batch import MaskedTargets, ViewBatch, pack_sequences, view_batches
+from megatron_espo.passes.pipeline import forward_only
 from megatron_espo.random import stream
 
 

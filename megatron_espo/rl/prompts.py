@@ -2,39 +2,9 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedTokenizerFast
-
-from megatron_espo.data.tokenizer import encode_prompt
 from megatron_espo.random import permutation, stream
 from megatron_espo.rl.types import Prompt
 from megatron_espo.tasks.base import Example
-
-
-def encode_examples(
-    tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], room: int, source: str
-) -> list[tuple[int, ...]]:
-    """Tokenize the prompts of a data set.
-
-    Args:
-        tokenizer: the tokenizer.
-        examples: the problems.
-        room: most tokens a prompt may have.
-        source: where they come from, for the error message.
-
-    Returns:
-        Token ids per example.
-
-    Raises:
-        ValueError: for a prompt that is empty or does not fit; prompts are never cut.
-    """
-    encoded = [tuple(encode_prompt(tokenizer, example.prompt)) for example in examples]
-    for number, ids in enumerate(encoded, start=1):
-        if not 0 < len(ids) <= room:
-            raise ValueError(
-                f"{source}: the prompt of problem {number} has {len(ids)} tokens but 1 to {room} "
-                "fit; raise --seq-length, lower --rollout-completion-length or drop the problem."
-            )
-    return encoded
 
 
 def prompts_of_rollout(

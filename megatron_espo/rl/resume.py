@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig
+from megatron_espo.evaluation.scoring import decode_completions
 from megatron_espo.generation.sampler import Generation
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import Layout
-from megatron_espo.rl.rollout import assemble_rollout, decode_completions
+from megatron_espo.rl.rollout import assemble_rollout
 from megatron_espo.rl.types import PreparedRollout, Prompt
 from megatron_espo.tasks.base import Score
 

@@ -9,15 +9,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import pack_sequences
-from megatron_espo.data.tokenizer import decode_completion
+from megatron_espo.evaluation.scoring import completion_lengths, decode_completions
 from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
+from megatron_espo.parallel.layout import Layout
+from megatron_espo.passes.batch import pack_sequences
+from megatron_espo.rewards.workers import Failures, RewardWorkers
 from megatron_espo.rl.advantages import leave_one_out
 from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.tasks.base import Example, Score, Task
-from megatron_espo.tasks.workers import Failures, RewardWorkers, collect
 
 
 def local_share(prompts: Sequence[Prompt], layout: Layout) -> list[Prompt]:
@@ -99,43 +99,6 @@ class ScoringAhead:
             future.cancel()
 
 
-def score_completions(
-    task: Task,
-    examples: Sequence[Example],
-    texts: Sequence[str],
-    layout: Layout,
-    ahead: ScoringAhead | None = None,
-) -> list[Score]:
-    """Score completions.
-
-    One of the ranks that hold these samples scores, the others receive: a reward may be costly, and
-    one that depends on time must not differ between the ranks of one model.
-
-    Args:
-        task: the task; with workers, completions are scored several at once.
-        examples: the problem of each completion.
-        texts: the completions.
-        layout: process groups.
-        ahead: has handed some or all of these completions to the task's workers already.
-
-    Returns:
-        Their scores.
-
-    Raises:
-        RewardError: the task's score raised an exception in a worker.
-    """
-    scores: list[Score] = []
-    if layout.is_first_of_samples:
-        if isinstance(task, RewardWorkers):
-            known = ahead.futures if ahead is not None else {}
-            pairs = enumerate(zip(examples, texts, strict=True))
-            futures = [known.get(row) or task.submit(e, text) for row, (e, text) in pairs]
-            scores = collect(futures)
-        else:
-            scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]
-    return object_from_first_of_samples(scores, layout)
-
-
 def take_failures(task: Task, layout: Layout) -> Failures:
     """Count what went wrong in all reward workers of the run since the last call.
 
@@ -154,12 +117,6 @@ def take_failures(task: Task, layout: Layout) -> Failures:
             dist.all_gather_object(shares, mine, group=group)
             mine = Failures(*(sum(column) for column in zip(*shares, strict=True)))
     return mine
-
-
-def completion_lengths(completions: Tensor, stop_token_ids: Sequence[int]) -> Tensor:
-    """Count the tokens before the first stop token: int64 ``[n]``."""
-    stops = torch.isin(completions, torch.tensor(list(stop_token_ids)))
-    return (stops.cumsum(dim=1) == 0).sum(dim=1)
 
 
 def assemble_rollout(
@@ -205,10 +162,3 @@ def assemble_rollout(
         mean_confidence=generation.mean_confidence,
         work=generation.work,
     )
-
-
-def decode_completions(
-    completions: Tensor, tokenizer: PreTrainedTokenizerFast, stop_token_ids: Sequence[int]
-) -> list[str]:
-    """Turn completions into text up to their first stop token."""
-    return [decode_completion(tokenizer, ids, stop_token_ids) for ids in completions.tolist()]

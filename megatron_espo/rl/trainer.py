@@ -13,22 +13,32 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import ViewBatch, view_batches
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
+from megatron_espo.evaluation.completing import evaluate_task
+from megatron_espo.evaluation.problems import TaskData
+from megatron_espo.evaluation.scoring import decode_completions, score_completions
 from megatron_espo.generation.sampler import Interrupted
 from megatron_espo.model.fp8 import Phase, fp8_phase
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.progress import Progress
-from megatron_espo.monitor.tensorboard import write_samples
 from megatron_espo.monitor.watch import WatchState
+from megatron_espo.passes.batch import ViewBatch, view_batches
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
-from megatron_espo.rl.evaluate import evaluate_task
-from megatron_espo.rl.losses import espo_terms
+from megatron_espo.rl.objective import espo_terms
 from megatron_espo.rl.prompts import prompts_of_rollout
 from megatron_espo.rl.reference import ReferencePolicy
-from megatron_espo.rl.report import (
+from megatron_espo.rl.resume import RolloutRecord, record_rollout, restore_rollout
+from megatron_espo.rl.rollout import (
+    ScoringAhead,
+    assemble_rollout,
+    local_share,
+    sample,
+    take_failures,
+)
+from megatron_espo.rl.samples_table import write_samples
+from megatron_espo.rl.scalars import (
     Clock,
     console_line,
     elbo_noise_scalars,
@@ -39,39 +49,16 @@ from megatron_espo.rl.report import (
     update_columns,
     update_scalars,
 )
-from megatron_espo.rl.resume import RolloutRecord, record_rollout, restore_rollout
-from megatron_espo.rl.rollout import (
-    ScoringAhead,
-    assemble_rollout,
-    decode_completions,
-    local_share,
-    sample,
-    score_completions,
-    take_failures,
-)
 from megatron_espo.rl.types import PreparedRollout, Prompt, Rollout
 from megatron_espo.rl.update import accumulate_gradient, check_gradient
-from megatron_espo.tasks.base import Example, Task
+from megatron_espo.tasks.base import Task
 
 # Denoising steps between looks at whether the run was told to stop: a look costs a collective.
 _STEPS_PER_LOOK = 8
 
 
 @dataclass(frozen=True)
-class TaskData:
-    """A task's problems with their prompts as token ids.
-
-    Attributes:
-        examples: the problems.
-        encoded: their prompts.
-    """
-
-    examples: Sequence[Example]
-    encoded: Sequence[tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Position:
+class RunState:
     """Where a run is: what it saves, and what it resumes from.
 
     Attributes:
@@ -130,12 +117,12 @@ class Trainer:
     check_gradient: bool
     inference: Callable[[], AbstractContextManager[None]]
     is_due: Callable[[int], bool]
-    save: Callable[[Position], None]
+    save: Callable[[RunState], None]
     should_stop: Callable[[int | None], bool]
     interrupted: Callable[[], bool]
 
 
-def train(trainer: Trainer, start: Position) -> None:
+def train(trainer: Trainer, start: RunState) -> None:
     """Run ESPO to the end, or until it is told to stop.
 
     A run that resumes makes the same steps to the bit as one that never stopped: sampling and
@@ -157,7 +144,7 @@ def train(trainer: Trainer, start: Position) -> None:
         if record is None:
             rollout = _make_rollout(trainer, prompts, clock)
             if rollout is None:
-                trainer.save(Position(number * mu, watch=trainer.dashboard.watch.state()))
+                trainer.save(RunState(number * mu, watch=trainer.dashboard.watch.state()))
                 return
             noise = _draw_noise(trainer, number, rollout)
             prepared = _evaluate_frozen_policies(trainer, rollout, noise, clock)
@@ -169,12 +156,12 @@ def train(trainer: Trainer, start: Position) -> None:
             prepared, scalars = _update(trainer, number, place, prepared, noise[place], clock)
             done = number * mu + place + 1
             if place + 1 < mu:
-                position = Position(done)
+                position = RunState(done)
                 stop = trainer.should_stop(done)
             else:
                 _report(trainer, number, prepared, scalars, clock, progress, mu - first)
                 stop = _evaluation_follows(trainer, number + 1) and _evaluate(trainer, done)
-                position = Position(done, evaluation_due=stop)
+                position = RunState(done, evaluation_due=stop)
                 stop = stop or trainer.should_stop(done)
             if stop or trainer.is_due(done):
                 inside = record_rollout(prepared, trainer.model.layout) if place + 1 < mu else None
@@ -234,7 +221,7 @@ def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> 
         return None
     with clock("reward"):
         texts = decode_completions(generation.completions, trainer.tokenizer, model.stop_token_ids)
-        scores = score_completions(trainer.task, examples, texts, model.layout, ahead)
+        scores = score_completions(trainer.task, examples, texts, model.layout, ahead.futures)
         return assemble_rollout(model, prompts, generation, texts, scores, espo)
 
 

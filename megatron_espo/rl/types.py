@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_espo.data.batch import Sequences
+from megatron_espo.passes.batch import Sequences
 from megatron_espo.tasks.base import Example, Score
 
 

@@ -18,13 +18,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.data.batch import ViewBatch
-from megatron_espo.diffusion.elbo import elbo_draws
+from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.parallel.pipeline import run_model
+from megatron_espo.passes.batch import ViewBatch
+from megatron_espo.passes.pipeline import run_model
 from megatron_espo.rl.elbo import elbo_of_views, in_order_of_views, view_cross_entropy
-from megatron_espo.rl.losses import elbo_gradient, espo_terms
+from megatron_espo.rl.objective import elbo_gradient, espo_terms
 from megatron_espo.transfer import on_device
 
 LossFunction = Callable[[ViewBatch, Tensor], Tensor]

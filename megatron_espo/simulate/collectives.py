@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from megatron_espo.dry_run.record import Collective
 from megatron_espo.simulate import private
 from megatron_espo.simulate.ledger import Ledger, place_of_call, size_of
-from megatron_espo.simulate.record import Collective
 
 # c10d's operations by what they are. The size of a collective is that of its largest tensor.
 KINDS = {

@@ -17,15 +17,19 @@ from megatron.training import get_args
 from megatron.training import training as megatron_training
 from torch import Tensor
 
+from megatron_espo.commands import evaluate as evaluation
+from megatron_espo.commands import generate
+from megatron_espo.dry_run.job import Job
+from megatron_espo.evaluation import problems, scoring
 from megatron_espo.generation import sampler
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
-from megatron_espo.rl import report, rollout, trainer, update
+from megatron_espo.rl import scalars, state, trainer, update
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.simulate import stand_ins
-from megatron_espo.simulate.job import Job
 from megatron_espo.simulate.ledger import Ledger, size_of
-from megatron_espo.training import denoise, espo, evaluation, generate, pretrain, state
+from megatron_espo.supervised import forward_step
+from megatron_espo.training import espo, pretrain
 
 # Imported for what is replaced in them.
 _ENTRY_POINTS = (espo, pretrain, evaluation, generate)
@@ -65,7 +69,7 @@ def install(job: Job, ledger: Ledger) -> None:
     hooks.sampling()
     hooks.reinforcement()
     hooks.pretraining()
-    replace_everywhere(espo.load_workers, lambda config: stand_ins.StandInTask())
+    replace_everywhere(problems.load_workers, lambda config: stand_ins.StandInTask())
     stand_ins.replace_checkpoint_files(ledger)
 
 
@@ -112,14 +116,14 @@ class _Hooks:
             self.ledger.rank.facts["weights"] = sum(size_of(p.data) for p in parameters)
 
         setattr(ReferencePolicy, "__init__", weighed)  # noqa: B010
-        clock, ledger = report.Clock.__call__, self.ledger
+        clock, ledger = scalars.Clock.__call__, self.ledger
 
         @contextlib.contextmanager
-        def timed(own: report.Clock, phase: str) -> Iterator[None]:
+        def timed(own: scalars.Clock, phase: str) -> Iterator[None]:
             with ledger.phase_of(phase), clock(own, phase):
                 yield
 
-        report.Clock.__call__ = timed  # type: ignore[method-assign, assignment]
+        scalars.Clock.__call__ = timed  # type: ignore[method-assign, assignment]
         passes = self._in_phase("update: passes", update.accumulate_gradient)
         replace_everywhere(update.accumulate_gradient, passes)
         replace_everywhere(trainer._evaluate, self._in_phase("evaluation", trainer._evaluate))
@@ -221,11 +225,11 @@ class _Hooks:
     def reinforcement(self) -> None:
         """Give ESPO its problems, the longest prompt on every rank, and few micro-batches."""
         trainer._STEPS_PER_LOOK = _STEPS_PER_LOOK
-        replace_everywhere(espo.load_task_data, self._task_data)
+        replace_everywhere(problems.load_task_data, self._task_data)
         replace_everywhere(trainer._prompts, self._prompts)
         replace_everywhere(trainer._make_rollout, self._rollout)
         replace_everywhere(trainer._report, self._report)
-        replace_everywhere(rollout.score_completions, _scores_everywhere)
+        replace_everywhere(scoring.score_completions, _scores_everywhere)
 
     def _task_data(
         self, task: Any, path: str | None, tokenizer: Any, args: Any, count: int = 0
@@ -237,7 +241,7 @@ class _Hooks:
         room = args.seq_length - args.rollout_completion_length
         lengths = stand_ins.draw("room", 0, 0, len(examples), max(room // 8, 1), room)
         encoded = [(65,) * length for length in lengths.tolist()]
-        return trainer.TaskData(examples, encoded)
+        return problems.TaskData(examples, encoded)
 
     _real_prompts = staticmethod(trainer._prompts)
     _real_rollout = staticmethod(trainer._make_rollout)
@@ -312,7 +316,7 @@ class _Hooks:
                 return step(*given, **kwargs)
 
         megatron_training.train_step = train_step
-        replace_everywhere(denoise.noise_batch, self._counted(denoise.noise_batch))
+        replace_everywhere(forward_step.noise_batch, self._counted(forward_step.noise_batch))
 
     def _counted(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_espo.simulate.record import Phase, Rank
-from megatron_espo.simulate.roofline import Ceilings
+from megatron_espo.dry_run.record import Phase, Rank
+from megatron_espo.dry_run.roofline import Ceilings
 
 # PyTorch's caching allocator gives out multiples of this.
 _BLOCK = 512

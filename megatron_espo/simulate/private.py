@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import flop_registry
 
-from megatron_espo.simulate.support import primary_context_slot
+from megatron_espo.dry_run.support import primary_context_slot
 
 # Returns 0 on x86-64: xor eax, eax; ret.
 _RETURN_FALSE = b"\x31\xc0\xc3"

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.dry_run.job import OWN_FOLDER, Job
 from megatron_espo.simulate import cuda, transformer_engine
-from megatron_espo.simulate.job import OWN_FOLDER, Job
 from megatron_espo.simulate.ledger import Ledger
 
 # What examples/launch.sh and the image set: a job must start without it.
@@ -40,7 +40,7 @@ def main(paths: Sequence[str]) -> None:
     cuda.install(jobs[0].gpus_per_node)
     cuda.use(Ledger(0, jobs[0].ceilings))  # some modules make tensors when they are imported
     version = transformer_engine.install()
-    modules = {"megatron_espo.training.launch" if j.is_script else j.target for j in jobs}
+    modules = {"megatron_espo.commands.launch" if j.is_script else j.target for j in jobs}
     for name in (*sorted(modules), "megatron_espo.simulate.hooks"):
         importlib.import_module(name)
     running: list[int] = []

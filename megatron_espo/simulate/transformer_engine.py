@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_espo.simulate import support, te_kernels
+from megatron_espo.dry_run import support
+from megatron_espo.simulate import te_kernels
 
 SEEN_WITH = "2.20"
 _EXTENSION = "transformer_engine_torch"

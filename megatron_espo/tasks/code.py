@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
-from megatron_espo.tasks import sandbox
+from megatron_espo.sandbox import run as sandbox
 from megatron_espo.tasks.base import Example, Score, read_records
 
 name = "code"

@@ -1,5 +1,1 @@
-"""Entry points: pre-training, supervised fine-tuning and ESPO on Megatron's training stack."""
-
-from megatron_espo.device import import_megatron
-
-import_megatron()
+"""The trainings: ``python -m megatron_espo.training.espo`` and ``.pretrain`` (SFT as well)."""

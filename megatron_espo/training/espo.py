@@ -12,9 +12,11 @@ from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training import training as megatron_training
 
-from megatron_espo.arguments import config_from_args, initialize_arguments
 from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
 from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.dry_run.command import dry_run
+from megatron_espo.dry_run.planned import is_dry_run
+from megatron_espo.evaluation.problems import load_task_data, load_workers
 from megatron_espo.model.fp8 import check_policy_arguments
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.dashboard import Dashboard
@@ -23,22 +25,19 @@ from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.watch import Watch
-from megatron_espo.rl.prompts import encode_examples
+from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.reference import ReferencePolicy
-from megatron_espo.rl.trainer import TaskData, Trainer, train
-from megatron_espo.tasks import Task, load_task
-from megatron_espo.tasks.base import start_line
-from megatron_espo.tasks.workers import RewardWorkers
-from megatron_espo.training.dry_run import dry_run
-from megatron_espo.training.planned import is_dry_run
-from megatron_espo.training.setup import (
+from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state
+from megatron_espo.rl.trainer import Trainer, train
+from megatron_espo.startup.arguments import config_from_args, initialize_arguments
+from megatron_espo.startup.setup import (
     diffusion_model,
     inference_mode,
     initialize_process_groups,
     pad_multiple,
     run_entry_point,
 )
-from megatron_espo.training.state import Checkpoints, StopRequest, load_position
+from megatron_espo.tasks.base import start_line
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -122,47 +121,6 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--espo-train-data is missing: the task's problems as JSONL.")
 
 
-def load_workers(espo: EspoConfig) -> Task:
-    """Load the task, with reward workers if the settings ask for them; they start later.
-
-    Args:
-        espo: ESPO settings.
-
-    Returns:
-        The task, which says on a start line how it is guarded if it has to be.
-
-    Raises:
-        ValueError: there is no such task.
-    """
-    task = load_task(espo.task, flag="--espo-task")
-    if not espo.reward_workers:
-        return task
-    return RewardWorkers(task, espo.task, espo.reward_workers, espo.reward_timeout)
-
-
-def load_task_data(
-    task: Task, path: str | None, tokenizer: Any, args: argparse.Namespace, count: int = 0
-) -> TaskData | None:
-    """Read a task's problems and tokenize their prompts.
-
-    Args:
-        task: the task.
-        path: JSONL file, or None.
-        tokenizer: the tokenizer.
-        args: Megatron's arguments.
-        count: most problems to take; 0 takes all.
-
-    Returns:
-        The data, or None without a path.
-    """
-    if path is None:
-        return None
-    examples = task.read(path)
-    examples = examples[:count] if count else examples
-    room = args.seq_length - args.rollout_completion_length
-    return TaskData(examples, encode_examples(tokenizer, examples, room, path))
-
-
 def main(argv: Sequence[str]) -> None:
     """Run ESPO from the command line.
 
@@ -192,7 +150,7 @@ def main(argv: Sequence[str]) -> None:
     for chunk in chunks:
         chunk.train()
     reference = ReferencePolicy(chunks) if espo.kl_coef > 0.0 else None
-    start = load_position(args.load, args.iteration, espo, reference)
+    start = load_run_state(args.load, args.iteration, espo, reference)
     writer = get_tensorboard_writer()
     begin_events(writer, start.step)
     write_layout(writer)

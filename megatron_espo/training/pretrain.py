@@ -5,33 +5,33 @@ with ``--sft-train-data FILE`` it fine-tunes on JSONL instead.
 """
 
 import argparse
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 from megatron.core.datasets.utils import Split
 from megatron.core.enums import ModelType
-from megatron.training import get_args, get_tensorboard_writer, get_tokenizer, training
+from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import pretrain
 
-from megatron_espo.arguments import config_from_args, initialize_arguments
 from megatron_espo.checkpoint.tracker import has_checkpoint, latest_checkpoint
 from megatron_espo.config import SftConfig
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.dry_run.command import dry_run
+from megatron_espo.dry_run.planned import is_dry_run
+from megatron_espo.megatron_patches import before_each_save
 from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
-from megatron_espo.training.denoise import forward_step
-from megatron_espo.training.dry_run import dry_run
-from megatron_espo.training.planned import is_dry_run
-from megatron_espo.training.setup import (
+from megatron_espo.startup.arguments import config_from_args, initialize_arguments
+from megatron_espo.startup.setup import (
     initialize_process_groups,
     run_entry_point,
     sequence_split,
 )
+from megatron_espo.supervised.forward_step import forward_step
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -157,15 +157,8 @@ def _continue_events(args: argparse.Namespace) -> None:
         )
         mark = latest_checkpoint(args.load) if has_checkpoint(args.load) else ""
         begin_events(writer, int(mark) if mark.isdigit() and not args.finetune else 0)
-    save = training.save_checkpoint
-
-    @functools.wraps(save)
-    def flush_and_save(*positional: Any, **named: Any) -> Any:
-        # What the checkpoint has seen must not be lost with a process that is killed.
-        writer.flush()
-        return save(*positional, **named)
-
-    training.save_checkpoint = flush_and_save
+    # What the checkpoint has seen must not be lost with a process that is killed.
+    before_each_save(writer.flush)
 
 
 def _check_data(args: argparse.Namespace) -> None:

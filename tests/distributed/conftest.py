@@ -30,12 +30,12 @@ from megatron.training import training as megatron_training  # noqa: E402
 from megatron.training.checkpointing import save_checkpoint  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
-from megatron_espo.arguments import initialize_arguments  # noqa: E402
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa: E402
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
 from megatron_espo.model.provider import model_provider  # noqa: E402
+from megatron_espo.startup.arguments import initialize_arguments  # noqa: E402
+from megatron_espo.startup.setup import diffusion_model  # noqa: E402
 from megatron_espo.training.espo import _connect_schedule  # noqa: E402
-from megatron_espo.training.setup import diffusion_model  # noqa: E402
 
 WORLD = 4
 # Four layers, grouped queries, and a vocabulary of 262 that layouts pad to 264, 272 or 288.

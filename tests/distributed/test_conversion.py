@@ -16,14 +16,14 @@ from conftest import Built, build_layout
 from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
 
-from megatron_espo.checkpoint import dream, llada
-from megatron_espo.checkpoint.families import FAMILIES
-from megatron_espo.checkpoint.hugging_face import HuggingFaceWeights, read_json
-from megatron_espo.checkpoint.random_model import write_random_model
-from megatron_espo.checkpoint.twin import Twin
+from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion.convert import convert_to_hugging_face
+from megatron_espo.conversion.families import FAMILIES
+from megatron_espo.conversion.hf_oracle import HfOracle
+from megatron_espo.conversion.hugging_face import HuggingFaceWeights, read_json
+from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
-from megatron_espo.parallel.pipeline import RowBatch, forward_only
-from megatron_espo.training.conversion import convert_to_hugging_face
+from megatron_espo.passes.pipeline import RowBatch, forward_only
 
 ROOT = Path(__file__).parents[2]
 # Grouped queries, and a vocabulary that every layout pads: 300 to 304 or 320.
@@ -142,7 +142,9 @@ def test_logits_are_transformers_in_every_layout(loaded: Loaded) -> None:
     if ours is None:
         return
     fields = read_json(loaded.source / "config.json")
-    theirs = Twin(fields, HuggingFaceWeights(loaded.source), loaded.dtype).logits(tokens, lengths)
+    theirs = HfOracle(fields, HuggingFaceWeights(loaded.source), loaded.dtype).logits(
+        tokens, lengths
+    )
     compared = torch.arange(24)[None] < lengths[:, None]
     compared[:, 0] = False
     ours, theirs = ours[compared], theirs[compared]

@@ -14,11 +14,11 @@ from layouts import CASES
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.data.tokenizer import byte_tokenizer
+from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.protocol import Protocol
 from megatron_espo.evaluation.run import evaluate
 from megatron_espo.evaluation.statistics import Summary, markdown_table
 from megatron_espo.evaluation.store import COMPLETIONS, CompletionStore
-from megatron_espo.rl.trainer import TaskData
 from megatron_espo.tasks.base import Example, Score
 
 LAYOUTS = ["dp 4", "tp 2, dp 2", "pp 2, dp 2", "cp 2, dp 2", "tp 2, pp 2",

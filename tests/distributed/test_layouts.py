@@ -15,17 +15,17 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import pack_sequences, view_batches
-from megatron_espo.data.shapes import Shapes, round_up
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation import sampler
 from megatron_espo.generation.sampler import generate
-from megatron_espo.parallel.passes import KeyValueCache
+from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.shapes import Shapes, round_up
+from megatron_espo.passes.state import KeyValueCache
 from megatron_espo.plan.memory import Passes, cache_memory
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
 from megatron_espo.rl.update import accumulate_gradient
-from megatron_espo.training.denoise import forward_step
+from megatron_espo.supervised.forward_step import forward_step
 
 TOLERANCE = 1e-5
 N, LENGTH = 8, 8

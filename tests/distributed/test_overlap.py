@@ -16,16 +16,16 @@ from torch import Tensor
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, unequal_tensors
 from megatron_espo.config import EspoConfig
-from megatron_espo.data.batch import pack_sequences, view_batches
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.diffusion.noise import elbo_views
+from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.reference import ReferencePolicy
-from megatron_espo.rl.trainer import Position
+from megatron_espo.rl.state import Checkpoints
+from megatron_espo.rl.trainer import RunState
 from megatron_espo.rl.update import accumulate_gradient
-from megatron_espo.training.setup import inference_mode
-from megatron_espo.training.state import Checkpoints
+from megatron_espo.startup.setup import inference_mode
 
 N, LENGTH = 8, 8
 ESPO = EspoConfig(num_mc=1, prompts_per_rollout=4, group_size=2)
@@ -84,7 +84,7 @@ def two_steps(built: Built, folder: str) -> Outcome:
     checkpoints = Checkpoints(chunks, built.optimizer, built.scheduler, reference, ESPO, None)
     # Another step, so that what this rank holds of the others' shards is old when it saves.
     step("joint")
-    checkpoints.save(Position(3))
+    checkpoints.save(RunState(3))
     dist.barrier()
     policy = {
         name: parameter.detach().clone()

@@ -59,10 +59,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
     from megatron.training import training as megatron_training
     from megatron.training.global_vars import destroy_global_vars
 
-    from megatron_espo.arguments import initialize_arguments
     from megatron_espo.model.provider import model_provider
+    from megatron_espo.startup.arguments import initialize_arguments
+    from megatron_espo.startup.setup import diffusion_model
     from megatron_espo.training.espo import _connect_schedule
-    from megatron_espo.training.setup import diffusion_model
 
     tokenizer = str(tmp_path_factory.mktemp("tokenizer"))
     save_tokenizer(byte_tokenizer(), tokenizer)

@@ -17,8 +17,8 @@ ESPO = EspoConfig(num_mc=1, prompts_per_rollout=2, group_size=2, kl_coef=0.0)
 
 
 def views_of(built: Built) -> tuple[Any, Any]:
-    from megatron_espo.data.batch import pack_sequences, view_batches
     from megatron_espo.diffusion.noise import elbo_views
+    from megatron_espo.passes.batch import pack_sequences, view_batches
     from megatron_espo.random import stream, uniform
 
     ids, model = torch.arange(N), built.model
@@ -63,7 +63,7 @@ def gradient(built: Built, mode: str) -> Tensor:
 
 def logits(built: Built) -> Tensor:
     """Float32 logits of the masked positions."""
-    from megatron_espo.parallel.pipeline import forward_only
+    from megatron_espo.passes.pipeline import forward_only
 
     set_mode(built, training=False)
     _, batches = views_of(built)

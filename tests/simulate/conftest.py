@@ -12,9 +12,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 
-from megatron_espo.simulate import support, transformer_engine
+from megatron_espo.dry_run import support
+from megatron_espo.dry_run.roofline import Ceilings
+from megatron_espo.simulate import transformer_engine
 from megatron_espo.simulate.ledger import Ledger
-from megatron_espo.simulate.roofline import Ceilings
 
 REASON = support.check()
 if REASON is None and support.transformer_engine_folder() is None:
@@ -64,9 +65,9 @@ def build(tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Build]:
     from megatron.training import training as megatron_training
     from megatron.training.global_vars import destroy_global_vars
 
-    from megatron_espo.arguments import initialize_arguments
     from megatron_espo.model.provider import model_provider
-    from megatron_espo.training.setup import diffusion_model
+    from megatron_espo.startup.arguments import initialize_arguments
+    from megatron_espo.startup.setup import diffusion_model
 
     def forget() -> None:
         destroy_global_vars()

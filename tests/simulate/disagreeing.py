@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from megatron_espo.rl.state import StopRequest
 from megatron_espo.training import espo
-from megatron_espo.training.state import StopRequest
 
 
 def _asks_everyone(self: StopRequest) -> bool:

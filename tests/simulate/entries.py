@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from megatron_espo.simulate.compare import find_mismatch
-from megatron_espo.simulate.job import Job
-from megatron_espo.simulate.record import Rank
-from megatron_espo.training import espo, evaluation, generate, launch, pretrain, simulation
+from megatron_espo.commands import evaluate as evaluation
+from megatron_espo.commands import generate, launch
+from megatron_espo.dry_run import simulation
+from megatron_espo.dry_run.compare import find_mismatch
+from megatron_espo.dry_run.job import Job
+from megatron_espo.dry_run.record import Rank
+from megatron_espo.training import espo, pretrain
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 WIDTH = "--num-layers 2 --hidden-size 64 --ffn-hidden-size 128 --num-attention-heads 4".split()
@@ -113,8 +116,8 @@ def main(folder: Path) -> None:
         script = str(EXAMPLES / target) if isinstance(target, str) else target.__file__
         with (
             mock.patch.object(sys, "argv", [script, *flags]),
-            mock.patch("megatron_espo.training.simulation.simulate", plan),
-            mock.patch("megatron_espo.training.dry_run.simulate", plan),
+            mock.patch("megatron_espo.dry_run.simulation.simulate", plan),
+            mock.patch("megatron_espo.dry_run.command.simulate", plan),
             open("/dev/null", "w") as nowhere,
             mock.patch.object(sys, "stdout", nowhere),
         ):

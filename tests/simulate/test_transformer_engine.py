@@ -13,7 +13,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
-from megatron_espo.parallel.pipeline import RowBatch, forward_only
+from megatron_espo.passes.pipeline import RowBatch, forward_only
 from megatron_espo.simulate.cuda import device
 
 FP8 = ("--fp8-format", "hybrid")

@@ -16,17 +16,17 @@ from megatron.core import mpu
 from torch import Tensor
 from transformer_engine.pytorch import quantization as te_fp8
 
-from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import pack_sequences, view_batches
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation.sampler import generate
 from megatron_espo.monitor import dashboard
+from megatron_espo.passes.batch import pack_sequences, view_batches
 from megatron_espo.random import stream, uniform
-from megatron_espo.rl import report
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.rl.scalars import Clock
 from megatron_espo.rl.update import accumulate_gradient
+from megatron_espo.startup.arguments import initialize_arguments
 from megatron_espo.training import espo, pretrain
 
 N, LENGTH = 4, 8
@@ -215,7 +215,7 @@ def test_espo_trains_with_fp8_in_the_chosen_phases(
 ) -> None:
     ran: dict[str, set[str | None]] = defaultdict(set)
     scalars: dict[str, list[float]] = defaultdict(list)
-    clock = report.Clock.__call__
+    clock = Clock.__call__
 
     @contextlib.contextmanager
     def phase(self: Any, name: str) -> Iterator[None]:
@@ -228,7 +228,7 @@ def test_espo_trains_with_fp8_in_the_chosen_phases(
         for name, value in values.items():
             scalars[name].append(value)
 
-    monkeypatch.setattr(report.Clock, "__call__", phase)
+    monkeypatch.setattr(Clock, "__call__", phase)
     monkeypatch.setattr(dashboard, "write_scalars", write)
     # The process group is there already.
     one_rank = lambda args: mpu.initialize_model_parallel(1, 1)  # noqa: E731

@@ -16,7 +16,7 @@ from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
 from transformer_engine.pytorch import quantization as te_fp8
 
-from megatron_espo.parallel.pipeline import RowBatch, forward_only
+from megatron_espo.passes.pipeline import RowBatch, forward_only
 
 RECIPES = {
     "tensorwise": "Float8CurrentScaling",

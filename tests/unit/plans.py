@@ -17,11 +17,12 @@ from megatron.training.theoretical_memory_usage import compute_weight_and_optimi
 from megatron.training.training import get_model
 
 from megatron_espo import device
+from megatron_espo.commands.launch import complete_flags
+from megatron_espo.dry_run import command as dry_run
 from megatron_espo.model.provider import model_provider
 from megatron_espo.plan.memory import Memory
 from megatron_espo.plan.parameters import _fake_groups
-from megatron_espo.training import dry_run, espo, pretrain
-from megatron_espo.training.launch import complete_flags
+from megatron_espo.training import espo, pretrain
 
 device.prepare()
 

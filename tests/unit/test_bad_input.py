@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_espo.arguments import initialize_arguments
+from megatron_espo.commands import inference
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
+from megatron_espo.evaluation.problems import load_task_data
+from megatron_espo.startup.arguments import initialize_arguments
 from megatron_espo.tasks import load_task
-from megatron_espo.training import espo, inference, pretrain
-from megatron_espo.training.espo import load_task_data
+from megatron_espo.training import espo, pretrain
 
 
 @pytest.fixture(scope="module")

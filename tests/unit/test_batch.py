@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from megatron_espo.data.batch import Sequences, mask_rows, pack_sequences, view_batches
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.model.head import masked_cross_entropy
+from megatron_espo.passes.batch import Sequences, mask_rows, pack_sequences, view_batches
+from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream
 
 MASK, PAD, VOCAB = 99, 98, 97

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from megatron.training.arguments import add_megatron_arguments
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
-from megatron_espo.arguments import add_arguments
-from megatron_espo.checkpoint import dream, llada
-from megatron_espo.checkpoint.families import FAMILIES, family_of
-from megatron_espo.checkpoint.mapping import Block, model_blocks
-from megatron_espo.checkpoint.shape import Config, ModelShape
-from megatron_espo.checkpoint.twin import _dream_config, _llada_config, _llada_name
+from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion.families import FAMILIES, family_of
+from megatron_espo.conversion.hf_oracle import _dream_config, _llada_config, _llada_name
+from megatron_espo.conversion.mapping import Block, model_blocks
 from megatron_espo.model.presets import expand_preset
+from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.startup.arguments import add_arguments
 
 # What GSAI-ML/LLaDA-8B-Instruct and Dream-org/Dream-v0-Instruct-7B publish, as far as it matters.
 LLADA_CONFIG = {
@@ -202,7 +202,7 @@ def test_defaults_of_older_configs_are_understood() -> None:
 
 
 def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:
-    from megatron_espo.checkpoint.hugging_face import read_json
+    from megatron_espo.conversion.hugging_face import read_json
 
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"config\.json: cannot be read as JSON"):

@@ -7,9 +7,9 @@ import re
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_espo.arguments import add_arguments, config_from_args
 from megatron_espo.config import DiffusionConfig, EspoConfig, LaunchConfig, RolloutConfig, SftConfig
 from megatron_espo.model.presets import PRESETS, expand_preset
+from megatron_espo.startup.arguments import add_arguments, config_from_args
 
 CONFIGS = (LaunchConfig, DiffusionConfig, SftConfig, RolloutConfig, EspoConfig)
 

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from test_end_to_end import ENVIRONMENT, ROOT, TORCHRUN, run
 from test_hugging_face_folder import truncate, write_adapter
 
-from megatron_espo.arguments import stored_arguments
-from megatron_espo.checkpoint import dream, llada
-from megatron_espo.checkpoint.families import FAMILIES
-from megatron_espo.checkpoint.hugging_face import INDEX, HuggingFaceWeights, read_json
-from megatron_espo.checkpoint.random_model import write_random_model
+from megatron_espo.conversion import convert as conversion
+from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion.convert import convert_to_hugging_face, convert_to_megatron
+from megatron_espo.conversion.families import FAMILIES
+from megatron_espo.conversion.hugging_face import INDEX, HuggingFaceWeights, read_json
+from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer
-from megatron_espo.training import conversion
-from megatron_espo.training.conversion import convert_to_hugging_face, convert_to_megatron
+from megatron_espo.startup.arguments import stored_arguments
 
 TINY = {
     "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
@@ -65,12 +65,12 @@ def checkpoint(models: Path) -> Path:
 
 WRONG = {
     "llada": """
-from megatron_espo.checkpoint import families as f
+from megatron_espo.conversion import families as f
 names = dataclasses.replace(f.FAMILIES["llada"].names, gate="up_proj", up="ff_proj")
 f.FAMILIES["llada"] = dataclasses.replace(f.FAMILIES["llada"], names=names)
 """,
     "dream": """
-from megatron_espo.checkpoint import families as f
+from megatron_espo.conversion import families as f
 read = f.FAMILIES["dream"].read_config
 unshifted = lambda config: dataclasses.replace(read(config), logit_shift=False)
 f.FAMILIES["dream"] = dataclasses.replace(f.FAMILIES["dream"], read_config=unshifted)
@@ -85,7 +85,7 @@ import dataclasses, sys
 sys.path.insert(0, "tools")
 {WRONG[family]}
 import convert_hf
-from megatron_espo.training.setup import run_entry_point
+from megatron_espo.startup.setup import run_entry_point
 run_entry_point(convert_hf.main)
 """
     printed = run(
@@ -461,7 +461,7 @@ EIGHT_RANKS = """
 import sys
 from megatron.training import get_args
 from megatron.training.checkpointing import save_checkpoint
-from megatron_espo.training.inference import load_model
+from megatron_espo.commands.inference import load_model
 
 model, args = load_model(sys.argv[1:])
 assert (model.layout.tp_size, model.layout.pp_size) == (4, 2)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_espo.training.dry_run import planned_world_size
+from megatron_espo.dry_run.command import planned_world_size
 
 TASKS = ("gsm8k", "math", "countdown", "sudoku", "code")
 PARAMETERS = {"llada_8b": 8_015_581_184, "dream_7b": 7_615_616_512}

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from megatron_espo.diffusion import noise
-from megatron_espo.diffusion.elbo import elbo_draws
-from megatron_espo.diffusion.losses import weighted_token_loss
+from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import bernoulli, elbo_views, exact_count
+from megatron_espo.diffusion.token_loss import weighted_token_loss
 from megatron_espo.random import stream
 
 KEY = stream(7, "test-elbo")

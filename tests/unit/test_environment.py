@@ -14,7 +14,7 @@ import torch
 from megatron.core.transformer.enums import AttnBackend
 from megatron.training.argument_utils import core_transformer_config_from_args
 
-from megatron_espo import argument_checks, arguments, device, environment
+from megatron_espo import device, environment
 from megatron_espo.environment import (
     CONNECTIONS,
     Engine,
@@ -22,6 +22,7 @@ from megatron_espo.environment import (
     check_ranks,
     set_environment,
 )
+from megatron_espo.startup import argument_checks, arguments
 from megatron_espo.training import espo
 
 ROOT = Path(__file__).parents[2]

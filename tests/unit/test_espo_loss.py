@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.rl.losses import elbo_gradient, espo_terms
+from megatron_espo.rl.objective import elbo_gradient, espo_terms
 
 LENGTH = 8
 CONFIG = EspoConfig(clip_eps_low=0.2, clip_eps_high=0.3, kl_coef=0.05)

@@ -13,6 +13,8 @@ import torch
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.evaluation import run as evaluation_run
+from megatron_espo.evaluation.completing import Scored
+from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.protocol import (
     Protocol,
     add_protocol_arguments,
@@ -29,8 +31,6 @@ from megatron_espo.evaluation.statistics import (
 from megatron_espo.evaluation.store import CompletionStore
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import Layout
-from megatron_espo.rl.evaluate import Scored
-from megatron_espo.rl.trainer import TaskData
 from megatron_espo.tasks.base import Example, Score
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_espo.model.feed_forward import swiglu
+from megatron_espo.model.cpu.feed_forward import swiglu
 
 ROWS, F = 7, 5
 

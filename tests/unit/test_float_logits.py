@@ -7,8 +7,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_espo.model import float_logits, weight_gradients
+from megatron_espo.model.cpu import matmul
 from megatron_espo.model.float_logits import use_float_logits
-from megatron_espo.parallel import products
 from megatron_espo.parallel.vocab import cross_entropy
 
 R, H, N = 6, 64, 50
@@ -119,7 +119,7 @@ def test_heads_in_float32_have_the_product_of_the_layers(one_rank: object) -> No
     rounded, *gradients = run(plain, torch.float32)
     logits, *our_gradients = run(ours, torch.float32)
     states = hidden_states(torch.float32).detach()
-    assert torch.equal(logits, products.linear(states, ours.weight.detach()))
+    assert torch.equal(logits, matmul.linear(states, ours.weight.detach()))
     torch.testing.assert_close(logits, rounded)
     for their, our in zip(gradients, our_gradients, strict=True):
         assert torch.equal(their, our)

@@ -13,13 +13,11 @@ from megatron.training import get_args
 from megatron.training.global_vars import destroy_global_vars
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.data.batch import pack_sequences, view_batches
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation.sampler import generate
+from megatron_espo.model.cpu import matmul
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.flops import (
@@ -30,10 +28,12 @@ from megatron_espo.monitor.flops import (
     rollout_flops,
     training_flops,
 )
-from megatron_espo.parallel import products
+from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.update import accumulate_gradient
+from megatron_espo.startup.arguments import initialize_arguments
 
 PROMPTS = [[5, 7, 11, 2], [3, 1, 4, 8]]
 LENGTH = 16
@@ -42,7 +42,7 @@ POSITIONS = 4 + LENGTH
 
 @pytest.fixture(scope="module")
 def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionModel]:
-    from megatron_espo.training.setup import diffusion_model
+    from megatron_espo.startup.setup import diffusion_model
 
     folder = tmp_path_factory.mktemp("model") / "tokenizer"
     save_tokenizer(byte_tokenizer(), folder)
@@ -74,7 +74,7 @@ def _onednn_flops(rows: torch.Size, weight: torch.Size, *_: object, **__: object
 
 def counted(work: Callable[[], object]) -> int:
     """Operations of the layers and the output head (drawing tokens takes a product of its own)."""
-    known = {torch.ops.mkldnn._linear_pointwise: _onednn_flops} if products.is_handled() else {}
+    known = {torch.ops.mkldnn._linear_pointwise: _onednn_flops} if matmul.is_handled() else {}
     with FlopCounterMode(display=False, custom_mapping=known) as counter:
         work()
     counts = counter.get_flop_counts()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_espo.arguments import plan_arguments
+from megatron_espo.commands.launch import complete_flags
 from megatron_espo.model.fp8 import (
     OPEN_PICKLES,
     STATELESS_RECIPES,
@@ -22,8 +22,8 @@ from megatron_espo.model.fp8 import (
     fp8_phase,
     sequence_multiple,
 )
+from megatron_espo.startup.arguments import plan_arguments
 from megatron_espo.training.espo import prepare_arguments
-from megatron_espo.training.launch import complete_flags
 
 LLADA = {
     "fp8": "hybrid", "fp8_recipe": "tensorwise", "bf16": True, "fp8_output_proj": False,

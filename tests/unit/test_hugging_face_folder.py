@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_espo.checkpoint import llada
-from megatron_espo.checkpoint.families import FAMILIES
-from megatron_espo.checkpoint.hugging_face import (
+from megatron_espo.conversion import llada
+from megatron_espo.conversion.families import FAMILIES
+from megatron_espo.conversion.hugging_face import (
     INDEX,
     HuggingFaceWeights,
     copy_other_files,
@@ -22,9 +22,9 @@ from megatron_espo.checkpoint.hugging_face import (
     weight_map,
     write_weights,
 )
-from megatron_espo.checkpoint.lora import MergedWeights
-from megatron_espo.checkpoint.mapping import model_blocks
-from megatron_espo.checkpoint.random_model import write_random_model
+from megatron_espo.conversion.lora import MergedWeights
+from megatron_espo.conversion.mapping import model_blocks
+from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
 
 SHAPE = dataclasses.replace(
@@ -223,7 +223,7 @@ def test_a_folder_or_a_hub_name_is_resolved(made: Path, monkeypatch: pytest.Monk
         asked.append((name, "*.safetensors" in ignore_patterns, "*.bin" in ignore_patterns))
         return str(made)
 
-    monkeypatch.setattr("megatron_espo.checkpoint.hugging_face.snapshot_download", download)
+    monkeypatch.setattr("megatron_espo.conversion.hugging_face.snapshot_download", download)
     assert resolve_folder("org/model", "--hf") == made
     assert resolve_folder("org/model", "--hf-template", weights=False) == made
     assert asked == [("org/model", False, True), ("org/model", True, True)]
@@ -233,7 +233,7 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(monkeypatch: pytest.Monkey
     def download(name: str, **_: Any) -> str:
         raise OSError("offline\nmore lines")
 
-    monkeypatch.setattr("megatron_espo.checkpoint.hugging_face.snapshot_download", download)
+    monkeypatch.setattr("megatron_espo.conversion.hugging_face.snapshot_download", download)
     with pytest.raises(ValueError, match=r"--hf org/model: .*does not give it \(offline\)\.$"):
         resolve_folder("org/model", "--hf")
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.tasks.jail import channel
-from megatron_espo.tasks.jail.test_side import Code, run_test
-from megatron_espo.tasks.sandbox import Limits, run_tests
+from megatron_espo.sandbox.jail import channel
+from megatron_espo.sandbox.jail.test_side import Code, run_test
+from megatron_espo.sandbox.run import Limits, run_tests
 
 NAMES = {"f": "function", "C": "class", "LIMIT": "value", "math": "module"}
 

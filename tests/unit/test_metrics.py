@@ -9,8 +9,9 @@ import torch
 from megatron_espo.monitor import metrics, progress
 from megatron_espo.monitor.metrics import gather_columns, statistics
 from megatron_espo.monitor.progress import Progress, format_duration
-from megatron_espo.monitor.tensorboard import write_samples, write_scalars
+from megatron_espo.monitor.tensorboard import write_scalars
 from megatron_espo.parallel.layout import Layout
+from megatron_espo.rl.samples_table import write_samples
 from megatron_espo.rl.types import Rollout
 from megatron_espo.tasks.base import Score
 

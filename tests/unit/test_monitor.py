@@ -29,7 +29,7 @@ from megatron_espo.monitor.tensorboard import begin_events, write_histograms, wr
 from megatron_espo.monitor.throughput import own_peak_tflops, peak_tflops, throughput_scalars
 from megatron_espo.monitor.watch import RULES, Watch
 from megatron_espo.parallel.layout import Layout
-from megatron_espo.rl.report import first_ratio_scalars
+from megatron_espo.rl.scalars import first_ratio_scalars
 
 
 class NvmlError(Exception):

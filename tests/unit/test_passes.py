@@ -13,13 +13,13 @@ from megatron.training.global_vars import destroy_global_vars
 from torch import Tensor
 
 from megatron_espo import device
-from megatron_espo.arguments import initialize_arguments
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
-from megatron_espo.model import feed_forward, linear, rotary
+from megatron_espo.model.cpu import feed_forward, linear, matmul, rotary
 from megatron_espo.model.provider import model_provider
-from megatron_espo.parallel import pipeline, products
-from megatron_espo.parallel.passes import KeyValueCache, select_positions
-from megatron_espo.parallel.pipeline import RowBatch, run_model
+from megatron_espo.passes import pipeline
+from megatron_espo.passes.pipeline import RowBatch, run_model
+from megatron_espo.passes.state import KeyValueCache, select_positions
+from megatron_espo.startup.arguments import initialize_arguments
 
 FLAGS = (
     "--preset tiny --hidden-size 32 --ffn-hidden-size 48 --group-query-attention "
@@ -154,8 +154,8 @@ def test_weights_are_left_factors_only_where_tokens_are_sampled(
     deep: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Elsewhere a pass without gradients would round otherwise than one with them."""
-    monkeypatch.setattr(products, "_has_avx512", lambda: False)
-    monkeypatch.setattr(products, "_LEFT_WEIGHT", 1)
+    monkeypatch.setattr(matmul, "_has_avx512", lambda: False)
+    monkeypatch.setattr(matmul, "_LEFT_WEIGHT", 1)
     strides: list[bool] = []
     hooks = [
         layer.mlp.linear_fc1.register_forward_hook(

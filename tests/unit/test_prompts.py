@@ -3,7 +3,8 @@
 import pytest
 
 from megatron_espo.data.tokenizer import byte_tokenizer
-from megatron_espo.rl.prompts import encode_examples, prompts_of_rollout
+from megatron_espo.evaluation.problems import encode_examples
+from megatron_espo.rl.prompts import prompts_of_rollout
 from megatron_espo.tasks.base import Example
 
 SIZE = 7

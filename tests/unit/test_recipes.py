@@ -8,11 +8,11 @@ import torch
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training.arguments import add_megatron_arguments
 
-from megatron_espo.arguments import add_arguments, config_from_args
+from megatron_espo.commands.launch import complete_flags, missing_ranks, warn_of_restarts
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.recipes import RECIPES, expand_recipes, last_value, read_flags
-from megatron_espo.training.launch import complete_flags, missing_ranks, warn_of_restarts
+from megatron_espo.startup.arguments import add_arguments, config_from_args
 
 TASKS = ("gsm8k", "math", "countdown", "sudoku", "code")
 MODELS = ("llada_8b", "dream_7b")

@@ -16,16 +16,16 @@ from megatron_espo.checkpoint.tracker import (
     repair_tracker,
 )
 from megatron_espo.config import EspoConfig
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.data.tokenizer import byte_tokenizer
+from megatron_espo.evaluation.scoring import decode_completions
 from megatron_espo.generation.sampler import Generation
 from megatron_espo.monitor.curves import read_scalars
 from megatron_espo.monitor.tensorboard import begin_events
-from megatron_espo.rl import resume
-from megatron_espo.rl.rollout import assemble_rollout, decode_completions
+from megatron_espo.passes.shapes import Shapes
+from megatron_espo.rl import resume, state
+from megatron_espo.rl.rollout import assemble_rollout
 from megatron_espo.rl.types import PreparedRollout, Prompt
 from megatron_espo.tasks.base import Example, Score
-from megatron_espo.training import state
 
 ESPO = EspoConfig(prompts_per_rollout=4, group_size=3, updates_per_rollout=2, num_mc=2)
 TOKENIZER = byte_tokenizer()
@@ -121,15 +121,15 @@ def test_a_checkpoint_that_is_there_is_not_written_again(
     monkeypatch.setattr(state, "save_checkpoint", lambda step, *_: written.append(step))
     checkpoints = state.Checkpoints([], None, None, None, ESPO, None)
     assert [checkpoints.is_due(step) for step in (7, 8, 20)] == [False, True, True]
-    checkpoints.save(state.Position(6))  # loaded at this step
+    checkpoints.save(state.RunState(6))  # loaded at this step
     assert written == [] and not list(tmp_path.iterdir())
-    checkpoints.save(state.Position(8))
+    checkpoints.save(state.RunState(8))
     folder = Path(espo_folder(str(tmp_path), 8))
     assert written == [8] and torch.load(folder / "state.pt")["evaluation_due"] is False
     # SIGTERM in the next rollout's sampling.
-    checkpoints.save(state.Position(8, evaluation_due=True))
+    checkpoints.save(state.RunState(8, evaluation_due=True))
     assert written == [8] and torch.load(folder / "state.pt")["evaluation_due"] is False
-    checkpoints.save(state.Position(9))
+    checkpoints.save(state.RunState(9))
     assert written == [8, 9] and args.consumed_train_samples == 18
 
 
@@ -206,10 +206,10 @@ def test_a_rollout_in_hand_keeps_the_settings_it_was_made_with(
     saved = {"evaluation_due": False, "rollout": rollout, **state._shape(ESPO)}
     torch.save(saved, folder / "state.pt")
     changed = replace(ESPO, **{name: value})
-    assert state.load_position(str(tmp_path), 3, ESPO, None).step == 3
+    assert state.load_run_state(str(tmp_path), 3, ESPO, None).step == 3
     if in_hand or always:
         flag = f"--espo-{name.replace('_', '-')} {getattr(ESPO, name)}, here it is {value}"
         with pytest.raises(ValueError, match=flag):
-            state.load_position(str(tmp_path), 3, changed, None)
+            state.load_run_state(str(tmp_path), 3, changed, None)
     else:
-        assert state.load_position(str(tmp_path), 3, changed, None).rollout is None
+        assert state.load_run_state(str(tmp_path), 3, changed, None).rollout is None

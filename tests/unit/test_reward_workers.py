@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from megatron_espo.rewards.workers import Failures, RewardError, RewardWorkers, collect
 from megatron_espo.tasks import Example, Score, code, load_task, sudoku
 from megatron_espo.tasks.base import start_line
-from megatron_espo.tasks.workers import Failures, RewardError, RewardWorkers, collect
 
 ROOT = Path(__file__).parents[2]
 TASK = """
@@ -259,7 +259,7 @@ def trainer_says(folder: Path, code: str, **settings: Any) -> str:
     beginning = (
         "import os, signal, time\n"
         "from megatron_espo.tasks import Example, load_task\n"
-        "from megatron_espo.tasks.workers import RewardWorkers\n"
+        "from megatron_espo.rewards.workers import RewardWorkers\n"
         "workers = RewardWorkers(load_task('told_task'), 'told_task', 1, 600.0)\n"
         "problem = Example('p', {'n': 0})\n"
     )
@@ -308,7 +308,7 @@ def test_worker_whose_parent_is_gone_already_ends() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "megatron_espo.tasks.worker", str(theirs.fileno()), "1"],
+            [sys.executable, "-m", "megatron_espo.rewards.worker", str(theirs.fileno()), "1"],
             cwd=ROOT, pass_fds=[theirs.fileno()],
         )  # fmt: skip
         try:
@@ -325,7 +325,7 @@ def test_workers_say_at_the_start_what_their_task_says() -> None:
 
 def test_workers_import_neither_torch_nor_megatron() -> None:
     code = (
-        "import sys, megatron_espo.tasks.worker, megatron_espo.tasks.workers\n"
+        "import sys, megatron_espo.rewards.worker, megatron_espo.rewards.workers\n"
         "heavy = {'torch', 'megatron', 'numpy', 'transformers', 'sympy'} & set(sys.modules)\n"
         "sys.exit(', '.join(heavy) or 0)"
     )
@@ -340,7 +340,7 @@ def test_workers_end_with_a_parent_that_is_killed_even_in_the_middle_of_a_score(
     code = (
         "import time\n"
         "from megatron_espo.tasks import Example, load_task\n"
-        "from megatron_espo.tasks.workers import RewardWorkers\n"
+        "from megatron_espo.rewards.workers import RewardWorkers\n"
         "workers = RewardWorkers(load_task('told_task'), 'told_task', 2, 600.0)\n"
         "first = workers.score(Example('p', {'n': 0}), 'pid')\n"
         "jobs = [workers.submit(Example('p', {'n': 0}), 'sleep 600') for _ in range(2)]\n"

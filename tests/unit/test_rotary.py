@@ -5,7 +5,7 @@ import torch
 from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 from torch import Tensor
 
-from megatron_espo.model import rotary
+from megatron_espo.model.cpu import rotary
 
 W, B, HEADS, D = 9, 2, 3, 8
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.generation.rows import lay_out_rows
+from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.update import check_gradient
 

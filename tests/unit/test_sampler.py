@@ -16,20 +16,20 @@ from megatron.training.global_vars import destroy_global_vars
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from megatron_espo.arguments import initialize_arguments
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.batch import ViewBatch, mask_rows, pack_sequences, view_batches
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation import sampler
 from megatron_espo.generation.sampler import generate
+from megatron_espo.model.cpu import matmul
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
-from megatron_espo.parallel import products
+from megatron_espo.passes.batch import ViewBatch, mask_rows, pack_sequences, view_batches
+from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
-from megatron_espo.training.setup import diffusion_model
+from megatron_espo.startup.arguments import initialize_arguments
+from megatron_espo.startup.setup import diffusion_model
 
 VOCAB, MASK = 262, 256
 PROMPTS = [[5, 7, 11], [3, 1, 4, 1, 5, 9, 2], [100], [42, 42, 17, 250, 0]]
@@ -402,7 +402,7 @@ def test_sampler_may_take_weights_as_left_factors_and_elbos_may_not(
     model: DiffusionModel, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[bool] = []
-    multiply = products.linear
+    multiply = matmul.linear
 
     def counted(hidden: Tensor, weight: Tensor, by_features: bool = False) -> Tensor:
         asked.append(by_features)
@@ -410,9 +410,9 @@ def test_sampler_may_take_weights_as_left_factors_and_elbos_may_not(
 
     config = replace(CONFIGS[name], micro_batch_size=4)
     expected = generate(model, PROMPTS, torch.arange(4), config, 17, "test").completions
-    monkeypatch.setattr(products, "linear", counted)
-    monkeypatch.setattr(products, "_has_avx512", lambda: False)
-    monkeypatch.setattr(products, "_LEFT_WEIGHT", 1)
+    monkeypatch.setattr(matmul, "linear", counted)
+    monkeypatch.setattr(matmul, "_has_avx512", lambda: False)
+    monkeypatch.setattr(matmul, "_LEFT_WEIGHT", 1)
     result = generate(model, PROMPTS, torch.arange(4), config, 17, "test")
     assert torch.equal(result.completions, expected)
     # One of the four products of every layer, in every pass.

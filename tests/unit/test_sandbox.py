@@ -16,9 +16,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.tasks import sandbox
-from megatron_espo.tasks.jail.values import decode, encode
-from megatron_espo.tasks.sandbox import MODES, Limits, run_tests
+from megatron_espo.sandbox import run as sandbox
+from megatron_espo.sandbox.jail.values import decode, encode
+from megatron_espo.sandbox.run import MODES, Limits, run_tests
 
 LIMITS = Limits(test_seconds=2.0, total_seconds=5.0, memory=512 << 20)
 TEST = "assert f(2) == 5"
@@ -363,7 +363,7 @@ def test_locked_in_process_is_closed_to_others_of_its_user() -> None:
     """Where two jails have one user, the code's could else rewrite the tests' memory (/proc)."""
     program = (
         "import ctypes, sys\n"
-        "from megatron_espo.tasks.jail.limits import lock_in\n"
+        "from megatron_espo.sandbox.jail.limits import lock_in\n"
         "before = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"  # PR_GET_DUMPABLE
         "lock_in({'memory': 1 << 30, 'cpu': 9, 'processes': 9, 'file': 9, 'user': 0, 'preload': 0})\n"
         "sys.exit(10 * before + ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
@@ -447,7 +447,7 @@ def test_other_modes_end_processes_too(mode: str) -> None:
 @pytest.mark.parametrize("mode", WORKING)
 def test_jails_end_with_the_process_that_made_them_however_it_ends(mode: str) -> None:
     program = (
-        "from megatron_espo.tasks.sandbox import Limits, run_tests\n"
+        "from megatron_espo.sandbox.run import Limits, run_tests\n"
         f"limits = Limits(test_seconds=60.0, total_seconds=60.0, memory={OWN.memory})\n"
         f"run_tests(['import time\\ntime.sleep(600)'], ['f()'], limits, {mode!r})"
     )

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.batch import pack_sequences, view_batches
-from megatron_espo.data.shapes import Shapes, few_widths, round_up
 from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation import sampler
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.shapes import Shapes, few_widths, round_up
 from megatron_espo.random import stream
-from megatron_espo.training import setup
+from megatron_espo.startup import setup
 
 LENGTH, LONGEST, MASK, STOP, ROWS = 256, 656, 3, 4, 24
 

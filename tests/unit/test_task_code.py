@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.tasks import code, sandbox
+from megatron_espo.sandbox import run as sandbox
+from megatron_espo.tasks import code
 from megatron_espo.tasks.base import Example
 
 ACECODE = {

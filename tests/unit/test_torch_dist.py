@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_espo.arguments import stored_arguments
-from megatron_espo.checkpoint.convert import check_weights
-from megatron_espo.checkpoint.mapping import Block
-from megatron_espo.checkpoint.torch_dist import CheckpointReader, write_checkpoint
+from megatron_espo.conversion.blocks import check_weights
+from megatron_espo.conversion.mapping import Block
+from megatron_espo.conversion.torch_dist import CheckpointReader, write_checkpoint
+from megatron_espo.startup.arguments import stored_arguments
 
 ROWS = {0: torch.arange(8.0).view(4, 2), 4: torch.arange(8.0, 14.0).view(3, 2)}
 WHOLE = torch.cat([ROWS[0], ROWS[4]])

@@ -1,0 +1,1 @@
+"""The commands that use a trained model, and the start scripts' part in Python."""

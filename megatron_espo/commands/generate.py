@@ -1,0 +1,278 @@
+"""Generation from the command line: prompts, or a conversation in the terminal."""
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from megatron_espo.commands.inference import (
+    add_checkpoint_arguments,
+    checkpoint_flags,
+    load_model,
+    prepare_arguments,
+)
+from megatron_espo.config import RolloutConfig
+from megatron_espo.data.tokenizer import decode_completion, encode_prompt, load_tokenizer
+from megatron_espo.dry_run.planned import is_dry_run
+from megatron_espo.dry_run.simulation import simulate_inference
+from megatron_espo.generation.sampler import generate
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.monitor.denoising import LiveView, Recorder, pieces_of
+from megatron_espo.monitor.frames import check_frames_path, save_frames
+from megatron_espo.startup.arguments import config_from_args
+
+_HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C breaks an answer off."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of generation."""
+    add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--prompt",
+        nargs="+",
+        help="prompts to complete; without it they are typed in, or read line by line from a pipe",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="prompts are a user's messages, written in the tokenizer's chat format",
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="no drawing in place, even on a terminal"
+    )
+    parser.add_argument(
+        "--delay", type=float, default=0.0, help="seconds to wait after each drawn step"
+    )
+    parser.add_argument(
+        "--save-frames",
+        type=Path,
+        help="picture of the completion filling in: NAME.gif, NAME.png (a sheet) or a folder",
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Complete prompts; flags that are not of :func:`add_arguments` are Megatron's.
+
+    Args:
+        argv: flags.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_arguments(parser)
+    if "--help" in argv or "-h" in argv:
+        parser.print_help()
+        print("\nand the flags of training, the --rollout-* group among them:\n")
+    options, rest = parser.parse_known_args(argv)
+    if options.save_frames is not None:
+        check_frames_path(options.save_frames)
+        if options.prompt is None or len(options.prompt) != 1:
+            raise ValueError("--save-frames shows one completion; give one --prompt.")
+    if not options.delay >= 0.0:
+        raise ValueError(f"--delay {options.delay} must be 0 or more seconds.")
+    if is_dry_run(rest):
+        simulate_inference("megatron_espo.commands.generate", argv, rest, prepare_arguments)
+        return
+    model, args = load_model([*checkpoint_flags(options), *rest], log=_startup_log())
+    session = Session(
+        model,
+        load_tokenizer(args.tokenizer_model),
+        config_from_args(RolloutConfig, args),
+        args.seed,
+        args.seq_length,
+        Console(highlight=False, soft_wrap=True),
+        options,
+    )
+    if options.prompt is not None:
+        session.complete(options.prompt)
+    else:
+        session.converse()
+
+
+def _startup_log() -> TextIO:
+    """Where Megatron's start-up goes: to stderr, but not onto a terminal."""
+    return open(os.devnull, "w") if sys.stderr.isatty() else sys.stderr
+
+
+@dataclass
+class Session:
+    """A model, a terminal and what was said so far.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        config: sampling settings.
+        seed: of the run.
+        seq_length: most tokens of prompt and completion.
+        console: where rank 0 writes.
+        options: flags of :func:`add_arguments`.
+        messages: the turns of a chat.
+        num_sampled: completions so far; each has draws of its own.
+    """
+
+    model: DiffusionModel
+    tokenizer: PreTrainedTokenizerFast
+    config: RolloutConfig
+    seed: int
+    seq_length: int
+    console: Console
+    options: argparse.Namespace
+    messages: list[dict[str, str]] = field(default_factory=list)
+    num_sampled: int = 0
+
+    @property
+    def _shows(self) -> bool:
+        return dist.get_rank() == 0
+
+    @property
+    def _live(self) -> bool:
+        """Whether to draw in place: on a terminal that can move its cursor."""
+        terminal = self.console.is_terminal and not self.console.is_dumb_terminal
+        return self._shows and terminal and not self.options.plain
+
+    def complete(self, prompts: Sequence[str]) -> None:
+        """Complete prompts side by side and print them.
+
+        Args:
+            prompts: texts.
+
+        Raises:
+            ValueError: one does not fit.
+        """
+        chats = [[{"role": "user", "content": p}] if self.options.chat else p for p in prompts]
+        encoded = [encode_prompt(self.tokenizer, chat) for chat in chats]
+        room = self.seq_length - self.config.completion_length
+        for number, ids in enumerate(encoded, start=1):
+            if len(ids) > room:
+                raise ValueError(
+                    f"--prompt {number} has {len(ids)} tokens and {room} fit; raise --seq-length "
+                    "or lower --rollout-completion-length."
+                )
+        shown = [f"{prompt}\n" if self.options.chat else prompt for prompt in prompts]
+        texts = self._sample(encoded, shown)
+        if self._shows:
+            for prompt, text in zip(shown, texts, strict=True):
+                self.console.print(Text(prompt).append(text, style="bold"))
+
+    def converse(self) -> None:
+        """Answer what is typed in, or the lines of a pipe, until its end."""
+        typed = sys.stdin.isatty()
+        if self._shows and typed:
+            what = "a message" if self.options.chat else "a text to go on from"
+            self.console.print(Text(f"Type {what}. {_HELP}", style="dim"))
+        while (line := self._read(typed)) is not None:
+            if line.strip() in ("/exit", "/quit"):
+                return
+            if line.strip() == "/reset":
+                self.messages.clear()
+                continue
+            if not line.strip():
+                continue
+            try:
+                self._answer(line)
+            except KeyboardInterrupt:
+                if dist.get_world_size() > 1:
+                    raise  # the other ranks wait in the middle of a step
+                self.console.print(Text("(broken off)", style="dim"))
+
+    def _answer(self, line: str) -> None:
+        if self.options.chat:
+            self.messages.append({"role": "user", "content": line})
+        prompt = self._fitting(line)
+        if prompt is None:
+            return
+        try:
+            (text,) = self._sample([prompt], ["" if self.options.chat else line])
+        except KeyboardInterrupt:
+            if self.options.chat:
+                self.messages.pop()
+            raise
+        if self.options.chat:
+            self.messages.append({"role": "assistant", "content": text})
+        if self._shows:
+            start = "" if self.options.chat else line
+            self.console.print(Text(start).append(text, style="bold"))
+
+    def _fitting(self, line: str) -> list[int] | None:
+        """Encode what is to be completed; a chat that is too long loses its oldest turns."""
+        room = self.seq_length - self.config.completion_length
+        while True:
+            ids = encode_prompt(self.tokenizer, self.messages if self.options.chat else line)
+            if len(ids) <= room:
+                return ids
+            if len(self.messages) < 3:
+                if self._shows:
+                    self.console.print(f"{len(ids)} tokens are too long: {room} fit.", style="red")
+                if self.options.chat:
+                    self.messages.pop()
+                return None
+            del self.messages[:2]
+            if self._shows:
+                self.console.print(Text("(the oldest turn no longer fits)", style="dim"))
+
+    def _read(self, typed: bool) -> str | None:
+        """Read a line on rank 0 and give it to all; None at the end."""
+        line: str | None = None
+        if self._shows:
+            if typed:
+                import readline  # noqa: F401  (arrow keys and history)
+            with contextlib.suppress(EOFError, KeyboardInterrupt):
+                line = input("> ") if typed else input()
+        if dist.get_world_size() > 1:
+            box = [line]
+            dist.broadcast_object_list(box, 0)
+            line = box[0]
+        return line
+
+    def _sample(self, encoded: Sequence[Sequence[int]], shown: Sequence[str]) -> list[str]:
+        """Sample a completion for each prompt, drawing it where there is a terminal."""
+        model, config = self.model, self.config
+        numbers = torch.arange(len(encoded)) + self.num_sampled
+        self.num_sampled += len(encoded)
+        recorder: Recorder | None = None
+        with contextlib.ExitStack() as stack:
+            on_step = None
+            if self._live:
+                view = stack.enter_context(
+                    LiveView(
+                        self.console,
+                        shown,
+                        config.completion_length,
+                        config.denoising_steps,
+                        model.mask_token_id,
+                        self.tokenizer,
+                        model.stop_token_ids,
+                        self.options.delay,
+                    )
+                )
+                recorder, on_step = view.recorder, view.on_step
+            elif self.options.save_frames is not None and self._shows:
+                recorder = Recorder(len(encoded), config.completion_length, model.mask_token_id)
+                on_step = recorder.on_step
+            result = generate(model, encoded, numbers, config, self.seed, "generate", on_step)
+        if self.options.save_frames is not None and recorder is not None:
+            story = [
+                (frame.step, pieces_of(frame, self.tokenizer, model.stop_token_ids))
+                for frame in recorder.frames[0]
+            ]
+            count = save_frames(self.options.save_frames, shown[0], story)
+            print(f"{self.options.save_frames}: {count} frames", file=sys.stderr)
+        if self._shows and self.options.prompt is not None:
+            print(
+                f"{result.num_evaluations.double().mean():.1f} model evaluations per completion, "
+                f"{result.tokens_per_step.mean():.2f} tokens per evaluation, "
+                f"mean confidence {result.mean_confidence.mean():.3f}",
+                file=sys.stderr,
+            )
+        return [
+            decode_completion(self.tokenizer, ids, model.stop_token_ids)
+            for ids in result.completions.tolist()
+        ]

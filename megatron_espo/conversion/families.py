@@ -1,0 +1,63 @@
+"""The model families whose Hugging Face checkpoints can be converted."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion.mapping import Names
+from megatron_espo.model.shape import Config, ModelShape
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between families.
+
+    Attributes:
+        architecture: its name in config.json.
+        names: the tensors' names.
+        read_config: config.json -> shape.
+        write_config: shape -> fields of config.json.
+        tokenizer_class: transformers' own class for the tokenizer, where the published folder
+            asks for code of its own.
+    """
+
+    architecture: str
+    names: Names
+    read_config: Callable[[Config], ModelShape]
+    write_config: Callable[[ModelShape], dict[str, Any]]
+    tokenizer_class: str | None = None
+
+
+FAMILIES = {
+    "llada": Family(llada.ARCHITECTURE, llada.NAMES, llada.read_config, llada.write_config),
+    "dream": Family(
+        dream.ARCHITECTURE, dream.NAMES, dream.read_config, dream.write_config, "Qwen2Tokenizer"
+    ),
+}
+
+
+def family_of(fields: Mapping[str, Any], source: str) -> Family:
+    """Recognize the family of a config.json.
+
+    The architecture decides: LLaDA's mixtures of experts carry LLaDA's model_type, too.
+
+    Args:
+        fields: the parsed file.
+        source: its path, for messages.
+
+    Returns:
+        The family.
+
+    Raises:
+        ValueError: for an architecture that is not supported.
+    """
+    architectures = fields.get("architectures")
+    for family in FAMILIES.values():
+        if architectures == [family.architecture]:
+            return family
+    supported = ", ".join(family.architecture for family in FAMILIES.values())
+    raise ValueError(
+        f'{source}: "architectures" is {architectures!r}, which is not supported; models of '
+        f"{supported} can be converted."
+    )

@@ -1,0 +1,154 @@
+"""LoRA adapters in PEFT's format, merged into the weights while these are read.
+
+A PEFT adapter holds, for a linear layer with weight W, two matrices A [r, in] and B [out, r]; the
+layer computes with W + scale * B A, where scale is lora_alpha / r (rank-stabilized: / sqrt(r)).
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_espo.conversion.hugging_face import (
+    DTYPES,
+    HuggingFaceWeights,
+    read_headers,
+    read_json,
+    read_tensor,
+)
+from megatron_espo.model.shape import Config
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# base_model.model.PATH.lora_A.weight; older files name the adapter after lora_A.
+_NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
+
+
+class Side(NamedTuple):
+    """One of an adapter's two matrices of a layer."""
+
+    name: str
+    shape: tuple[int, ...]
+
+
+class MergedWeights(HuggingFaceWeights):
+    """The weights of a model folder with an adapter merged in."""
+
+    def __init__(self, folder: Path, adapter: Path) -> None:
+        """Read the headers of the model and of the adapter.
+
+        Args:
+            folder: the model folder.
+            adapter: the adapter's folder.
+
+        Raises:
+            ValueError: the adapter is broken, of a kind that is not supported, or made for
+                another model.
+        """
+        super().__init__(folder)
+        self._adapter = Adapter(adapter)
+        for path, (a, b) in self._adapter.modules.items():
+            weight = self.tensors.get(f"{path}.weight")
+            if weight is None:
+                raise ValueError(
+                    f"--lora {adapter}: adapts {path}, which {folder} does not have; the adapter "
+                    "was made for another model."
+                )
+            if weight.shape != (b.shape[0], a.shape[1]):
+                raise ValueError(
+                    f"--lora {adapter}: the adapter of {path} fits a weight of "
+                    f"{[b.shape[0], a.shape[1]]}, {folder} has {list(weight.shape)}."
+                )
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor; an adapted weight is merged in float32 and rounded once."""
+        weight = super().read(name)
+        delta = self._adapter.delta(name.removesuffix(".weight"))
+        return weight if delta is None else (weight.float() + delta).to(weight.dtype)
+
+    def unused_targets(self) -> list[str]:
+        """List the adapter's target modules that no weight of the model is called by."""
+        names = [name.removesuffix(".weight").split(".")[-1] for name in self.tensors]
+        return [target for target in self._adapter.targets if target not in names]
+
+    @property
+    def num_merged(self) -> int:
+        """Number of weights that the adapter changes."""
+        return len(self._adapter.modules)
+
+
+class Adapter:
+    """A LoRA adapter's folder.
+
+    Attributes:
+        modules: path of the adapted layer -> the names of its A and B, and their shapes.
+        targets: the names of layers that were to be adapted.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Read config and headers.
+
+        Raises:
+            ValueError: the folder is broken or its adapter is not plain LoRA.
+        """
+        if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+            raise ValueError(f"--lora {folder}: must be a folder with {CONFIG} and {WEIGHTS}.")
+        config = Config(read_json(folder / CONFIG), str(folder / CONFIG))
+        _require_plain_lora(config)
+        self._alpha = config.number("lora_alpha", float)
+        self._rank_stabilized = bool(config.fields.get("use_rslora", False))
+        targets = config.fields.get("target_modules") or []
+        self.targets = [targets] if isinstance(targets, str) else list(targets)
+        self._file = folder / WEIGHTS
+        self.modules = _find_modules(self._file)
+
+    def delta(self, module: str) -> Tensor | None:
+        """Compute what is added to a layer's weight.
+
+        Args:
+            module: path of the layer.
+
+        Returns:
+            float32, of the weight's shape; None if the layer is not adapted.
+        """
+        if module not in self.modules:
+            return None
+        a, b = (read_tensor(self._file, side.name).float() for side in self.modules[module])
+        rank = a.size(0)
+        return torch.mm(b, a).mul_(self._alpha / (rank**0.5 if self._rank_stabilized else rank))
+
+
+def _require_plain_lora(config: Config) -> None:
+    """Refuse adapters that compute something else than W + scale * B A."""
+    config.require("peft_type", "LORA")
+    config.require("bias", "none")
+    config.require("fan_in_fan_out", False)
+    for name in ("use_dora", "lora_bias", "use_qalora"):
+        config.require(name, False)
+    for name, empty in (
+        ("modules_to_save", []),
+        ("rank_pattern", {}),
+        ("alpha_pattern", {}),
+        ("layer_replication", []),
+        ("trainable_token_indices", []),
+        ("target_parameters", []),
+    ):
+        config.require(name, None, empty)
+    # Other ways to start (PiSSA, OLoRA, LoftQ) change the base weights, too.
+    config.require("init_lora_weights", True, False, "gaussian", "orthogonal")
+
+
+def _find_modules(path: Path) -> dict[str, tuple[Side, Side]]:
+    """Pair the matrices of an adapter file by layer."""
+    sides: dict[str, dict[str, Side]] = {}
+    for name, stored in read_headers(path).items():
+        match = _NAME.fullmatch(name)
+        if match is None or len(stored.shape) != 2 or stored.dtype not in DTYPES:
+            raise ValueError(f"{path}: {name} is no LoRA matrix of a linear layer.")
+        sides.setdefault(match["path"], {})[match["side"]] = Side(name, stored.shape)
+    for module, pair in sides.items():
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise ValueError(f"{path}: the LoRA matrices of {module} do not fit together.")
+    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}

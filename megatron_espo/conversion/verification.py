@@ -1,0 +1,132 @@
+"""Compares the logits of a checkpoint with those of a Hugging Face folder."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_espo.conversion.hf_oracle import HfOracle
+from megatron_espo.conversion.hugging_face import HuggingFaceWeights, read_json
+from megatron_espo.conversion.layerwise import stream_weights
+from megatron_espo.conversion.torch_dist import CheckpointReader
+from megatron_espo.device import current_device
+from megatron_espo.model.provider import model_provider
+from megatron_espo.passes.pipeline import RowBatch, run_model
+
+# Largest difference in float32, as a share of the largest logit: rounding in another order.
+TOLERANCE = 1e-4
+
+_ROWS, _WIDTH = 3, 32
+
+
+def verify(checkpoint: Path, weights: HuggingFaceWeights, logit_shift: bool) -> None:
+    """Compare the logits of both sides on random tokens, some of them masked, a row padded.
+
+    One side is Megatron's model, with the blocks of the checkpoint that it asks for itself, the
+    other transformers' own model (conversion/hf_oracle.py). Both compute in float32 and hold one
+    layer at a time.
+
+    Args:
+        checkpoint: the folder of a torch_dist checkpoint whose model Megatron's global arguments
+            describe, in float32.
+        weights: the Hugging Face side.
+        logit_shift: whether position i is predicted from the hidden state at i - 1.
+
+    Raises:
+        ValueError: they differ by more than rounding does.
+    """
+    # On a GPU TF32 is far from the tolerance, and NVIDIA's images turn it on.
+    torch.set_float32_matmul_precision("highest")
+    fields = read_json(weights.folder / "config.json")
+    tokens, lengths = _random_tokens(fields["vocab_size"], fields["mask_token_id"])
+    ours = _checkpoint_logits(checkpoint, tokens, lengths, logit_shift)
+    theirs = HfOracle(fields, weights, torch.float32).logits(tokens, lengths)
+    # The first position of a shifted model has no prediction.
+    compared = torch.arange(_WIDTH)[None, :] < lengths[:, None]
+    compared[:, 0] = False
+    _judge(ours[compared], theirs[compared])
+
+
+def _random_tokens(vocab_size: int, mask_token_id: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (_ROWS, _WIDTH), generator=generator)
+    masked = torch.rand(_ROWS, _WIDTH, generator=generator) < torch.arange(_ROWS)[:, None] / _ROWS
+    tokens[masked] = mask_token_id
+    return tokens, torch.tensor([_WIDTH, _WIDTH, _WIDTH // 2])
+
+
+@torch.no_grad()
+def _checkpoint_logits(
+    checkpoint: Path, tokens: Tensor, lengths: Tensor, logit_shift: bool
+) -> Tensor:
+    """Compute float32 ``[b, s, vocabulary]`` with Megatron's model."""
+    reader = CheckpointReader(checkpoint)
+    with quiet(), torch.device("meta"):
+        model = model_provider().float().eval()
+        sharded = model.sharded_state_dict()
+
+    def read(target: ShardedTensor | ShardedTensorFactory) -> Tensor:
+        if isinstance(target, ShardedTensorFactory):  # gate and up are stored one by one
+            merged: Tensor = target.merge_fn([read(part) for part in target.build()])
+            return merged
+        shape = (1,) * target.prepend_axis_num + target.local_shape
+        block = reader.read(target.key, target.global_offset, shape)
+        return block.view(target.local_shape).float()
+
+    def read_part(names: Sequence[str]) -> dict[str, Tensor]:
+        bar.update(1)
+        # Megatron's model computes on a GPU where there is one.
+        return {name: read(sharded[name]).to(current_device()) for name in names}
+
+    layers = len(model.decoder.layers)
+    with tqdm(desc="verify: layers of Megatron's model", total=layers + 3) as bar:
+        stream_weights(
+            model,
+            ["embedding", "decoder.layers.*", "decoder.final_layernorm", "output_layer"],
+            read_part,
+        )
+        b, s = tokens.shape
+        first = int(logit_shift)
+        rows = torch.arange(b).repeat_interleave(s - first)
+        positions = torch.arange(first, s).repeat(b)
+        batch = RowBatch(tokens, lengths, rows, positions)
+        chosen = run_model(model, batch, lambda logits, _: logits, logit_shift)
+    logits = torch.zeros(b, s, chosen.size(1))
+    logits[rows, positions] = chosen.cpu()
+    return logits
+
+
+def _judge(ours: Tensor, theirs: Tensor) -> None:
+    """Print the differences of ``[r, vocabulary]`` logits and refuse large ones."""
+    difference = (ours - theirs).abs().max().item()
+    largest = theirs.abs().max().item()
+    agree = (ours.argmax(-1) == theirs.argmax(-1)).float().mean().item()
+    print(
+        f"verify: largest difference {difference:.2e} of logits up to {largest:.3g}, equal argmax "
+        f"at {agree:.2%} of {len(ours)} positions."
+    )
+    # Written so that a NaN fails.
+    if not difference <= TOLERANCE * max(largest, 1.0):
+        raise ValueError(
+            "--verify: the logits of both sides differ by more than rounding; nothing was kept."
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out what Megatron prints when it starts; errors come through as exceptions."""
+    logging.disable(logging.WARNING)
+    try:
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

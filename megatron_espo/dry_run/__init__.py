@@ -1,0 +1,1 @@
+"""``--dry-run``: a run on paper, or simulated on GPUs that are not there."""

@@ -1,0 +1,95 @@
+"""A task and its problems, read, checked and tokenized."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from megatron_espo.config import EspoConfig
+from megatron_espo.data.tokenizer import encode_prompt
+from megatron_espo.rewards.workers import RewardWorkers
+from megatron_espo.tasks import Task, load_task
+from megatron_espo.tasks.base import Example
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """A task's problems with their prompts as token ids.
+
+    Attributes:
+        examples: the problems.
+        encoded: their prompts.
+    """
+
+    examples: Sequence[Example]
+    encoded: Sequence[tuple[int, ...]]
+
+
+def load_workers(espo: EspoConfig) -> Task:
+    """Load the task, with reward workers if the settings ask for them; they start later.
+
+    Args:
+        espo: ESPO settings.
+
+    Returns:
+        The task, which says on a start line how it is guarded if it has to be.
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    task = load_task(espo.task, flag="--espo-task")
+    if not espo.reward_workers:
+        return task
+    return RewardWorkers(task, espo.task, espo.reward_workers, espo.reward_timeout)
+
+
+def load_task_data(
+    task: Task, path: str | None, tokenizer: Any, args: argparse.Namespace, count: int = 0
+) -> TaskData | None:
+    """Read a task's problems and tokenize their prompts.
+
+    Args:
+        task: the task.
+        path: JSONL file, or None.
+        tokenizer: the tokenizer.
+        args: Megatron's arguments.
+        count: most problems to take; 0 takes all.
+
+    Returns:
+        The data, or None without a path.
+    """
+    if path is None:
+        return None
+    examples = task.read(path)
+    examples = examples[:count] if count else examples
+    room = args.seq_length - args.rollout_completion_length
+    return TaskData(examples, encode_examples(tokenizer, examples, room, path))
+
+
+def encode_examples(
+    tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], room: int, source: str
+) -> list[tuple[int, ...]]:
+    """Tokenize the prompts of a data set.
+
+    Args:
+        tokenizer: the tokenizer.
+        examples: the problems.
+        room: most tokens a prompt may have.
+        source: where they come from, for the error message.
+
+    Returns:
+        Token ids per example.
+
+    Raises:
+        ValueError: for a prompt that is empty or does not fit; prompts are never cut.
+    """
+    encoded = [tuple(encode_prompt(tokenizer, example.prompt)) for example in examples]
+    for number, ids in enumerate(encoded, start=1):
+        if not 0 < len(ids) <= room:
+            raise ValueError(
+                f"{source}: the prompt of problem {number} has {len(ids)} tokens but 1 to {room} "
+                "fit; raise --seq-length, lower --rollout-completion-length or drop the problem."
+            )
+    return encoded

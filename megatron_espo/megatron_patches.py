@@ -1,0 +1,170 @@
+"""Everything that is changed in Megatron-Core, each with its reason. Seen in version 0.19.2.
+
+A name that a change needs is looked up by :func:`_part`, which says in a sentence when Megatron has
+it no more. Nothing here is copied from Megatron: its functions are wrapped or left out.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import queue
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_espo.errors import UserError
+
+SEEN_IN = "0.19.2"
+
+
+def _part(module: str, name: str) -> Any:
+    """Find what is to be changed.
+
+    Args:
+        module: a module of Megatron-Core.
+        name: of something in it, or of an attribute of a class in it, with a dot.
+
+    Returns:
+        What has the name.
+
+    Raises:
+        UserError: this Megatron-Core has it no more.
+    """
+    found: Any = importlib.import_module(module)
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise UserError(
+                f"megatron-core {importlib.metadata.version('megatron-core')} has no {module}."
+                f"{name}, which megatron_espo changes; install megatron-core {SEEN_IN}."
+            )
+        found = getattr(found, part)
+    return found
+
+
+def _replace(module: str, name: str, replacement: Any) -> None:
+    """Put something in the place of what a module of Megatron-Core has under a name."""
+    _part(module, name)
+    setattr(importlib.import_module(module), name, replacement)
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    """Do nothing."""
+
+
+def skip_compiled_helpers() -> None:
+    """Skip the build of the data-set helpers where the compiled module imports.
+
+    Megatron's start-up runs ``make`` on them, although the wheel ships them compiled and without a
+    Makefile.
+    """
+    try:
+        importlib.import_module("megatron.core.datasets.helpers_cpp")
+    except ImportError:
+        return
+    _replace("megatron.core.datasets.utils", "compile_helpers", _nothing)
+
+
+def report_in_this_process() -> None:
+    """Let the writers of a checkpoint report through a queue of this process.
+
+    Megatron starts a server process for it, which imports everything anew. Without --async-save the
+    writers are threads of this process.
+    """
+    strategy = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    _replace(strategy, "_results_queue", queue.Queue())
+
+
+def before_each_save(action: Callable[[], None]) -> None:
+    """Do something before each checkpoint that Megatron's training loop writes.
+
+    Args:
+        action: what to do.
+    """
+    save = _part("megatron.training.training", "save_checkpoint")
+
+    @functools.wraps(save)
+    def act_and_save(*positional: Any, **named: Any) -> Any:
+        action()
+        return save(*positional, **named)
+
+    _replace("megatron.training.training", "save_checkpoint", act_and_save)
+
+
+def run_without_cuda() -> None:
+    """Leave out what Megatron asks of CUDA alone, where there is none.
+
+    The states of random generators are the CPU's, the start-up goes on without a device, and no
+    fused kernels are compiled and timed.
+    """
+    rng = "megatron.core.tensor_parallel.random"
+
+    def get_state(*args: object, **kwargs: object) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *args: object, **kwargs: object) -> None:
+        torch.set_rng_state(state)
+
+    _replace(rng, "_get_cuda_rng_state", get_state)
+    _replace(rng, "_set_cuda_rng_state", set_state)
+    seed = _part(rng, "model_parallel_cuda_manual_seed")
+    training = "megatron.training.training"
+    initialize = _part(training, "initialize_megatron")
+
+    @functools.wraps(initialize)
+    def initialize_without_cuda(*args: Any, **kwargs: Any) -> Any:
+        kwargs["allow_no_cuda"] = True
+        result = initialize(*args, **kwargs)
+        # Megatron seeds the tensor-parallel tracker only where it counts CUDA devices.
+        from megatron.training import get_args
+
+        seed(get_args().seed)
+        return result
+
+    _replace(training, "initialize_megatron", initialize_without_cuda)
+    _replace(training, "set_jit_fusion_options", _nothing)
+
+
+def repair_distributed_optimizer() -> None:
+    """Let the distributed optimizer be resumed with PyTorch's Adam.
+
+    With Apex or Transformer Engine the count of steps belongs to parameter groups. Without them it
+    is part of every parameter's state: Megatron reads it at loading, before there is a state,
+    looks for it among the sharded tensors, where it is not, and gives all parameters one tensor,
+    to which each of them then adds its own step.
+    """
+    module = "megatron.core.optimizer.distrib_optimizer"
+    optimizer = _part(module, "DistributedOptimizer")
+    if _part(module, "HAVE_APEX_OR_TE") or hasattr(optimizer, "_is_repaired"):
+        return
+    for name in ("state_dict", "load_state_dict", "_set_main_param_and_optimizer_states"):
+        _part(module, f"DistributedOptimizer.{name}")
+    optimizer._is_repaired = True
+    state_dict, load_state_dict = optimizer.state_dict, optimizer.load_state_dict
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(state_dict)
+    def state_dict_from_the_start(self: Any) -> Any:
+        if not self.optimizer.state:
+            # As PyTorch's optimizer begins at its first step.
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    self.optimizer.state[parameter] = {
+                        "step": torch.tensor(0.0),
+                        **{key: torch.zeros_like(parameter) for key in self.optimizer_state_keys},
+                    }
+        return state_dict(self)
+
+    @functools.wraps(load_state_dict)
+    def load_state_dict_with_own_steps(self: Any, loaded: Any) -> None:
+        load_state_dict(self, loaded)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    @functools.wraps(set_states)
+    def set_states_but_steps(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        set_states(self, parameter, {"step": None, **tensors})
+
+    optimizer.state_dict = state_dict_from_the_start
+    optimizer._set_main_param_and_optimizer_states = set_states_but_steps
+    optimizer.load_state_dict = load_state_dict_with_own_steps

@@ -1,0 +1,1 @@
+"""Layers of plain PyTorch with faster kernels for CPUs. Nothing here runs on a GPU."""

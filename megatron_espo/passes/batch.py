@@ -1,0 +1,194 @@
+"""Micro-batches for the model: sequences, their noised views, and the rows to predict.
+
+Symbols: n sequences, s positions, l completion length, m draws, v views per draw, R rows (views)
+of a micro-batch, r masked positions in it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_espo.diffusion.noise import ElboViews
+from megatron_espo.passes.pipeline import RowBatch
+from megatron_espo.passes.shapes import Shapes
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Prompts and completions of one length, padded on the right.
+
+    Attributes:
+        tokens: int64 ``[n, s]`` on the host: [prompt][completion][padding].
+        prompt_lengths: int64 ``[n]``.
+        completion_length: l, end-of-sequence padding included.
+        shapes: says how wide a micro-batch is.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    completion_length: int
+    shapes: Shapes
+
+    def __len__(self) -> int:
+        return self.tokens.size(0)
+
+    def completions(self) -> Tensor:
+        """The completions alone: int64 ``[n, l]``."""
+        places = self.prompt_lengths[:, None] + torch.arange(self.completion_length)[None]
+        return self.tokens.gather(1, places)
+
+
+@dataclass(frozen=True)
+class MaskedTargets:
+    """Where the cross entropy of a micro-batch's masked tokens goes (a RowBatch's payload).
+
+    Attributes:
+        targets: int64 ``[r]``, the clean tokens.
+        rows: int64 ``[r]``, row of the micro-batch.
+        columns: int64 ``[r]``, position within the maskable part of the row.
+        num_rows: R.
+        num_columns: length of the maskable part.
+        is_dummy: nothing is masked in this micro-batch; the one row is there so that every
+            rank's part of the model still gets a gradient (of zeros).
+        vocab_size: tokens before padding.
+    """
+
+    targets: Tensor
+    rows: Tensor
+    columns: Tensor
+    num_rows: int
+    num_columns: int
+    is_dummy: bool
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class ViewBatch:
+    """A micro-batch of noised views.
+
+    Attributes:
+        batch: what the model reads; its payload is a MaskedTargets.
+        view_index: int64 ``[R]``, place of each row among all n*m*v views.
+        weights: float32 ``[R]``, weight of each row's summed cross entropy.
+    """
+
+    batch: RowBatch
+    view_index: Tensor
+    weights: Tensor
+
+
+def pack_sequences(
+    prompts: Sequence[Sequence[int]], completions: Tensor, pad_token_id: int, shapes: Shapes
+) -> Sequences:
+    """Join prompts and completions.
+
+    Args:
+        prompts: token ids per row.
+        completions: int64 ``[n, l]``.
+        pad_token_id: fills the right padding.
+        shapes: says how wide the rows are.
+
+    Returns:
+        The sequences.
+    """
+    n, length = completions.shape
+    longest = max(len(prompt) for prompt in prompts) + length
+    tokens = torch.full((n, shapes.width(longest)), pad_token_id)
+    for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
+        row[len(prompt) : len(prompt) + length] = completion
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return Sequences(tokens, lengths, length, shapes)
+
+
+def mask_rows(
+    tokens: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    starts: Tensor,
+    mask_token_id: int,
+    vocab_size: int,
+) -> RowBatch:
+    """Noise rows and name the positions to predict.
+
+    Args:
+        tokens: int64 ``[R, s]``, clean.
+        lengths: int64 ``[R]``; attention sees the positions before it.
+        mask: bool ``[R, c]``, which of the maskable part's positions are masked.
+        starts: int64 ``[R]``, position where the maskable part starts.
+        mask_token_id: the mask token.
+        vocab_size: tokens before padding.
+
+    Returns:
+        The micro-batch, with MaskedTargets as payload.
+    """
+    rows, columns = mask.nonzero(as_tuple=True)
+    is_dummy = rows.numel() == 0
+    if is_dummy:
+        # Any position with a predecessor: a shifted model reads the state before it.
+        rows, columns = rows.new_zeros(1), columns.new_zeros(1)
+        positions = rows.new_ones(1)
+        noised = tokens
+    else:
+        positions = starts[rows] + columns
+        noised = tokens.clone()
+        noised[rows, positions] = mask_token_id
+    payload = MaskedTargets(
+        tokens[rows, positions], rows, columns, mask.size(0), mask.size(1), is_dummy, vocab_size
+    )
+    padded = int(lengths.min()) < noised.size(1)
+    return RowBatch(noised, lengths, rows, positions, payload, padded=padded)
+
+
+def view_batches(
+    sequences: Sequences,
+    views: ElboViews,
+    mask_token_id: int,
+    vocab_size: int,
+    rows_per_batch: int,
+    *,
+    same_width: bool = True,
+) -> list[ViewBatch]:
+    """Cut all views of all sequences into micro-batches, views of a sequence side by side.
+
+    Sequences go by length, the longest first, and a micro-batch is hardly wider than its longest:
+    what would be padding is not computed. Sums over the batch do not depend on the order.
+
+    Args:
+        sequences: n sequences.
+        views: their masks, ``[n, m, v, l]``.
+        mask_token_id: the mask token.
+        vocab_size: tokens before padding.
+        rows_per_batch: R; must divide n*m*v.
+        same_width: make all micro-batches as wide as the longest sequence, as pipeline stages need
+            it: they pass hidden states of one shape.
+
+    Returns:
+        Micro-batches on the host; ``view_index`` says which views each holds.
+    """
+    per_sequence = views.weights[0].numel()
+    total = len(sequences) * per_sequence
+    assert total % rows_per_batch == 0, (total, rows_per_batch)
+    masks = views.mask_indices.flatten(0, 2)
+    weights = views.weights.flatten()
+    by_length = sequences.prompt_lengths.argsort(descending=True, stable=True)
+    order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
+    width, batches = sequences.tokens.size(1), []
+    for index in order.split(rows_per_batch):
+        sequence = index // per_sequence
+        starts = sequences.prompt_lengths[sequence]
+        lengths = starts + sequences.completion_length
+        if not same_width:
+            width = sequences.shapes.width(int(lengths.max()))
+        batch = mask_rows(
+            sequences.tokens[sequence, :width],
+            lengths,
+            masks[index],
+            starts,
+            mask_token_id,
+            vocab_size,
+        )
+        batches.append(ViewBatch(batch, index, weights[index]))
+    return batches

@@ -1,0 +1,327 @@
+"""Model passes through Megatron's schedules, with the output head on chosen rows only.
+
+A :class:`RowBatch` names the hidden states that something will be read from. The last layer leaves
+out the others after its keys and values (see passes/state.py), and on the last stage
+:func:`select_rows` (GPTModel's ``output_processor``) runs the output head on just these rows and
+hands the logits of this vocabulary shard to a function.
+
+With context parallelism each rank passes a contiguous part of the positions through the layers, and
+the rows that the head reads are collected on all of them: what is made of the logits is the same on
+every rank, so that callers need not know of it.
+
+Batches are on the host. All that a pass needs to know of its rows is worked out there and sent to
+the device in one copy that nothing waits for.
+
+Symbols: b rows of tokens, s positions, r selected rows, n vocabulary entries of this rank.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.utils import get_model_config, unwrap_model
+from torch import Tensor
+
+from megatron_espo.device import current_device
+from megatron_espo.parallel.context import join_context
+from megatron_espo.parallel.layout import Layout
+from megatron_espo.passes.state import (
+    KeyValueCache,
+    PassState,
+    SelectedRows,
+    running,
+    select_positions,
+)
+from megatron_espo.transfer import on_device
+
+LogitsFunction = Callable[[Tensor, Any], Tensor]
+
+# FP8 matrix products want rows in multiples of 16, those of mxfp8 of 32.
+_FP8_ROWS = 32
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """One micro-batch of a pass over the model, on the host.
+
+    Attributes:
+        tokens: int64 ``[b, s]``, padded on the right; ``[b, w]`` where ``offsets`` are given.
+        lengths: int64 ``[b]``; positions from ``lengths`` on are hidden from attention.
+        rows: int64 ``[r]``, the row of ``tokens`` of each predicted token, ascending.
+        positions: int64 ``[r]``, its position. With ``logit_shift`` the hidden state before it
+            predicts it.
+        payload: what the function of the logits needs besides the logits; its tensors are sent to
+            the device with the rest.
+        cache: keys and values that a pass without ``offsets`` fills and one with them uses; without
+            gradients.
+        offsets: int64 ``[b]``, where ``tokens`` start in the cached rows: the window of w positions
+            that passes through the model. It lies inside the rows and holds every hidden state that
+            is read; its tokens replace those that the cache was filled with.
+        cache_rows: int64 ``[b]``, the rows of the cache that these are; None for all, in order.
+        padded: whether any of ``lengths`` is below the rows' positions.
+        sampling: whether tokens are drawn from the pass; see :class:`PassState`.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    rows: Tensor
+    positions: Tensor
+    payload: Any = None
+    cache: KeyValueCache | None = None
+    offsets: Tensor | None = None
+    cache_rows: Tensor | None = None
+    padded: bool = True
+    sampling: bool = False
+
+
+def padding_mask(lengths: Tensor, s: int) -> Tensor:
+    """Build Megatron's attention mask for right-padded rows.
+
+    Args:
+        lengths: int64 ``[b]``.
+        s: positions.
+
+    Returns:
+        bool ``[b, 1, 1, s]``, True where attention must not look.
+    """
+    return (torch.arange(s, device=lengths.device)[None, :] >= lengths[:, None])[:, None, None, :]
+
+
+def run_model(
+    model: torch.nn.Module,
+    batch: RowBatch,
+    logits_function: LogitsFunction,
+    logit_shift: bool,
+) -> Tensor:
+    """Run one micro-batch through this rank's part of the model.
+
+    Args:
+        model: a GPTModel, possibly wrapped.
+        batch: the micro-batch.
+        logits_function: gets the float logits ``[r, n]`` and the batch's payload; called on the
+            last stage only, with one extra dummy row instead of none where ``r`` is 0.
+        logit_shift: whether position i is predicted from the hidden state at i - 1 (Dream).
+
+    Returns:
+        The function's result on the last stage, hidden states elsewhere.
+    """
+    config = get_model_config(model)
+    inputs = on_device(_inputs(unwrap_model(model), batch, logit_shift), current_device())
+    with running(inputs.state), _rotation_by_row(config, batch.offsets is not None):
+        output: Tensor = model(
+            inputs.tokens,
+            inputs.position_ids.expand_as(inputs.tokens),
+            inputs.mask,
+            output_processor=select_rows,
+            output_processor_context=(inputs.head, logits_function),
+        )
+    return output
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What the output head reads.
+
+    Attributes:
+        num_rows: r of this rank, without those that fill them up.
+        index: int64 ``[r]``, their places among the hidden states ``[w, b]``; None where the last
+            layer gives no others.
+        part: with context parallelism, which of all rows they are.
+        payload: the batch's.
+    """
+
+    num_rows: int
+    index: Tensor | None
+    part: "_ContextPart | None"
+    payload: Any
+
+
+class _Inputs(NamedTuple):
+    """Everything that a pass sends to the device.
+
+    Attributes:
+        tokens: int64 ``[b, w]``.
+        position_ids: int64 ``[1 or b, w]``.
+        mask: bool ``[b, 1, 1, s]``.
+        state: what the layers need to know.
+        head: what the output head needs to know.
+    """
+
+    tokens: Tensor
+    position_ids: Tensor
+    mask: Tensor
+    state: PassState
+    head: _Head
+
+
+def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
+    """Work out, on the host, what this rank's part of the model needs for a pass."""
+    b, s = batch.tokens.shape
+    tokens, rows, places = batch.tokens, batch.rows, batch.positions - int(logit_shift)
+    position_ids = torch.arange(s)[None]
+    window, part = None, None
+    if batch.offsets is not None:
+        assert batch.cache is not None, "a window needs the keys and values of the rest"
+        position_ids, s = position_ids + batch.offsets[:, None], batch.cache.width
+        window, places = position_ids, places - batch.offsets[rows]
+    cp_group = stage.pg_collection.cp
+    if cp_group.size() > 1:
+        assert batch.cache is None, "a cache holds all positions of its rows"
+        width = s // cp_group.size()
+        start = cp_group.rank() * width
+        tokens = tokens[:, start : start + width]
+        window = position_ids = position_ids[:, start : start + width].expand_as(tokens)
+        part = _ContextPart(
+            ((places >= start) & (places < start + width)).nonzero()[:, 0], rows.numel(), cp_group
+        )
+        rows, places = rows[part.places], places[part.places] - start
+        if rows.numel() == 0:  # the layers want something to work on; it is dropped before the head
+            rows, places = part.places.new_zeros(1), part.places.new_zeros(1)
+    selected = _select(stage, tokens, rows, places)
+    # Attention that runs again in the backward pass knows of no pass and takes the mask.
+    padded = batch.padded or stage.config.recompute_granularity is not None
+    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, batch.sampling)
+    # Where the last layer gives more than is read, the head takes its rows out of all of them.
+    index = places * b + rows if selected is None else None
+    num_rows = batch.rows.numel() if part is None else part.places.numel()
+    head = _Head(num_rows, index, part, batch.payload)
+    return _Inputs(tokens, position_ids, padding_mask(batch.lengths, s), state, head)
+
+
+class _ContextPart(NamedTuple):
+    """The selected rows that lie in this context-parallel rank's part of the positions.
+
+    Attributes:
+        places: int64 ``[k]``, their places among all selected rows.
+        num_rows: r, all selected rows.
+        group: context-parallel group.
+    """
+
+    places: Tensor
+    num_rows: int
+    group: dist.ProcessGroup
+
+
+def _select(stage: Any, tokens: Tensor, rows: Tensor, places: Tensor) -> SelectedRows | None:
+    """Let the last layer leave out the rows that nothing reads, where that works."""
+    config = stage.config
+    if not stage.post_process or len(stage.decoder.layers) == 0:
+        return None
+    if config.recompute_granularity == "full":
+        # The layer runs again in the backward pass, when this pass is long over. Passes without
+        # gradients keep the rows, too: kernels and FP8 scales may round other shapes otherwise.
+        return None
+    b, width = tokens.shape
+    tp_group = stage.pg_collection.tp if config.sequence_parallel else None
+    multiple = (1 if tp_group is None else tp_group.size()) * (_FP8_ROWS if config.fp8 else 1)
+    if rows.numel() + multiple > b * width:
+        return None
+    per_row = int(torch.bincount(rows, minlength=b).max())
+    return select_positions(rows, places, b, per_row, multiple, tp_group)
+
+
+@contextlib.contextmanager
+def _rotation_by_row(config: Any, needed: bool) -> Iterator[None]:
+    """Rotate without Megatron's fused kernel, which knows one position for all rows only."""
+    fused = config.apply_rope_fusion
+    config.apply_rope_fusion = fused and not needed
+    try:
+        yield
+    finally:
+        config.apply_rope_fusion = fused
+
+
+def select_rows(
+    *,
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    context: tuple[_Head, LogitsFunction],
+    scale_logits: Callable[[Tensor], Tensor],
+    **_: Any,
+) -> Tensor:
+    """Run the output head on the rows of a :class:`RowBatch` (GPTModel's output processor)."""
+    head, logits_function = context
+    sequence_parallel = output_layer.sequence_parallel
+    if sequence_parallel:
+        # The head's copy-to-region sums the gradient over the tensor-parallel ranks; the gather
+        # then only has to split it.
+        hidden_states = gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
+        )
+    if head.index is not None:
+        hidden_states = hidden_states.flatten(0, 1).index_select(0, head.index)[:, None, :]
+    chosen = hidden_states[: head.num_rows]
+    if head.part is not None:
+        chosen = join_context(chosen, *head.part)
+    output_layer.sequence_parallel = False
+    try:
+        logits, _bias = output_layer(chosen, weight=output_weight)
+    finally:
+        output_layer.sequence_parallel = sequence_parallel
+    # An index would cost a second tensor of this size in the backward pass; a view costs none.
+    return logits_function(scale_logits(logits).squeeze(1), head.payload)
+
+
+def forward_only(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[RowBatch],
+    logits_function: LogitsFunction,
+    logit_shift: bool,
+    layout: Layout,
+    new_weights: bool = True,
+) -> list[Tensor]:
+    """Run micro-batches of one shape through all pipeline stages, without gradients.
+
+    Args:
+        model: this rank's model chunks.
+        batches: micro-batches, the same on every rank of the model-parallel group; with pipeline
+            stages all of the same ``[b, s]``.
+        logits_function: see :func:`run_model`.
+        logit_shift: see :func:`run_model`.
+        layout: process groups.
+        new_weights: whether the weights may have changed since the last pass. With FP8 they are
+            then quantized anew; Transformer Engine would go on with the copy that it keeps for the
+            micro-batches after the first one of a step.
+
+    Returns:
+        The function's results in order on the last stage; an empty list elsewhere.
+    """
+    if layout.pp_size == 1:
+        chunk: Any = model[0]
+        if new_weights:
+            chunk.set_is_first_microbatch()
+        # The schedule would do just this; calling the model spares its bookkeeping per step.
+        with torch.no_grad():
+            return [run_model(chunk, b, logits_function, logit_shift) for b in batches]
+
+    shape = batches[0].tokens.shape
+    assert all(batch.tokens.shape == shape for batch in batches)
+    num_batches = len(batches)
+    if len(model) > 1:
+        # The interleaved schedule takes micro-batches in rounds of one per pipeline stage.
+        batches = [*batches, *[batches[-1]] * (-num_batches % layout.pp_size)]
+
+    def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        output = run_model(chunk, next(iterator), logits_function, logit_shift)
+        return output, lambda tensor, non_loss_data: tensor
+
+    iterators = [iter(batches) for _ in model]
+    with torch.no_grad():
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(model) > 1 else iterators[0],
+            model=list(model) if len(model) > 1 else model[0],
+            num_microbatches=len(batches),
+            seq_length=shape[1],
+            micro_batch_size=shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+            first_val_step=new_weights,
+        )
+    return list(results)[:num_batches]

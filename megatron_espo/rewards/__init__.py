@@ -1,0 +1,1 @@
+"""Scores completions in processes that are replaced when they hang or die."""

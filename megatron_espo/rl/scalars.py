@@ -1,0 +1,245 @@
+"""What the ESPO loop reports of a rollout and of its updates."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from megatron_espo.config import EspoConfig
+from megatron_espo.monitor.metrics import Columns, gather_columns, statistics
+from megatron_espo.parallel.layout import Layout
+from megatron_espo.rewards.workers import Failures
+from megatron_espo.rl.objective import EspoTerms
+from megatron_espo.rl.types import Rollout
+
+
+class Clock:
+    """Wall-clock seconds by phase; every phase ends with its results on the host."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time inside the context to a phase."""
+        started = time.perf_counter()
+        yield
+        spent = time.perf_counter() - started
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+def update_columns(terms: EspoTerms, draws: Tensor, length: int, layout: Layout) -> Columns:
+    """Gather what an optimizer step says of each completion of the global batch.
+
+    Args:
+        terms: loss terms of this rank's completions.
+        draws: float32 ``[n, m]``, their ELBO draws under the current policy.
+        length: completion length.
+        layout: process groups.
+
+    Returns:
+        Columns, equal on all ranks.
+    """
+    return gather_columns(
+        {
+            "loss": terms.loss.tolist(),
+            "ratio": terms.ratio.tolist(),
+            "kl": terms.kl.tolist(),
+            "clip_low": terms.clipped_low.double().tolist(),
+            "clip_high": terms.clipped_high.double().tolist(),
+            "elbo": (draws.mean(dim=1) / length).tolist(),
+        },
+        layout,
+    )
+
+
+def update_scalars(
+    columns: Columns, grad_norm: float | None, succeeded: bool, learning_rate: float
+) -> dict[str, float]:
+    """Summarise an optimizer step.
+
+    Args:
+        columns: from :func:`update_columns`.
+        grad_norm: norm before clipping, or None where Megatron gives none.
+        succeeded: whether the optimizer made the step.
+        learning_rate: of the step.
+
+    Returns:
+        Named numbers, equal on all ranks.
+    """
+    return {
+        "policy/loss": float(columns["loss"].mean()),
+        **statistics(columns, "ratio", "policy/ratio"),
+        "policy/kl_per_token": float(columns["kl"].mean()),
+        "policy/clip_fraction_low": float(columns["clip_low"].mean()),
+        "policy/clip_fraction_high": float(columns["clip_high"].mean()),
+        "policy/grad_norm": float(grad_norm if grad_norm is not None else 0.0),
+        "policy/learning_rate": learning_rate,
+        "policy/skipped_step": float(not succeeded),
+        **statistics(columns, "elbo", "elbo/per_token"),
+    }
+
+
+def first_ratio_scalars(
+    draws: Tensor, again: Tensor | None, length: int, layout: Layout
+) -> dict[str, float]:
+    """Measure how far the ratio of a rollout's first update is off 1.
+
+    There the sampling policy is the current one, whose ELBO the loss takes for both. What can
+    differ is a second evaluation of it: the pass with gradients.
+
+    Args:
+        draws: float32 ``[n, m]``, ELBO draws without gradients.
+        again: float32 ``[n, m]``, the same draws with gradients, or None with one pass only.
+        length: completion length.
+        layout: process groups.
+
+    Returns:
+        The largest distance over all completions.
+    """
+    apart = torch.zeros(len(draws)) if again is None else (again - draws).mean(dim=1) / length
+    columns = gather_columns({"deviation": apart.double().expm1().abs().tolist()}, layout)
+    return {"policy/ratio_first_update/max_deviation": float(columns["deviation"].max())}
+
+
+def elbo_noise_scalars(
+    elbo_old: Sequence[Tensor | None], length: int, layout: Layout
+) -> dict[str, float]:
+    """Measure the ELBO estimator's own noise: one policy under mu independent sets of masks.
+
+    Args:
+        elbo_old: per update float32 ``[n, m]``, the sampling policy's ELBO draws.
+        length: completion length.
+        layout: process groups.
+
+    Returns:
+        The variance per completion in nats per token squared; nothing for a single update.
+    """
+    means = [draws.mean(dim=1) for draws in elbo_old if draws is not None]
+    if len(means) < 2:
+        return {}
+    spread = torch.stack(means).var(dim=0) / length**2
+    gathered = gather_columns({"variance": spread.tolist()}, layout)
+    return {"elbo/mc_variance_per_token": float(gathered["variance"].mean())}
+
+
+def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Columns:
+    """Gather what a rollout says of each of its completions.
+
+    Args:
+        rollout: this rank's completions.
+        espo: ESPO settings.
+        layout: process groups.
+
+    Returns:
+        Columns, equal on all ranks.
+    """
+    groups = rollout.rewards.view(-1, espo.group_size)
+    metrics = sorted({name for score in rollout.scores for name in score.metrics})
+    return gather_columns(
+        {
+            "reward": rollout.rewards.tolist(),
+            "advantage": rollout.advantages.double().tolist(),
+            "correct": [float(score.correct) for score in rollout.scores],
+            "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
+            "length": rollout.completion_lengths.double().tolist(),
+            "nfe": rollout.num_evaluations.double().tolist(),
+            "committed": rollout.num_committed.double().tolist(),
+            "confidence": rollout.mean_confidence.double().tolist(),
+            "work": rollout.work.tolist(),
+            **{
+                f"metric/{name}": [s.metrics[name] for s in rollout.scores if name in s.metrics]
+                for name in metrics
+            },
+        },
+        layout,
+    )
+
+
+def rollout_scalars(
+    columns: Columns, task: str, espo: EspoConfig, length: int, clock: Clock
+) -> dict[str, float]:
+    """Summarise a rollout over all its completions.
+
+    Args:
+        columns: from :func:`rollout_columns`.
+        task: the task's name.
+        espo: ESPO settings.
+        length: completion length.
+        clock: seconds of the rollout's phases.
+
+    Returns:
+        Named numbers; those under ``time/`` and ``performance/`` are this rank's.
+    """
+    seconds = clock.seconds
+    generated = espo.completions_per_rollout * length
+    return {
+        "reward/mean": float(columns["reward"].mean()),
+        "reward/std": float(columns["reward"].std()),
+        "reward/correct": float(columns["correct"].mean()),
+        # Runs of several tasks in one TensorBoard stay apart.
+        f"reward/by_task/{task}/mean": float(columns["reward"].mean()),
+        f"reward/by_task/{task}/correct": float(columns["correct"].mean()),
+        "reward/zero_std_groups": float(columns["no_spread"].mean()),
+        **{
+            f"reward/{name.removeprefix('metric/')}": float(values.mean())
+            for name, values in columns.items()
+            if name.startswith("metric/")
+        },
+        **statistics(columns, "length", "rollout/completion_length"),
+        "rollout/nfe": float(columns["nfe"].mean()),
+        "rollout/tokens_per_step": float(columns["committed"].sum() / columns["nfe"].sum()),
+        "rollout/confidence": float(columns["confidence"].mean()),
+        "performance/tokens_per_second": generated / sum(seconds.values()),
+        **(
+            {"performance/rollout_tokens_per_second": generated / max(seconds["rollout"], 1e-9)}
+            if "rollout" in seconds
+            else {}  # sampled before the run was resumed
+        ),
+        **{f"time/{name}": value for name, value in seconds.items()},
+    }
+
+
+def failure_scalars(failures: Failures) -> dict[str, float]:
+    """Name what went wrong in reward workers since the last report.
+
+    Args:
+        failures: counted over all ranks.
+
+    Returns:
+        Named numbers.
+    """
+    return {
+        "reward/timeouts": float(failures.timeouts),
+        "reward/crashes": float(failures.crashes),
+    }
+
+
+def console_line(number: int, total: int, scalars: Mapping[str, float], time_left: str) -> str:
+    """Write a rollout's line for the console.
+
+    Args:
+        number: rollouts done.
+        total: rollouts of the run.
+        scalars: the rollout's numbers and those of its last update.
+        time_left: for people.
+
+    Returns:
+        The line.
+    """
+    times = {
+        name.removeprefix("time/"): value
+        for name, value in scalars.items()
+        if name.startswith("time/")
+    }
+    phases = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
+    return (
+        f"rollout {number}/{total} | "
+        f"reward {scalars['reward/mean']:.3f} ± {scalars['reward/std']:.3f} | "
+        f"correct {100 * scalars['reward/correct']:.1f}% | "
+        f"ratio {scalars['policy/ratio/min']:.3f}-{scalars['policy/ratio/max']:.3f} | "
+        f"kl {scalars['policy/kl_per_token']:.2e} | grad {scalars['policy/grad_norm']:.3f} | "
+        f"{sum(times.values()):.2f}s ({phases}) | left {time_left}"
+    )

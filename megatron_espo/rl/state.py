@@ -1,0 +1,186 @@
+"""What a checkpoint of an ESPO run holds beside Megatron's part, and when a run stops.
+
+``SAVE/iter_0000012/`` is Megatron's torch_dist checkpoint of the policy and the optimizer;
+``SAVE/iter_0000012/espo/`` holds the run's position, the rollout in hand, and the reference policy.
+Both are whole before Megatron's tracker file names the iteration, so a checkpoint that was
+interrupted is never the latest one.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.training import get_args, get_signal_handler
+from megatron.training.checkpointing import save_checkpoint
+from torch import Tensor
+
+from megatron_espo.checkpoint.tracker import espo_folder, reference_folder
+from megatron_espo.config import EspoConfig
+from megatron_espo.device import current_device
+from megatron_espo.parallel.layout import Layout, any_over_samples
+from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.rl.trainer import RunState
+from megatron_espo.startup.setup import inference_mode
+
+
+class Checkpoints:
+    """Saves a run: ESPO's state and the reference policy first, then Megatron's checkpoint."""
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: Any,
+        scheduler: Any,
+        reference: ReferencePolicy | None,
+        espo: EspoConfig,
+        writer: Any,
+    ) -> None:
+        """Remember the parts.
+
+        Args:
+            chunks: this rank's model chunks.
+            optimizer: Megatron's optimizer.
+            scheduler: Megatron's scheduler.
+            reference: the reference policy, or None.
+            espo: the run's settings.
+            writer: TensorBoard writer or None.
+        """
+        self._parts = (list(chunks), optimizer, scheduler)
+        self._reference, self._espo, self._writer = reference, espo, writer
+        self._saved = get_args().iteration
+
+    def is_due(self, step: int) -> bool:
+        """Whether --save-interval has passed or the run is at its end."""
+        args = get_args()
+        if args.save is None:
+            return False
+        passed = step // args.save_interval > self._saved // args.save_interval
+        return passed or step == args.train_iters
+
+    def save(self, position: RunState) -> None:
+        """Write a checkpoint, on all ranks together; nothing without --save.
+
+        One that is there already (saved or loaded at this step) is not written again: a kill
+        meanwhile would break the last good checkpoint.
+
+        Args:
+            position: where the run is.
+        """
+        args = get_args()
+        if args.save is None or position.step == self._saved:
+            return
+        if self._writer is not None:
+            # What the checkpoint has seen must not be lost with a process that is killed.
+            self._writer.flush()
+        step = position.step
+        args.iteration = step
+        args.consumed_train_samples = step * args.global_batch_size
+        folder = espo_folder(args.save, step)
+        if dist.get_rank() == 0:
+            os.makedirs(folder, exist_ok=True)
+            state = {
+                "evaluation_due": position.evaluation_due,
+                "rollout": position.rollout,
+                "watch": position.watch,
+                **_shape(self._espo),
+            }
+            torch.save(state, os.path.join(folder, "state.pt"))
+        # With overlapped parameter gathers, this rank holds the others' shards only in here.
+        with inference_mode(self._parts[0], self._parts[1]):
+            if self._reference is not None:
+                self._reference.save(reference_folder(args.save, step))
+            save_checkpoint(step, *self._parts, 0)
+        self._saved = step
+
+
+def load_run_state(
+    root: str | None, step: int, espo: EspoConfig, reference: ReferencePolicy | None
+) -> RunState:
+    """Read ESPO's part of the checkpoint that Megatron has just loaded.
+
+    Args:
+        root: the --load folder.
+        step: the iteration that was loaded; 0 for a run that starts.
+        espo: the run's settings.
+        reference: takes the saved reference policy's weights, or None.
+
+    Returns:
+        Where the run goes on.
+
+    Raises:
+        ValueError: The checkpoint is not of an ESPO run, or of one with other settings.
+    """
+    if step == 0 or root is None:
+        return RunState(0)
+    path = os.path.join(espo_folder(root, step), "state.pt")
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"--load {root}: iteration {step} was not written by an ESPO run; pass that folder "
+            "with --pretrained-checkpoint and another one with --load and --save."
+        )
+    state = torch.load(path, weights_only=True)
+    for name, ours in _shape(espo).items():
+        matters = name == "updates_per_rollout" or state["rollout"] is not None
+        if matters and state[name] != ours:
+            raise ValueError(
+                f"--load {root}: the run was saved with --espo-{name.replace('_', '-')} "
+                f"{state[name]}, here it is {ours}; keep the run's value."
+            )
+    if reference is not None:
+        reference.load(reference_folder(root, step))
+    return RunState(step, state["rollout"], state["evaluation_due"], state.get("watch"))
+
+
+def _shape(espo: EspoConfig) -> dict[str, int | str]:
+    """The settings that a rollout in hand was made with."""
+    return {
+        "updates_per_rollout": espo.updates_per_rollout,
+        "prompts_per_rollout": espo.prompts_per_rollout,
+        "group_size": espo.group_size,
+        "num_mc": espo.num_mc,
+        "elbo_estimator": espo.elbo_estimator,
+    }
+
+
+class StopRequest:
+    """Whether the run was told to end: SIGTERM, --exit-interval, --exit-duration-in-mins."""
+
+    def __init__(self, layout: Layout) -> None:
+        """Start the clock.
+
+        Args:
+            layout: process groups.
+        """
+        self._layout = layout
+        self._started = time.monotonic()
+
+    def agreed(self, step: int | None) -> bool:
+        """Ask all ranks together.
+
+        Args:
+            step: optimizer steps done, or None between steps.
+
+        Returns:
+            True if any rank was told to end.
+        """
+        args = get_args()
+        over = bool(
+            args.exit_duration_in_mins
+            and time.monotonic() - self._started > 60 * args.exit_duration_in_mins
+        )
+        if step is not None and args.exit_interval and step % args.exit_interval == 0:
+            over = True
+        votes: Tensor = torch.full((1,), int(_signalled() or over), device=current_device())
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    def interrupted(self) -> bool:
+        """Ask the ranks that work on the same samples together whether a signal came."""
+        return any_over_samples(_signalled(), self._layout, current_device())
+
+
+def _signalled() -> bool:
+    return get_args().exit_signal_handler and bool(get_signal_handler()._signal_received)

@@ -1,0 +1,1 @@
+"""Runs generated code where it can neither harm nor cheat."""

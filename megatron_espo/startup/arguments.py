@@ -1,0 +1,379 @@
+"""Command line: Megatron's flags and a group per settings dataclass; the only argparse reader."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from megatron.training.argument_utils import ArgumentGroupFactory
+from megatron.training.arguments import parse_args, validate_args
+from megatron.training.checkpointing import load_args_from_checkpoint
+from megatron.training.global_vars import get_tokenizer, set_global_variables
+from megatron.training.vocab_utils import calculate_padded_vocab_size
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_espo import device
+from megatron_espo.checkpoint.tracker import (
+    checkpoint_folder,
+    has_checkpoint,
+    repair_tracker,
+    stored_tokenizer,
+)
+from megatron_espo.config import (
+    DiffusionConfig,
+    EspoConfig,
+    LaunchConfig,
+    MonitorConfig,
+    RolloutConfig,
+    SftConfig,
+    SimulateConfig,
+)
+from megatron_espo.model import fp8
+from megatron_espo.model.presets import expand_preset
+from megatron_espo.recipes import expand_recipes
+from megatron_espo.startup.argument_checks import check_backend, check_layout, check_precision
+
+# Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
+_PREFIXES: dict[type, str] = {
+    LaunchConfig: "",
+    SimulateConfig: "simulate",
+    DiffusionConfig: "",
+    SftConfig: "sft",
+    RolloutConfig: "rollout",
+    EspoConfig: "espo",
+    MonitorConfig: "monitor",
+}
+
+# Model settings that a checkpoint decides, as they are stored in its arguments.
+MODEL_SETTINGS = (
+    "vocab_size",
+    "mask_token_id",
+    "logit_shift",
+    "stop_token_ids",
+    "layernorm_epsilon",
+)
+
+# What must agree between a run and the checkpoint it loads.
+_CHECKPOINT_FIELDS = {
+    "num_layers": "--num-layers",
+    "hidden_size": "--hidden-size",
+    "ffn_hidden_size": "--ffn-hidden-size",
+    "num_attention_heads": "--num-attention-heads",
+    "num_query_groups": "--num-query-groups",
+    "vocab_size": "--vocab-size",
+    "mask_token_id": "--mask-token-id",
+    "logit_shift": "--logit-shift",
+    "rotary_base": "--rotary-base",
+    "add_qkv_bias": "--add-qkv-bias",
+    "normalization": "--normalization",
+}
+
+
+class _PrefixedGroup(ArgumentGroupFactory):
+    """Puts ``--PREFIX-`` before every flag of a dataclass."""
+
+    def __init__(self, config: type, prefix: str) -> None:
+        super().__init__(config)
+        self.prefix = prefix
+
+    def _build_argparse_kwargs_from_field(self, attribute: Any) -> dict[str, Any]:
+        kwargs: dict[str, Any] = super()._build_argparse_kwargs_from_field(attribute)
+        if self.prefix:
+            kwargs["dest"] = f"{self.prefix}_{attribute.name}"
+            kwargs["arg_names"] = [
+                f"--{self.prefix}-{name.removeprefix('--')}" for name in kwargs["arg_names"]
+            ]
+        return kwargs
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, on_gpus: bool = False
+) -> argparse.ArgumentParser:
+    """Add the project's flag groups and, without CUDA, the defaults a CPU run needs.
+
+    Args:
+        parser: Megatron's parser.
+        on_gpus: keep the defaults of GPUs although there may be none (a dry run).
+
+    Returns:
+        The parser.
+    """
+    for config, prefix in _PREFIXES.items():
+        _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
+    if not (on_gpus or device.has_cuda()):
+        parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
+    if device.has_cuda():
+        parser.set_defaults(**device.gpu_argument_defaults())
+    parser.set_defaults(
+        tokenizer_type="HuggingFaceTokenizer",
+        use_distributed_optimizer=False,
+        # SIGTERM saves and leaves; a checkpoint can be taken up in another layout.
+        exit_signal_handler=True,
+        dist_ckpt_optim_fully_reshardable=True,
+        # Megatron's default carries scales from call to call; see fp8.check_policy_arguments.
+        fp8_recipe=None,
+    )
+    for action in parser._actions:
+        # Some of Megatron's help texts hold a bare per cent sign, which stops --help.
+        if isinstance(action.help, str):
+            action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
+    return parser
+
+
+def config_from_args[Config](config: type[Config], args: argparse.Namespace) -> Config:
+    """Read one of the settings dataclasses back from the parsed command line.
+
+    Args:
+        config: the dataclass.
+        args: the parsed arguments.
+
+    Returns:
+        An instance of it (not validated).
+    """
+    prefix = _PREFIXES[config]
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return config(**{name: getattr(args, f"{prefix}_{name}" if prefix else name) for name in names})
+
+
+def initialize_arguments(
+    argv: Sequence[str], prepare: Callable[[argparse.Namespace], None]
+) -> argparse.Namespace:
+    """Parse, check and publish the arguments of a run.
+
+    Everything a user can get wrong is checked here or in ``prepare``, on every rank and from the
+    same data, before the first collective.
+
+    Args:
+        argv: the command line without the program name.
+        prepare: checks and completes the arguments of the entry point (batch sizes, step counts)
+            before Megatron derives others from them.
+
+    Returns:
+        Megatron's arguments, global from here on.
+
+    Raises:
+        ValueError: one sentence that names the flag or file.
+    """
+    args = _parse(argv, add_arguments)
+    for path in (args.load, args.pretrained_checkpoint):
+        if path is not None:
+            repair_tracker(path)
+    _load_model_settings(args)
+    config_from_args(DiffusionConfig, args).validate()
+    check_backend(args)
+    prepare(args)
+    if args.tokenizer_model is None or not os.path.isdir(args.tokenizer_model):
+        raise ValueError(
+            f"--tokenizer-model {args.tokenizer_model}: pass a folder with a Hugging Face "
+            "tokenizer (tools/make_tokenizer.py makes one)."
+        )
+    _validate(args)
+    set_global_variables(args)
+    _complete_from_tokenizer(args)
+    _check_checkpoint(args)
+    return args
+
+
+def plan_arguments(
+    argv: Sequence[str], prepare: Callable[[argparse.Namespace], None], world_size: int
+) -> argparse.Namespace:
+    """Parse and check the arguments of a run on GPUs that this machine need not have.
+
+    Checked is what the command line alone decides; nothing is read but a checkpoint's arguments
+    where --use-checkpoint-args asks for them, and nothing becomes global.
+
+    Args:
+        argv: the command line without the program name.
+        prepare: see :func:`initialize_arguments`.
+        world_size: ranks of the run.
+
+    Returns:
+        Megatron's arguments.
+
+    Raises:
+        ValueError: one sentence that names the flag.
+    """
+    args = _parse(argv, partial(add_arguments, on_gpus=True))
+    args.rank, args.world_size = 0, world_size
+    _load_model_settings(args)
+    config_from_args(DiffusionConfig, args).validate()
+    check_precision(args)
+    prepare(args)
+    if args.vocab_size is None:
+        raise ValueError("--vocab-size is missing; a dry run reads no tokenizer: pass it.")
+    _validate(args)
+    return args
+
+
+def _parse(
+    argv: Sequence[str], add: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
+) -> argparse.Namespace:
+    device.prepare()
+    program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(expand_recipes(argv))]
+    try:
+        args: argparse.Namespace = parse_args(add)
+    finally:
+        sys.argv = program
+    config_from_args(LaunchConfig, args).validate()
+    config_from_args(SimulateConfig, args).validate()
+    return args
+
+
+def _validate(args: argparse.Namespace) -> None:
+    """Check the layout and let Megatron derive its arguments."""
+    check_layout(args)
+    if args.transformer_impl != "transformer_engine" and not _has_fused_gradients():
+        args.gradient_accumulation_fusion = False
+    steps = args.lr_decay_iters or args.train_iters
+    if steps and args.lr_warmup_iters >= steps:
+        raise ValueError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be fewer than the {steps} steps of the "
+            "learning-rate schedule."
+        )
+    if args.save is not None and args.save_interval is None:
+        args.save_interval = args.train_iters or sys.maxsize
+    if args.vocab_size is not None:
+        args.padded_vocab_size = calculate_padded_vocab_size(
+            args.vocab_size,
+            args.make_vocab_size_divisible_by,
+            args.tensor_model_parallel_size,
+            False,
+        )
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        # Many of Megatron's assertions carry no message: then the line says what is wanted.
+        wanted = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise ValueError(f"Megatron refuses these arguments: {wanted}") from error
+    fp8.check_arguments(args)
+
+
+def _has_fused_gradients() -> bool:
+    """Whether apex's extension is installed, without which Megatron's layers refuse to fuse."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
+def _complete_from_tokenizer(args: argparse.Namespace) -> None:
+    """Fill model settings that were not given from the tokenizer, and check them against it."""
+    tokenizer = get_tokenizer()
+    if args.vocab_size is None:
+        args.vocab_size = tokenizer.vocab_size
+    elif tokenizer.vocab_size > args.vocab_size:
+        raise ValueError(
+            f"--vocab-size {args.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
+            f"--tokenizer-model {args.tokenizer_model}."
+        )
+    from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+
+    ids = special_ids(load_tokenizer(args.tokenizer_model), args.mask_token_id)
+    args.mask_token_id = ids.mask_token_id
+    if args.stop_token_ids is None:
+        args.stop_token_ids = list(ids.stop_token_ids)
+    for flag, value in (
+        ("--mask-token-id", [args.mask_token_id]),
+        ("--stop-token-ids", args.stop_token_ids),
+    ):
+        if not all(0 <= token < args.vocab_size for token in value):
+            raise ValueError(f"{flag} {value} lies outside the vocabulary of {args.vocab_size}.")
+
+
+def _load_model_settings(args: argparse.Namespace) -> None:
+    """Take the model's shape and settings from a checkpoint, with --use-checkpoint-args."""
+    if not args.use_checkpoint_args:
+        return
+    source = "load" if has_checkpoint(args.load) else "pretrained_checkpoint"
+    if not has_checkpoint(getattr(args, source)):
+        raise ValueError(
+            "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
+        )
+    tokenizer = args.tokenizer_model
+    root = getattr(args, source)
+    loaded = load_args_from_checkpoint(args, load_arg=source)
+    for name in MODEL_SETTINGS:
+        value = getattr(loaded[1], name, None)
+        if value is not None:
+            setattr(args, name, value)
+    args.tokenizer_model = tokenizer or stored_tokenizer(root, loaded[1])
+    # The padding of the vocabulary depends on the layout; it is worked out anew.
+    args.padded_vocab_size = None
+    args.iteration = 0
+
+
+def _check_checkpoint(args: argparse.Namespace) -> None:
+    """Compare the model with that of the checkpoints to load, before Megatron reads them."""
+    for flag, path in (
+        ("--load", args.load),
+        ("--pretrained-checkpoint", args.pretrained_checkpoint),
+    ):
+        if path is None:
+            continue
+        stored = checkpoint_arguments(path)
+        if stored is None:
+            if flag == "--pretrained-checkpoint" or args.exit_on_missing_checkpoint:
+                raise ValueError(f"{flag} {path}: no checkpoint there.")
+            continue
+        fp8.check_stored(stored, args.transformer_impl, f"{flag} {path}")
+        for name, model_flag in _CHECKPOINT_FIELDS.items():
+            theirs, ours = _model_field(stored, name), _model_field(args, name)
+            if theirs is not None and theirs != ours:
+                raise ValueError(
+                    f"{flag} {path} holds another model: {model_flag} is {theirs} there and "
+                    f"{ours} here; pass --use-checkpoint-args or the checkpoint's value."
+                )
+
+
+def _model_field(args: argparse.Namespace, name: str) -> Any:
+    if name == "num_query_groups" and not args.group_query_attention:
+        # Without grouped queries the number has no meaning, and Megatron writes several.
+        return args.num_attention_heads
+    return getattr(args, name, None)
+
+
+def checkpoint_arguments(path: str) -> argparse.Namespace | None:
+    """Read the arguments stored in the latest torch_dist checkpoint of a folder.
+
+    Args:
+        path: a --save folder.
+
+    Returns:
+        The arguments, or None where there is no checkpoint.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read.
+    """
+    return stored_arguments(checkpoint_folder(path)) if has_checkpoint(path) else None
+
+
+def stored_arguments(folder: str) -> argparse.Namespace:
+    """Read the arguments stored in a torch_dist checkpoint.
+
+    Args:
+        folder: the folder of one iteration.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ValueError: if the checkpoint cannot be read.
+    """
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    try:
+        stored: argparse.Namespace = load_common_state_dict(folder)["args"]
+    # torch.distributed.checkpoint's own error is no Exception.
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{folder}: cannot read this checkpoint ({_reason(error)}).") from error
+    return stored
+
+
+def _reason(error: BaseException) -> str:
+    """Say in one line why a checkpoint could not be read."""
+    if isinstance(error, CheckpointException):
+        error = next((failure for failure, _ in error.failures.values()), error)
+    return next(iter(str(error).splitlines()), type(error).__name__)

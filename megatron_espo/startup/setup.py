@@ -1,0 +1,199 @@
+"""What the entry points share: start-up, the model handle, inference mode, user errors."""
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import mpu
+from megatron.training import get_args
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_espo import device, megatron_patches
+from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.model import fp8
+from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.parallel.layout import current_layout
+from megatron_espo.passes.shapes import few_widths
+
+
+def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
+    """Run an entry point; what a user can do wrong ends with one sentence and exit status 2.
+
+    Args:
+        main: gets the command line without the program name.
+    """
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        if int(os.environ.get("RANK", "0")) != 0:
+            # Every rank finds the same mistake in the same data, and rank 0 says so. torchrun ends
+            # the others when the first one ends: let that be rank 0, unless it is well.
+            time.sleep(5)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # No atexit handlers: other ranks may never reach the collectives that those wait for.
+        os._exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def initialize_process_groups(args: argparse.Namespace) -> Store | None:
+    """Start torch.distributed and Megatron's groups where Megatron itself needs CUDA for it.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        The store for Megatron's own start-up with CUDA; None leaves the choice to PyTorch.
+    """
+    if not args.async_save:
+        megatron_patches.report_in_this_process()
+    store = _rendezvous(args)
+    if device.has_cuda():
+        return store
+    dist.init_process_group(
+        "gloo",
+        store=store,
+        rank=args.rank,
+        world_size=args.world_size,
+        timeout=timedelta(minutes=args.distributed_timeout_minutes),
+    )
+    mpu.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        context_parallel_size=args.context_parallel_size,
+        order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+    )
+    return store
+
+
+def _rendezvous(args: argparse.Namespace) -> Store | None:
+    """Choose the store through which the ranks find each other."""
+    if "MASTER_ADDR" not in os.environ:
+        return HashStore()  # started alone, without torchrun: needs no port
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("LOCAL_WORLD_SIZE") != str(args.world_size):
+        # Agents of several nodes count restarts differently.
+        return None
+    # torchrun keeps its store when it restarts the ranks, and in it the addresses of those that
+    # are gone.
+    store, _, _ = next(rendezvous("env://", args.rank, args.world_size))
+    return PrefixStore(f"restart/{restarts}", store)
+
+
+def sequence_split(args: argparse.Namespace) -> int:
+    """Count the ranks that share the positions of a row."""
+    tp = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    return int(tp * args.context_parallel_size)
+
+
+def pad_multiple(args: argparse.Namespace) -> int:
+    """Positions per row must be a multiple of this: ranks that share them, FP8 tiles."""
+    rows = math.gcd(getattr(args, "espo_rows_per_batch", 0), args.rollout_micro_batch_size)
+    return fp8.sequence_multiple(
+        args.fp8_recipe if args.fp8 else None,
+        sequence_split(args),
+        rows,
+    )
+
+
+def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
+    """Describe the built model for sampling and likelihoods.
+
+    Args:
+        chunks: this rank's model chunks.
+
+    Returns:
+        The handle.
+    """
+    args = get_args()
+    ids = special_ids(load_tokenizer(args.tokenizer_model), args.mask_token_id)
+    return DiffusionModel(
+        chunks=tuple(chunks),
+        mask_token_id=args.mask_token_id,
+        pad_token_id=ids.pad_token_id,
+        stop_token_ids=tuple(args.stop_token_ids),
+        eos_token_id=ids.eos_token_id,
+        vocab_size=args.vocab_size,
+        logit_shift=args.logit_shift,
+        pad_multiple=pad_multiple(args),
+        device=device.current_device(),
+        layout=current_layout(),
+        widths=few_shapes(args),
+    )
+
+
+def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
+    """Choose the widths of micro-batches: a few where attention keeps a graph for every shape.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        The widths; none where any will do: on a CPU, and where PyTorch's kernels attend (plain
+        layers, context parallelism; see model/attention.py).
+    """
+    keeps_graphs = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
+    if not (device.has_cuda() and keeps_graphs):
+        return ()
+    return few_widths(args.rollout_completion_length + 1, args.seq_length, pad_multiple(args))
+
+
+@contextlib.contextmanager
+def inference_mode(chunks: Sequence[torch.nn.Module], optimizer: Any) -> Iterator[None]:
+    """Evaluate the model between updates: evaluation mode, gathered parameters, no hooks.
+
+    With overlapped gathers the parameters are gathered here, unless no step was made since they
+    were last.
+
+    Args:
+        chunks: this rank's model chunks.
+        optimizer: Megatron's optimizer, or None.
+    """
+    from megatron.training.training import (
+        disable_forward_pre_hook,
+        enable_forward_pre_hook,
+        should_disable_forward_pre_hook,
+    )
+
+    hooked = optimizer is not None and should_disable_forward_pre_hook(get_args())
+    hooked = hooked and all(getattr(c, "remove_forward_pre_hook_handles", None) for c in chunks)
+    if hooked:
+        disable_forward_pre_hook(chunks, param_sync=not _are_gathered(chunks))
+    training = [chunk.training for chunk in chunks]
+    for chunk in chunks:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk, mode in zip(chunks, training, strict=True):
+            chunk.train(mode)
+        if hooked:
+            enable_forward_pre_hook(chunks)
+
+
+def _are_gathered(chunks: Sequence[Any]) -> bool:
+    """Whether this rank holds the newest parameters of all ranks.
+
+    Megatron marks a group of parameters when its gather starts, and takes the mark off when the
+    group's gradient is reduced, which is before every optimizer step.
+    """
+    groups = [
+        group
+        for chunk in chunks
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)
+    ]
+    return all(
+        group.param_gather_dispatched and group.param_gather_handle is None for group in groups
+    )

@@ -1,0 +1,1 @@
+"""The supervised loss: noise a batch of text or of demonstrations, predict what it hides."""

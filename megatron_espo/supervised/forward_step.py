@@ -1,0 +1,110 @@
+"""The forward step of pre-training and fine-tuning: noise a batch, predict what it hides."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.training import get_args, get_timers
+from torch import Tensor
+
+from megatron_espo.config import DiffusionConfig
+from megatron_espo.diffusion.noise import Noise, bernoulli, exact_count, random_lengths
+from megatron_espo.diffusion.token_loss import weighted_token_loss
+from megatron_espo.model.head import masked_cross_entropy
+from megatron_espo.parallel.layout import current_layout
+from megatron_espo.passes.batch import mask_rows
+from megatron_espo.passes.pipeline import RowBatch, run_model
+from megatron_espo.random import Stream, stream, substream
+from megatron_espo.startup.arguments import config_from_args
+from megatron_espo.transfer import on_device
+
+Report = dict[str, Tensor]
+LossFunction = Callable[[Tensor], tuple[Tensor, Report]]
+
+
+def forward_step(iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, LossFunction]:
+    """Run one micro-batch (Megatron's forward-step interface).
+
+    Args:
+        iterator: yields batches of a PretrainDataset or an SftDataset.
+        model: this rank's model chunk.
+
+    Returns:
+        The chunk's output and the loss as a function of it.
+    """
+    args, timers = get_args(), get_timers()
+    config = config_from_args(DiffusionConfig, args)
+    timers("batch-generator", log_level=2).start()
+    # Every rank holds the batch and draws the same noise for it: nothing is broadcast. Training
+    # and validation samples may share ids, so they are told apart by the purpose.
+    key = stream(args.seed, "train-noise" if model.training else "valid-noise")
+    batch, noise, maskable = noise_batch(
+        next(iterator), config, key, args.mask_token_id, args.vocab_size
+    )
+    timers("batch-generator").stop()
+    layout = current_layout()
+    head = partial(masked_cross_entropy, tp_group=layout.tp)
+    output = run_model(model, batch, head, config.logit_shift)
+    return output, partial(_loss, noise=noise, lengths=maskable.sum(dim=1), cp_size=layout.cp_size)
+
+
+def noise_batch(
+    data: dict[str, Tensor],
+    config: DiffusionConfig,
+    key: Stream,
+    mask_token_id: int,
+    vocab_size: int,
+) -> tuple[RowBatch, Noise, Tensor]:
+    """Noise a batch of clean rows.
+
+    Pre-training rows are maskable throughout, a share of them cut to a random length; fine-tuning
+    rows are maskable in the completion, its end-of-sequence padding included.
+
+    Args:
+        data: ``tokens`` int64 ``[b, s]``, ``sample_id`` int64 ``[b]``, and for fine-tuning
+            ``prompt_length`` and ``completion_length``, int64 ``[b]``.
+        config: forward process.
+        key: random stream.
+        mask_token_id: the mask token.
+        vocab_size: tokens before padding.
+
+    Returns:
+        The micro-batch, its noise, and the maskable positions, bool ``[b, s]``.
+    """
+    tokens, ids = data["tokens"], data["sample_id"]
+    b, s = tokens.shape
+    positions = torch.arange(s)[None]
+    if "prompt_length" in data:
+        starts = data["prompt_length"]
+        lengths = starts + data["completion_length"]
+    else:
+        lengths = random_lengths(
+            substream(key, "length"), ids, torch.full((b,), s), config.random_length_probability
+        )
+        starts = torch.zeros(b, dtype=torch.int64)
+    if config.logit_shift:
+        # There is no hidden state before position 0 to predict it from. A sample cut to one
+        # token would have nothing left to predict.
+        starts, lengths = starts.clamp(min=1), lengths.clamp(min=2)
+    maskable = (positions >= starts[:, None]) & (positions < lengths[:, None])
+    noise_key = substream(key, config.forward_process)
+    if config.forward_process == "bernoulli":
+        noise = bernoulli(noise_key, ids, maskable, config.mask_epsilon)
+    else:
+        noise = exact_count(noise_key, ids, maskable)
+    whole_rows = torch.zeros(b, dtype=torch.int64)
+    batch = mask_rows(tokens, lengths, noise.mask_indices, whole_rows, mask_token_id, vocab_size)
+    return batch, noise, maskable
+
+
+def _loss(
+    cross_entropy: Tensor, *, noise: Noise, lengths: Tensor, cp_size: int
+) -> tuple[Tensor, Report]:
+    known = (noise.weights, lengths)
+    loss = weighted_token_loss(cross_entropy, *on_device(known, cross_entropy.device))
+    rows = torch.full((), float(lengths.numel()), device=cross_entropy.device)
+    # Megatron multiplies the loss by the context-parallel size, for ranks that see a part of it
+    # each; here they all see the whole. It divides the summed first entries of the report by the
+    # summed second ones, over all ranks.
+    return loss / cp_size, {"lm loss": torch.stack((loss.detach() * rows, rows))}
