@@ -1,13 +1,15 @@
 """The project's settings: documented dataclasses that are the only source of defaults.
 
 Each becomes a group of command-line flags (see arguments.py); what Megatron has a flag for is not
-repeated here. ``validate`` raises ValueError with one sentence that names the flag to change.
+repeated here. ``validate`` raises UserError with one sentence that names the flag to change.
 """
 
 import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
+
+from megatron_espo.errors import UserError
 
 _OPTIONAL_INTS = {"argparse_meta": {"type": int, "nargs": "+"}}
 
@@ -39,16 +41,16 @@ class LaunchConfig:
         """Check the values.
 
         Raises:
-            ValueError: naming the flag.
+            UserError: naming the flag.
         """
         if self.dry_run_world_size is not None and self.dry_run_world_size < 1:
-            raise ValueError(
+            raise UserError(
                 f"--dry-run-world-size {self.dry_run_world_size}: a plan needs at least 1 GPU."
             )
         if self.simulate and not self.dry_run:
-            raise ValueError("--simulate is a kind of dry run; add --dry-run.")
+            raise UserError("--simulate is a kind of dry run; add --dry-run.")
         if not 0.0 < self.dry_run_gpu_memory < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--dry-run-gpu-memory {self.dry_run_gpu_memory} must be a positive number of GB."
             )
 
@@ -90,17 +92,17 @@ class SimulateConfig:
         """Check the values.
 
         Raises:
-            ValueError: naming the flag.
+            UserError: naming the flag.
         """
         if self.ranks is not None and not re.fullmatch(r"\d+(,\d+)*", self.ranks):
-            raise ValueError(f"--simulate-ranks {self.ranks}: give rank numbers, as 0,4,7.")
+            raise UserError(f"--simulate-ranks {self.ranks}: give rank numbers, as 0,4,7.")
         if self.processes < 1:
-            raise ValueError(f"--simulate-processes {self.processes} must be at least 1.")
+            raise UserError(f"--simulate-processes {self.processes} must be at least 1.")
         for name in ("matmul_tflops", "memory_tbs", "nvlink_gbs", "network_gbs", "launch_us"):
             value = getattr(self, name)
             if not 0.0 < value < math.inf:
                 flag = name.replace("_", "-")
-                raise ValueError(f"--simulate-{flag} {value} must be a positive number.")
+                raise UserError(f"--simulate-{flag} {value} must be a positive number.")
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,14 @@ class DiffusionConfig:
         """Check the values.
 
         Raises:
-            ValueError: naming the flag.
+            UserError: naming the flag.
         """
         if not 0.0 < self.mask_epsilon < 1.0:
-            raise ValueError(
+            raise UserError(
                 f"--mask-epsilon {self.mask_epsilon} must lie between 0 and 1; use 1e-3."
             )
         if not 0.0 <= self.random_length_probability <= 1.0:
-            raise ValueError(
+            raise UserError(
                 f"--random-length-probability {self.random_length_probability} is no probability; "
                 "use 0.01."
             )
@@ -228,11 +230,11 @@ class RolloutConfig:
                 FP8).
 
         Raises:
-            ValueError: naming the flag.
+            UserError: naming the flag.
         """
         length, block = self.completion_length, self.block_length
         if length < 1 or block < 1 or length % block:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-completion-length {self.completion_length} is not a multiple of "
                 f"--rollout-block-length {self.block_length}; change one of them."
             )
@@ -240,32 +242,32 @@ class RolloutConfig:
         if not self.is_parallel:
             self._validate_steps(blocks)
         if not 0.0 <= self.temperature < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-temperature {self.temperature} is no temperature; use 0 for greedy "
                 "sampling or a positive number."
             )
         if not 0.0 <= self.guidance_scale < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-guidance-scale {self.guidance_scale} must be 0 (none) or positive."
             )
         if self.guidance_scale > 0.0 and logit_shift:
-            raise ValueError(
+            raise UserError(
                 "--rollout-guidance-scale masks the prompt, whose first token a model with "
                 "--logit-shift never saw masked; use 0."
             )
         if self.micro_batch_size < 1:
-            raise ValueError("--rollout-micro-batch-size must be at least 1.")
+            raise UserError("--rollout-micro-batch-size must be at least 1.")
         self._validate_parallel_decoding()
         self._validate_cache(logit_shift, window_multiple)
 
     def _validate_steps(self, blocks: int) -> None:
         if self.denoising_steps < blocks or self.denoising_steps % blocks:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-denoising-steps {self.denoising_steps} cannot be split evenly over "
                 f"{blocks} blocks; use a multiple of {blocks}."
             )
         if self.denoising_steps > self.completion_length:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-denoising-steps {self.denoising_steps} exceeds "
                 f"--rollout-completion-length {self.completion_length}; a step commits at least "
                 "one token."
@@ -277,43 +279,43 @@ class RolloutConfig:
         flag = "--rollout-factor" if self.threshold is None else "--rollout-threshold"
         value = self.factor if self.threshold is None else self.threshold
         if self.threshold is not None and self.factor is not None:
-            raise ValueError(
+            raise UserError(
                 "--rollout-threshold and --rollout-factor both say how many tokens a step commits; "
                 "pass one of them."
             )
         if value is None or not 0.0 < value < math.inf:
-            raise ValueError(f"{flag} {value} must be a positive number; leave it out for none.")
+            raise UserError(f"{flag} {value} must be a positive number; leave it out for none.")
         if self.remasking not in ("low_confidence", "maskgit_plus"):
-            raise ValueError(
+            raise UserError(
                 f"{flag} compares probabilities of tokens, by which --rollout-remasking "
                 f"{self.remasking} does not rank; use low_confidence or maskgit_plus."
             )
 
     def _validate_cache(self, logit_shift: bool, window_multiple: int) -> None:
         if self.cache_refresh_steps < 0:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-cache-refresh-steps {self.cache_refresh_steps} must be 0 (at the start "
                 "of a block only) or positive."
             )
         if self.cache == "none" and self.cache_refresh_steps:
-            raise ValueError(
+            raise UserError(
                 "--rollout-cache-refresh-steps has no effect without --rollout-cache prefix or "
                 "dual."
             )
         if self.cache_unsure == "commit" and (self.cache == "none" or not self.is_parallel):
-            raise ValueError(
+            raise UserError(
                 "--rollout-cache-unsure commit has no effect without --rollout-cache prefix or "
                 "dual and --rollout-threshold or --rollout-factor."
             )
         if self.cache == "none":
             return
         if self.guidance_scale > 0.0:
-            raise ValueError(
+            raise UserError(
                 f"--rollout-cache {self.cache} keeps no cache of the branch without the prompt; "
                 "use --rollout-guidance-scale 0."
             )
         if self.remasking == "origin":
-            raise ValueError(
+            raise UserError(
                 f"--rollout-cache {self.cache} fills caches at a block's first step, which "
                 "--rollout-remasking origin may leave out; use another order."
             )
@@ -321,7 +323,7 @@ class RolloutConfig:
         if window % window_multiple or (
             self.cache == "prefix" and self.block_length % window_multiple
         ):
-            raise ValueError(
+            raise UserError(
                 f"--rollout-cache {self.cache} passes {window} positions of a block"
                 f"{' (one before it, for --logit-shift)' if logit_shift else ''}, which this "
                 f"layout (--sequence-parallel, FP8) wants in multiples of {window_multiple}; "
@@ -353,10 +355,10 @@ class MonitorConfig:
         """Check the values.
 
         Raises:
-            ValueError: naming the flag.
+            UserError: naming the flag.
         """
         if self.peak_tflops is not None and not 0.0 < self.peak_tflops < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--monitor-peak-tflops {self.peak_tflops} is no speed; give a device's peak in "
                 "TFLOP/s or leave it out."
             )
@@ -444,19 +446,19 @@ class EspoConfig:
         """Check the values against each other.
 
         Raises:
-            ValueError: naming the flag.
+            UserError: naming the flag.
         """
         if self.group_size < 2:
-            raise ValueError(
+            raise UserError(
                 f"--espo-group-size {self.group_size}: a group needs at least 2 completions, "
                 "because the others are the baseline of each."
             )
         for name in ("num_rollouts", "prompts_per_rollout", "updates_per_rollout", "num_mc"):
             if getattr(self, name) < 1:
-                raise ValueError(f"--espo-{name.replace('_', '-')} must be at least 1.")
+                raise UserError(f"--espo-{name.replace('_', '-')} must be at least 1.")
         for name in ("clip_eps_low", "clip_eps_high"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(
+                raise UserError(
                     f"--espo-{name.replace('_', '-')} {getattr(self, name)} must lie in [0, 1)."
                 )
         for name in (
@@ -467,24 +469,24 @@ class EspoConfig:
             "reward_workers",
         ):
             if getattr(self, name) < 0:
-                raise ValueError(
+                raise UserError(
                     f"--espo-{name.replace('_', '-')} {getattr(self, name)} must be 0 or more."
                 )
         if not 0.0 < self.reward_timeout < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--espo-reward-timeout {self.reward_timeout} must be a positive number of seconds."
             )
         if not 0.0 <= self.kl_coef < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"--espo-kl-coef {self.kl_coef} must be 0 (no penalty) or a positive number."
             )
         if self.kl_estimator == "k2_unbiased" and self.num_mc < 2:
-            raise ValueError(
+            raise UserError(
                 "--espo-kl-estimator k2_unbiased multiplies two independent draws; use "
                 "--espo-num-mc 2 or more."
             )
         if not 0.0 <= self.reference_mix <= 1.0:
-            raise ValueError(f"--espo-reference-mix {self.reference_mix} must lie in [0, 1].")
+            raise UserError(f"--espo-reference-mix {self.reference_mix} must lie in [0, 1].")
 
     @property
     def completions_per_rollout(self) -> int:

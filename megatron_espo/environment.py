@@ -16,6 +16,8 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_espo.errors import UserError
+
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 # From this compute capability on (Blackwell) kernels need not be queued in one line for
 # communication to start before the matrix product that it overlaps with.
@@ -121,14 +123,14 @@ def check_environment(
         environment: the process's.
 
     Raises:
-        ValueError: naming the variable to change.
+        UserError: naming the variable to change.
     """
     given = environment.get(CONNECTIONS)
     if args.use_torch_fsdp2:
         if capability is None:
-            raise ValueError("--use-torch-fsdp2 needs a GPU; use --use-distributed-optimizer.")
+            raise UserError("--use-torch-fsdp2 needs a GPU; use --use-distributed-optimizer.")
         if given == "1":
-            raise ValueError(
+            raise UserError(
                 f"--use-torch-fsdp2 and {CONNECTIONS}=1 do not go together; set it to 8, CUDA's "
                 "own value, in the environment."
             )
@@ -137,7 +139,7 @@ def check_environment(
     ):
         problem = connections_problem(given, capability)
         if problem is not None:
-            raise ValueError(f"{problem}.")
+            raise UserError(f"{problem}.")
     _check_attention(args, environment)
 
 
@@ -149,11 +151,11 @@ def check_ranks(gpus: int, environment: Mapping[str, str] = os.environ) -> None:
         environment: as torchrun sets it.
 
     Raises:
-        ValueError: there are more ranks than GPUs.
+        UserError: there are more ranks than GPUs.
     """
     ranks = int(environment.get("LOCAL_WORLD_SIZE", "1"))
     if 0 < gpus < ranks:
-        raise ValueError(
+        raise UserError(
             f"torchrun started {ranks} ranks on a node where {gpus} GPUs are visible; pass "
             f"--nproc-per-node {gpus} to torchrun, or check CUDA_VISIBLE_DEVICES."
         )
@@ -162,13 +164,13 @@ def check_ranks(gpus: int, environment: Mapping[str, str] = os.environ) -> None:
 def _check_attention(args: argparse.Namespace, environment: Mapping[str, str]) -> None:
     backend = args.attention_backend.name
     if backend not in _ATTENTION_BACKENDS:
-        raise ValueError(
+        raise UserError(
             f"--attention-backend {backend}: layers without Transformer Engine are chosen with "
             "--transformer-impl local; leave it out."
         )
     for name, wanted in zip(_ATTENTION, _ATTENTION_BACKENDS[backend], strict=True):
         if environment.get(name, wanted) != wanted:
-            raise ValueError(
+            raise UserError(
                 f"the environment's {name} is {environment[name]}, but --attention-backend "
                 f"{backend} needs {wanted}; unset {', '.join(_ATTENTION)} and choose with "
                 "--attention-backend."
@@ -177,7 +179,7 @@ def _check_attention(args: argparse.Namespace, environment: Mapping[str, str]) -
         name = "NVTE_APPLY_QK_LAYER_SCALING"
         given = environment.get(name, "0")
         if given != str(int(args.apply_query_key_layer_scaling)):
-            raise ValueError(
+            raise UserError(
                 f"the environment's {name} is {given} and does not go with --apply-query-key-layer-"
                 "scaling, which has to be given where it is 1 and only there; change one."
             )

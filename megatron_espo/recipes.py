@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_espo.errors import UserError
+
 RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 
 
@@ -23,7 +25,7 @@ def expand_recipes(argv: Sequence[str], parents: tuple[Path, ...] = ()) -> list[
         The arguments; ``--recipe`` is gone.
 
     Raises:
-        ValueError: naming the recipe or its file and line.
+        UserError: naming the recipe or its file and line.
     """
     expanded: list[str] = []
     arguments = iter(argv)
@@ -35,7 +37,7 @@ def expand_recipes(argv: Sequence[str], parents: tuple[Path, ...] = ()) -> list[
         name = value if equals else next(arguments, "")
         path = find_recipe(name)
         if path in parents:
-            raise ValueError(f"--recipe {name}: {path} names itself; take it out.")
+            raise UserError(f"--recipe {name}: {path} names itself; take it out.")
         expanded += expand_recipes(read_flags(path), (*parents, path))
     return expanded
 
@@ -50,13 +52,13 @@ def find_recipe(name: str) -> Path:
         The file.
 
     Raises:
-        ValueError: There is none.
+        UserError: There is none.
     """
     for path in (RECIPES / f"{name}.flags", Path(name)):
         if name and path.is_file():
             return path.resolve()
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.flags")))
-    raise ValueError(f"--recipe {name}: no such recipe or file; choose a file or one of {known}.")
+    raise UserError(f"--recipe {name}: no such recipe or file; choose a file or one of {known}.")
 
 
 def read_flags(path: Path) -> list[str]:
@@ -69,16 +71,16 @@ def read_flags(path: Path) -> list[str]:
         The arguments in order.
 
     Raises:
-        ValueError: naming the line.
+        UserError: naming the line.
     """
     flags: list[str] = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; mend the quotes.") from error
+            raise UserError(f"{path}, line {number}: {error}; mend the quotes.") from error
         if words and not words[0].startswith("-"):
-            raise ValueError(f"{path}, line {number}: {words[0]} is no flag; start with --.")
+            raise UserError(f"{path}, line {number}: {words[0]} is no flag; start with --.")
         flags += words
     return flags
 

@@ -29,6 +29,7 @@ from megatron_espo.checkpoint.compare import (
     latest_iteration,
     unequal_tensors,
 )
+from megatron_espo.errors import UserError
 from megatron_espo.monitor.curves import TIME_DEPENDENT, Curve, read_details, read_scalars
 
 ROOT = Path(__file__).parents[1]
@@ -73,17 +74,17 @@ class Run:
         """Run to the end.
 
         Raises:
-            ValueError: The run failed.
+            UserError: The run failed.
         """
         if self.start(ranks, *more).wait() != 0:
             tail = (self.folder / "log").read_text(errors="replace").splitlines()[-15:]
-            raise ValueError(f"{self.folder}/log: the run failed:\n" + "\n".join(tail))
+            raise UserError(f"{self.folder}/log: the run failed:\n" + "\n".join(tail))
 
     def saved(self) -> int:
         """The latest iteration, 0 without a checkpoint."""
         try:
             return latest_iteration(str(self.folder / "checkpoints"))
-        except ValueError:
+        except UserError:
             return 0
 
     def is_writing(self, since: float) -> bool:
@@ -277,7 +278,7 @@ def main() -> int:
     check = check_kills if options.check == "kill" else check_relayout
     try:
         return 0 if check(options, flags) else 1
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_espo.data.jsonl import read_jsonl
+from megatron_espo.errors import UserError
 from megatron_espo.tasks import BUILT_IN, Example, code
 from megatron_espo.tasks.base import read_parquet, start_line
 
@@ -40,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         files = sorted(p for p in args.data.glob("*") if p.suffix in (".jsonl", ".parquet"))
         if not files:
-            raise ValueError(f"--data {args.data}: holds no .jsonl or .parquet file; correct it")
+            raise UserError(f"--data {args.data}: holds no .jsonl or .parquet file; correct it")
         solutions = _read_solutions(args.solutions, files) if args.solutions else {}
         if solutions:
             print(start_line(code))
         return max([_check_file(path, solutions.get(path.stem, {})) for path in files])
-    except ValueError as error:
+    except UserError as error:
         print(f"check_rewards.py: {error}", file=sys.stderr)
         return 2
 
@@ -58,7 +59,7 @@ def _read_solutions(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, 
         if path.is_file():
             found[stem] = _programs(path)
     if not found:
-        raise ValueError(f"--solutions {folder}: holds no NAME.py for a NAME.jsonl; correct it")
+        raise UserError(f"--solutions {folder}: holds no NAME.py for a NAME.jsonl; correct it")
     return found
 
 
@@ -67,7 +68,7 @@ def _programs(path: Path) -> dict[str, str]:
         source = path.read_text("utf-8")
         parts = ast.parse(source).body
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as Python ({error}); correct it") from error
+        raise UserError(f"{path}: cannot be read as Python ({error}); correct it") from error
     text = {part: ast.get_source_segment(source, part) or "" for part in parts}
     solving = [p for p in parts if isinstance(p, ast.FunctionDef) and not p.name.startswith("_")]
     common = [text[part] for part in parts if part not in solving]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer, train_tokenizer
+from megatron_espo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             tokenizer = train_tokenizer(args.train, args.vocab_size)
         save_tokenizer(tokenizer, args.out)
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"make_tokenizer: {error}")
     print(f"{args.out}: {len(tokenizer)} tokens, mask token {tokenizer.mask_token_id}")
     print(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {args.out}")

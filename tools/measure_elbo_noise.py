@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_espo.commands.inference import load_eval_problems, load_model
 from megatron_espo.config import RolloutConfig
+from megatron_espo.errors import UserError
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.rl.elbo import estimate_elbo
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--other")
     options, rest = parser.parse_known_args(argv)
     if options.other is None:
-        raise ValueError("--other is missing: the checkpoint to compare --load with.")
+        raise UserError("--other is missing: the checkpoint to compare --load with.")
     model, args = load_model(rest)
     _, _, data = load_eval_problems(args)
     rollout = config_from_args(RolloutConfig, args)

@@ -9,6 +9,7 @@ import json
 import sys
 from pathlib import Path
 
+from megatron_espo.errors import UserError
 from megatron_espo.monitor.curves import draw_runs, find_events, read_scalars, run_names
 
 _ROWS = {
@@ -65,6 +66,6 @@ def print_table(folder: Path) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

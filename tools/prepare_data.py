@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks import (
     BUILT_IN,
     SPLITS,
@@ -28,7 +29,7 @@ from megatron_espo.tasks import (
     Task,
     load_task,
 )
-from megatron_espo.tasks.base import STYLES
+from megatron_espo.tasks.base import STYLES, read_examples
 from megatron_espo.tasks.published import HUB, find_files, sort_records, write_splits
 
 
@@ -49,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.check is None:
             _prepare(task, args)
         else:
-            print(f"{args.check}: {len(task.read(args.check))} examples of {task.name}")
-    except ValueError as error:
+            print(f"{args.check}: {len(read_examples(task, args.check))} examples of {task.name}")
+    except UserError as error:
         print(f"prepare_data.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
@@ -100,7 +101,7 @@ def _prepare(task: Task, args: argparse.Namespace) -> None:
         for stem, part in (records | {"demonstrations": demonstrated}).items():
             if part:
                 _write_jsonl(staging / f"{stem}.jsonl", part)
-                examples[stem] = task.read(staging / f"{stem}.jsonl")
+                examples[stem] = read_examples(task, staging / f"{stem}.jsonl")
         if demonstrated:
             lines = _demonstrate(task, examples["demonstrations"], demonstrated, args)
             _write_jsonl(staging / "demonstrations.jsonl", lines)
@@ -113,15 +114,15 @@ def _prepare(task: Task, args: argparse.Namespace) -> None:
 def _prepare_published(task: Task, args: argparse.Namespace) -> None:
     parse = getattr(task, "_parse", None)
     if parse is None:
-        raise ValueError(f"task {task.name} is not built in; --source does not work for it")
+        raise UserError(f"task {task.name} is not built in; --source does not work for it")
     if args.demonstrations or args.out is None:
-        raise ValueError("--source goes with --out and without --demonstrations; change that")
+        raise UserError("--source goes with --out and without --demonstrations; change that")
     source = HUB.get(task.name) if args.source == "hub" else args.source
     if source is None:
-        raise ValueError(f"--source hub: task {task.name} is not on the hub; give a file")
+        raise UserError(f"--source hub: task {task.name} is not on the hub; give a file")
     splits, left_out = sort_records(find_files(source, print), parse)
     if not any(splits.values()):
-        raise ValueError(f"--source {source}: holds no problem of {task.name}; give another")
+        raise UserError(f"--source {source}: holds no problem of {task.name}; give another")
     limits = {split: getattr(args, split) for split in SPLITS}
     for path, count in write_splits(splits, limits, args.out).items():
         print(f"{path}: {count} lines of {task.name}")
@@ -132,11 +133,11 @@ def _check_arguments(args: argparse.Namespace) -> None:
     counts = {flag: getattr(args, flag) for flag in (*SPLITS, "demonstrations")}
     for flag, count in counts.items():
         if count < 0:
-            raise ValueError(f"--{flag} is {count}; make it 0 or more")
+            raise UserError(f"--{flag} is {count}; make it 0 or more")
     if not any(counts.values()):
-        raise ValueError(f"nothing to write; give one of {', '.join(f'--{f}' for f in counts)}")
+        raise UserError(f"nothing to write; give one of {', '.join(f'--{f}' for f in counts)}")
     if not 0 <= args.noise <= 1:
-        raise ValueError(f"--noise is {args.noise}; make it a probability from 0 to 1")
+        raise UserError(f"--noise is {args.noise}; make it a probability from 0 to 1")
 
 
 def _generate(task: Task, count: int, seed: int, split: str, chosen: str) -> list[dict[str, Any]]:
@@ -144,7 +145,7 @@ def _generate(task: Task, count: int, seed: int, split: str, chosen: str) -> lis
         # A task of a user's own knows nothing of styles.
         style = {} if task.name not in BUILT_IN else {"style": chosen}
         return task.generate(count, seed, split, **style) if count else []
-    raise ValueError(f"task {task.name} has no generate(); only --check works for it")
+    raise UserError(f"task {task.name} has no generate(); only --check works for it")
 
 
 def _demonstrate(
@@ -159,7 +160,7 @@ def _demonstrate(
             _line(example, task.demonstrate(record, rng, args.noise))
             for example, record in zip(examples, records, strict=True)
         ]
-    raise ValueError(f"task {task.name} has no demonstrate(); leave out --demonstrations")
+    raise UserError(f"task {task.name} has no demonstrate(); leave out --demonstrations")
 
 
 def _line(example: Example, completion: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from megatron_espo.data.preprocess import preprocess
+from megatron_espo.errors import UserError
 
 
 def _progress_line(interval: float = 1.0) -> Callable[[int, int], None]:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             overwrite=args.overwrite,
             progress=_progress_line(),
         )
-    except ValueError as error:
+    except UserError as error:
         sys.exit(f"preprocess_data: {error}")
     print(file=sys.stderr)
     left_out = f" ({size.empty} empty ones left out)" if size.empty else ""

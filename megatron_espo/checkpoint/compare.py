@@ -15,6 +15,7 @@ from megatron_espo.checkpoint.tracker import (
     latest_checkpoint,
     reference_folder,
 )
+from megatron_espo.errors import UserError
 
 
 def latest_iteration(root: str) -> int:
@@ -27,12 +28,12 @@ def latest_iteration(root: str) -> int:
         The iteration.
 
     Raises:
-        ValueError: There is no checkpoint.
+        UserError: There is no checkpoint.
     """
     try:
         return int(latest_checkpoint(root))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{root}: no checkpoint there ({error}).") from error
+        raise UserError(f"{root}: no checkpoint there ({error}).") from error
 
 
 def checkpoint_tensors(root: str, iteration: int | None = None) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def checkpoint_tensors(root: str, iteration: int | None = None) -> dict[str, Ten
         Whole tensors by name, the same names and shapes for every layout that wrote them.
 
     Raises:
-        ValueError: There is no checkpoint.
+        UserError: There is no checkpoint.
     """
     iteration = latest_iteration(root) if iteration is None else iteration
     tensors = dict(_flatten("", _read(iteration_folder(root, iteration))))

@@ -6,6 +6,8 @@ import re
 import sys
 from pathlib import Path
 
+from megatron_espo.errors import UserError
+
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -27,19 +29,19 @@ def checkpoint_folder(root: str, iteration: int | None = None) -> str:
         iteration: which one; None takes the latest.
 
     Raises:
-        ValueError: There is none.
+        UserError: There is none.
     """
     if iteration is not None:
         folder = iteration_folder(root, iteration)
     elif not has_checkpoint(root):
-        raise ValueError(f"{root}: no checkpoint there; it holds no {TRACKER}.")
+        raise UserError(f"{root}: no checkpoint there; it holds no {TRACKER}.")
     else:
         mark = latest_checkpoint(root)
         folder = (
             os.path.join(root, mark) if mark == "release" else iteration_folder(root, int(mark))
         )
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder}: no such checkpoint.")
+        raise UserError(f"{folder}: no such checkpoint.")
     return folder
 
 
@@ -92,7 +94,7 @@ def repair_tracker(root: str) -> None:
         root: a --save folder.
 
     Raises:
-        ValueError: The tracker file is broken and no finished checkpoint was found.
+        UserError: The tracker file is broken and no finished checkpoint was found.
     """
     tracker = Path(root, TRACKER)
     if not has_checkpoint(root) or re.fullmatch(r"\d+|release", latest_checkpoint(root)):
@@ -103,7 +105,7 @@ def repair_tracker(root: str) -> None:
         for path in Path(root).glob("iter_*/metadata.json")
     ]
     if not finished:
-        raise ValueError(
+        raise UserError(
             f"{tracker}: names no iteration, and no finished checkpoint lies beside it; remove the "
             "folder or pass another one."
         )

@@ -25,6 +25,7 @@ from megatron_espo.config import RolloutConfig
 from megatron_espo.data.tokenizer import decode_completion, encode_prompt, load_tokenizer
 from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.dry_run.simulation import simulate_inference
+from megatron_espo.errors import UserError
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.denoising import LiveView, Recorder, pieces_of
@@ -75,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
     if options.save_frames is not None:
         check_frames_path(options.save_frames)
         if options.prompt is None or len(options.prompt) != 1:
-            raise ValueError("--save-frames shows one completion; give one --prompt.")
+            raise UserError("--save-frames shows one completion; give one --prompt.")
     if not options.delay >= 0.0:
-        raise ValueError(f"--delay {options.delay} must be 0 or more seconds.")
+        raise UserError(f"--delay {options.delay} must be 0 or more seconds.")
     if is_dry_run(rest):
         simulate_inference("megatron_espo.commands.generate", argv, rest, prepare_arguments)
         return
@@ -145,14 +146,14 @@ class Session:
             prompts: texts.
 
         Raises:
-            ValueError: one does not fit.
+            UserError: one does not fit.
         """
         chats = [[{"role": "user", "content": p}] if self.options.chat else p for p in prompts]
         encoded = [encode_prompt(self.tokenizer, chat) for chat in chats]
         room = self.seq_length - self.config.completion_length
         for number, ids in enumerate(encoded, start=1):
             if len(ids) > room:
-                raise ValueError(
+                raise UserError(
                     f"--prompt {number} has {len(ids)} tokens and {room} fit; raise --seq-length "
                     "or lower --rollout-completion-length."
                 )

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.conversion.hf_cache import converted_checkpoint
 from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
@@ -49,7 +50,7 @@ def checkpoint_flags(options: argparse.Namespace) -> list[str]:
         Flags for :func:`load_model`.
 
     Raises:
-        ValueError: the folder cannot be converted.
+        UserError: the folder cannot be converted.
     """
     if options.hf is None:
         return []
@@ -65,11 +66,11 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args: parsed arguments.
 
     Raises:
-        ValueError: naming the flag.
+        UserError: naming the flag.
     """
     config_from_args(RolloutConfig, args).validate(args.logit_shift, pad_multiple(args))
     if args.load is None:
-        raise ValueError("--load is missing: the folder of the checkpoint (or --hf).")
+        raise UserError("--load is missing: the folder of the checkpoint (or --hf).")
     if not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):
         args.bf16, args.fp16 = stored.bf16, stored.fp16
     args.exit_on_missing_checkpoint = True
@@ -132,11 +133,11 @@ def load_eval_problems(
         The task, the tokenizer, and the held-out problems.
 
     Raises:
-        ValueError: naming the flag or the line of the file.
+        UserError: naming the flag or the line of the file.
     """
     espo = config_from_args(EspoConfig, args)
     task, tokenizer = load_workers(espo), load_tokenizer(args.tokenizer_model)
     data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     if data is None:
-        raise ValueError("--espo-eval-data is missing: the problems to evaluate on.")
+        raise UserError("--espo-eval-data is missing: the problems to evaluate on.")
     return task, tokenizer, data

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from megatron_espo.errors import UserError
 from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.startup.setup import run_entry_point
 
@@ -80,16 +81,16 @@ def missing_ranks(environment: Mapping[str, str]) -> int:
         Their number, or 0 where the ranks are as they should be.
 
     Raises:
-        ValueError: There are several nodes with one process each, or GPUS_PER_NODE is no number.
+        UserError: There are several nodes with one process each, or GPUS_PER_NODE is no number.
     """
     given = environment.get("GPUS_PER_NODE") or str(torch.cuda.device_count())
     if not given.isdigit():
-        raise ValueError(f"the environment's GPUS_PER_NODE is {given!r}; set a number of GPUs.")
+        raise UserError(f"the environment's GPUS_PER_NODE is {given!r}; set a number of GPUs.")
     gpus = int(given)
     if gpus < 2 or environment.get("LOCAL_WORLD_SIZE", "1") != "1":
         return 0
     if environment.get("WORLD_SIZE", "1") != "1":
-        raise ValueError(
+        raise UserError(
             f"torchrun started one process on a node with {gpus} GPUs; pass --nproc-per-node "
             f"{gpus} to torchrun."
         )

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights, write_weights
 from megatron_espo.conversion.mapping import Block
 from megatron_espo.conversion.torch_dist import CheckpointReader, write_checkpoint
+from megatron_espo.errors import UserError
 
 
 def _progress(what: str, blocks: Sequence[Block], dtype: torch.dtype) -> tqdm:
@@ -59,23 +60,23 @@ def check_weights(reader: CheckpointReader, blocks: Sequence[Block]) -> None:
         blocks: the model's blocks.
 
     Raises:
-        ValueError: a tensor is missing, left over, or has another shape.
+        UserError: a tensor is missing, left over, or has another shape.
     """
     stored, wanted = reader.weights(), {block.key: block.global_shape for block in blocks}
     for key, shape in wanted.items():
         if key not in stored:
-            raise ValueError(f"{reader.folder}: the tensor {key} is missing.")
+            raise UserError(f"{reader.folder}: the tensor {key} is missing.")
         found = stored[key][0]
         # A layout may have padded the vocabulary.
         padded = not key.startswith("decoder.") and found[1:] == shape[1:] and found[0] >= shape[0]
         if found != shape and not padded:
-            raise ValueError(
+            raise UserError(
                 f"{reader.folder}: {key} has the shape {list(found)}, the template's config.json "
                 f"asks for {list(shape)}."
             )
     for key in stored:
         if key not in wanted:
-            raise ValueError(
+            raise UserError(
                 f"{reader.folder}: the tensor {key} has no place in the template's architecture."
             )
 

@@ -36,6 +36,7 @@ from megatron_espo.conversion.torch_dist import CheckpointReader
 from megatron_espo.conversion.verification import quiet, verify
 from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.data.tokenizer import copy_tokenizer, load_tokenizer, special_ids
+from megatron_espo.errors import UserError
 from megatron_espo.model.provider import model_provider
 from megatron_espo.model.shape import Config, ModelShape
 from megatron_espo.startup.arguments import initialize_arguments, stored_arguments
@@ -98,7 +99,7 @@ def convert_to_megatron(
         check_logits: compare the logits of both sides at the end.
 
     Raises:
-        ValueError: one sentence on what is wrong; ``out`` does not exist then.
+        UserError: one sentence on what is wrong; ``out`` does not exist then.
     """
     model = _read_model(resolve_folder(hf, "--hf"))
     weights = HuggingFaceWeights(model.folder) if lora is None else _merged_weights(model, lora)
@@ -151,7 +152,7 @@ def convert_to_hugging_face(
         check_logits: compare the logits of both sides at the end.
 
     Raises:
-        ValueError: one sentence on what is wrong; ``out`` does not exist then.
+        UserError: one sentence on what is wrong; ``out`` does not exist then.
     """
     folder = checkpoint_folder(megatron, iteration)
     args, reader = stored_arguments(folder), CheckpointReader(Path(folder))
@@ -166,7 +167,7 @@ def convert_to_hugging_face(
             model = _write_template(Path(scratch), megatron, args, family, tokenizer, kept)
         if differences := model.shape.differences(args):
             found = "; ".join(differences)
-            raise ValueError(f"--megatron {megatron} does not fit {flag}: {found}.")
+            raise UserError(f"--megatron {megatron} does not fit {flag}: {found}.")
         check_weights(reader, model.blocks)
         files = _files(model)
         with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
@@ -211,22 +212,18 @@ def _write_template(
     """
     found = tokenizer or stored_tokenizer(megatron, args)
     if found is None:
-        raise ValueError(
-            f"--megatron {megatron} names no tokenizer; pass --tokenizer-model FOLDER."
-        )
+        raise UserError(f"--megatron {megatron} names no tokenizer; pass --tokenizer-model FOLDER.")
     loaded = load_tokenizer(found)
     shape = ModelShape.of(args, special_ids(loaded, args.mask_token_id).eos_token_id)
     if len(loaded) > shape.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {loaded.name_or_path} has {len(loaded)} tokens, more than the "
             f"{shape.vocab_size} of --megatron {megatron}; give the one that it was trained with."
         )
     try:
         write_side_files(scratch, FAMILIES[family], shape, dtype, loaded)
-    except ValueError as error:
-        raise ValueError(
-            f"--megatron {megatron} does not fit --family {family}: {error}"
-        ) from error
+    except UserError as error:
+        raise UserError(f"--megatron {megatron} does not fit --family {family}: {error}") from error
     return _read_model(scratch)
 
 
@@ -259,7 +256,7 @@ def _files(model: _Model) -> dict[str, str] | None:
     if files is not None and set(files) != set(model.sources):
         name = min(set(files) ^ set(model.sources))
         missing = "has no entry for" if name in model.sources else "has an entry too many for"
-        raise ValueError(
+        raise UserError(
             f"--hf-template {model.folder}: its index {missing} {name}; correct or remove it."
         )
     return files
@@ -270,7 +267,7 @@ def _initialize_megatron(model: _Model, tokenizer: Path) -> argparse.Namespace:
     shape = model.shape
     named = load_tokenizer(tokenizer)
     if named.mask_token_id not in (None, shape.mask_token_id):
-        raise ValueError(
+        raise UserError(
             f"{model.folder}: the tokenizer's mask token is {named.mask_token_id}, config.json "
             f"says {shape.mask_token_id}; correct one."
         )
@@ -299,7 +296,7 @@ def _check_targets(model: _Model) -> None:
     """Compare the blocks with what Megatron's own model, built without memory, would load.
 
     Raises:
-        ValueError: naming the tensor.
+        UserError: naming the tensor.
     """
     with quiet(), torch.device("meta"):
         sharded = model_provider().sharded_state_dict()
@@ -316,11 +313,11 @@ def _check_targets(model: _Model) -> None:
     }
     for place in wanted.keys() | ours.keys():
         if wanted.get(place) != ours.get(place):
-            raise ValueError(
+            raise UserError(
                 f"{place[0]} at {place[1]}: Megatron asks for {wanted.get(place)}, the mapping "
                 f"gives {ours.get(place)}."
             )
     states = extra_states(model.shape)
     for target in targets:
         if isinstance(target, ShardedObject) and (states.get(target.key),) != target.global_shape:
-            raise ValueError(f"{target.key}: Megatron asks for this state, the mapping has none.")
+            raise UserError(f"{target.key}: Megatron asks for this state, the mapping has none.")

@@ -51,7 +51,7 @@ def read_config(config: Config) -> ModelShape:
         The shape.
 
     Raises:
-        ValueError: naming the field that is missing, broken or not supported.
+        UserError: naming the field that is missing, broken or not supported.
     """
     config.require("hidden_act", "silu")
     config.require("rope_scaling", None)

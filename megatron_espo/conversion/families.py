@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_espo.conversion import dream, llada
 from megatron_espo.conversion.mapping import Names
+from megatron_espo.errors import UserError
 from megatron_espo.model.shape import Config, ModelShape
 
 
@@ -50,14 +51,14 @@ def family_of(fields: Mapping[str, Any], source: str) -> Family:
         The family.
 
     Raises:
-        ValueError: for an architecture that is not supported.
+        UserError: for an architecture that is not supported.
     """
     architectures = fields.get("architectures")
     for family in FAMILIES.values():
         if architectures == [family.architecture]:
             return family
     supported = ", ".join(family.architecture for family in FAMILIES.values())
-    raise ValueError(
+    raise UserError(
         f'{source}: "architectures" is {architectures!r}, which is not supported; models of '
         f"{supported} can be converted."
     )

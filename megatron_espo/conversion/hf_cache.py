@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_espo.checkpoint.tracker import has_checkpoint
 from megatron_espo.conversion.hugging_face import resolve_folder
+from megatron_espo.errors import UserError
 
 # torchrun's variables would make the converter wait for other ranks.
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -42,7 +43,7 @@ def converted_checkpoint(hf: str, cache: str | Path | None = None) -> str:
         converted anew.
 
     Raises:
-        ValueError: the converter's sentence.
+        UserError: the converter's sentence.
     """
     source = resolve_folder(hf, "--hf")
     root = default_cache() if cache is None else Path(cache)
@@ -77,4 +78,4 @@ def _convert(source: Path, target: Path) -> None:
     if done.returncode:
         lines = done.stderr.splitlines()
         said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise ValueError(said[-1] if said else f"--hf {source}: {(lines or ['failed'])[-1]}")
+        raise UserError(said[-1] if said else f"--hf {source}: {(lines or ['failed'])[-1]}")

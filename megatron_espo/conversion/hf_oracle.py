@@ -21,6 +21,7 @@ from transformers import (
 
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights
 from megatron_espo.conversion.layerwise import stream_weights
+from megatron_espo.errors import UserError
 
 _LLADA = {
     "model.transformer.wte": "model.embed_tokens",
@@ -52,7 +53,7 @@ class HfOracle:
             dtype: type to compute in.
 
         Raises:
-            ValueError: names of weights and model differ.
+            UserError: names of weights and model differ.
         """
         llada = "d_model" in fields
         config = _llada_config(fields) if llada else _dream_config(fields)
@@ -65,7 +66,7 @@ class HfOracle:
         rename = _llada_name if llada else str
         home = {rename(name): name for name in weights.tensors}
         if unequal := home.keys() ^ dict(model.named_parameters()).keys():
-            raise ValueError(f"{weights.folder}: transformers' model differs in {min(unequal)}.")
+            raise UserError(f"{weights.folder}: transformers' model differs in {min(unequal)}.")
         stream_weights(
             model,
             ["model.embed_tokens", "model.layers.*", "model.norm", "lm_head"],

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megatron_espo.errors import UserError
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of weights that are understood, by their names in safetensors."""
@@ -51,12 +53,12 @@ def resolve_folder(name: str, flag: str, config: str = "config.json", weights: b
         The folder.
 
     Raises:
-        ValueError: there is no such folder or model, or it has no such file.
+        UserError: there is no such folder or model, or it has no such file.
     """
     folder = Path(name)
     if not folder.is_dir():
         if folder.is_absolute() or name.count("/") != 1:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {name}: no such folder; give one, or a name on the Hugging Face hub "
                 "(ORGANIZATION/MODEL)."
             )
@@ -66,12 +68,12 @@ def resolve_folder(name: str, flag: str, config: str = "config.json", weights: b
             folder = Path(snapshot_download(name, ignore_patterns=skipped))
         except (OSError, HFValidationError) as error:
             first = next(iter(str(error).splitlines()), type(error).__name__)
-            raise ValueError(
+            raise UserError(
                 f"{flag} {name}: no such folder here, and the Hugging Face hub does not give it "
                 f"({first})."
             ) from error
     if not (folder / config).is_file():
-        raise ValueError(f"{flag} {name}: holds no {config}; give a folder that does.")
+        raise UserError(f"{flag} {name}: holds no {config}; give a folder that does.")
     return folder
 
 
@@ -79,14 +81,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file is missing or holds none.
+        UserError: the file is missing or holds none.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error}).") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no JSON object.")
+        raise UserError(f"{path}: holds no JSON object.")
     return content
 
 
@@ -100,12 +102,12 @@ def weight_map(folder: Path) -> dict[str, str] | None:
         Tensor -> file; None if the folder holds no weights and no index.
 
     Raises:
-        ValueError: the index is broken.
+        UserError: the index is broken.
     """
     if (folder / INDEX).is_file():
         files = read_json(folder / INDEX).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(f, str) for f in files.values()):
-            raise ValueError(f'{folder / INDEX}: has no "weight_map" of tensor and file names.')
+            raise UserError(f'{folder / INDEX}: has no "weight_map" of tensor and file names.')
         return files
     if (folder / SINGLE).is_file():
         return dict.fromkeys(read_headers(folder / SINGLE), SINGLE)
@@ -116,7 +118,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
     """Read what a file holds, and check that it is as long as it should be.
 
     Raises:
-        ValueError: the file is broken.
+        UserError: the file is broken.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -126,7 +128,7 @@ def read_headers(path: Path) -> dict[str, StoredTensor]:
                 for name, part in slices.items()
             }
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: is no complete safetensors file ({error}); download it again."
         ) from error
 
@@ -135,7 +137,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """Read a tensor; its pages are given back when it is dropped.
 
     Raises:
-        ValueError: the file is broken.
+        UserError: the file is broken.
     """
     try:
         # Opened for each tensor: an open file keeps what was read of it in memory.
@@ -143,7 +145,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
             tensor: Tensor = file.get_tensor(name)
             return tensor
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot read {name} ({error}).") from error
+        raise UserError(f"{path}: cannot read {name} ({error}).") from error
 
 
 class HuggingFaceWeights:
@@ -156,27 +158,27 @@ class HuggingFaceWeights:
             folder: a model folder.
 
         Raises:
-            ValueError: a file is missing or cut short, or index and files disagree.
+            UserError: a file is missing or cut short, or index and files disagree.
         """
         self.folder = folder
         files = weight_map(folder)
         if files is None:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: holds neither {INDEX} nor {SINGLE}; weights must be safetensors."
             )
         self.tensors: dict[str, StoredTensor] = {}
         for file in sorted(set(files.values())):
             path = folder / file
             if Path(file).name != file or not path.is_file():
-                raise ValueError(f"{folder / INDEX}: names {file}, which is not in the folder.")
+                raise UserError(f"{folder / INDEX}: names {file}, which is not in the folder.")
             for name, stored in read_headers(path).items():
                 if files.get(name) == file:
                     self.tensors[name] = stored
                 elif name not in files:
-                    raise ValueError(f"{folder / INDEX}: has no entry for {name} of {file}.")
+                    raise UserError(f"{folder / INDEX}: has no entry for {name} of {file}.")
         for name, file in files.items():
             if name not in self.tensors:
-                raise ValueError(f"{folder / INDEX}: says that {file} holds {name}; it does not.")
+                raise UserError(f"{folder / INDEX}: says that {file} holds {name}; it does not.")
 
     def read(self, name: str) -> Tensor:
         """Read a tensor (see :func:`read_tensor`)."""
@@ -189,20 +191,20 @@ class HuggingFaceWeights:
             wanted: name -> shape.
 
         Raises:
-            ValueError: a tensor is missing, left over, or has another shape.
+            UserError: a tensor is missing, left over, or has another shape.
         """
         for name, shape in wanted.items():
             if name not in self.tensors:
-                raise ValueError(f"{self.folder}: the tensor {name} is missing.")
+                raise UserError(f"{self.folder}: the tensor {name} is missing.")
             found = self.tensors[name].shape
             if found != shape:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder / self.tensors[name].file}: {name} has the shape "
                     f"{list(found)}, config.json asks for {list(shape)}."
                 )
         for name, stored in self.tensors.items():
             if name not in wanted:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder / stored.file}: the tensor {name} has no place in a model of "
                     "this config.json."
                 )
@@ -214,17 +216,17 @@ class HuggingFaceWeights:
             convert: they will be converted, so that types may differ.
 
         Raises:
-            ValueError: types differ, or one is no floating-point type of 16 or 32 bits.
+            UserError: types differ, or one is no floating-point type of 16 or 32 bits.
         """
         first = next(iter(self.tensors))
         for name, stored in self.tensors.items():
             if stored.dtype not in DTYPES:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder / stored.file}: {name} is {stored.dtype}; only "
                     f"{', '.join(DTYPES)} can be converted."
                 )
             if stored.dtype != self.tensors[first].dtype and not convert:
-                raise ValueError(
+                raise UserError(
                     f"{self.folder / stored.file}: {name} is {stored.dtype} and {first} is "
                     f"{self.tensors[first].dtype}; pass --dtype to convert all to one type."
                 )

@@ -53,7 +53,7 @@ def read_config(config: Config) -> ModelShape:
         The shape.
 
     Raises:
-        ValueError: naming the field that is missing, broken or not supported.
+        UserError: naming the field that is missing, broken or not supported.
     """
     config.require("block_type", "llama")
     config.require("block_group_size", 1)

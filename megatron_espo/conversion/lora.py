@@ -18,6 +18,7 @@ from megatron_espo.conversion.hugging_face import (
     read_json,
     read_tensor,
 )
+from megatron_espo.errors import UserError
 from megatron_espo.model.shape import Config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,7 +45,7 @@ class MergedWeights(HuggingFaceWeights):
             adapter: the adapter's folder.
 
         Raises:
-            ValueError: the adapter is broken, of a kind that is not supported, or made for
+            UserError: the adapter is broken, of a kind that is not supported, or made for
                 another model.
         """
         super().__init__(folder)
@@ -52,12 +53,12 @@ class MergedWeights(HuggingFaceWeights):
         for path, (a, b) in self._adapter.modules.items():
             weight = self.tensors.get(f"{path}.weight")
             if weight is None:
-                raise ValueError(
+                raise UserError(
                     f"--lora {adapter}: adapts {path}, which {folder} does not have; the adapter "
                     "was made for another model."
                 )
             if weight.shape != (b.shape[0], a.shape[1]):
-                raise ValueError(
+                raise UserError(
                     f"--lora {adapter}: the adapter of {path} fits a weight of "
                     f"{[b.shape[0], a.shape[1]]}, {folder} has {list(weight.shape)}."
                 )
@@ -91,10 +92,10 @@ class Adapter:
         """Read config and headers.
 
         Raises:
-            ValueError: the folder is broken or its adapter is not plain LoRA.
+            UserError: the folder is broken or its adapter is not plain LoRA.
         """
         if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-            raise ValueError(f"--lora {folder}: must be a folder with {CONFIG} and {WEIGHTS}.")
+            raise UserError(f"--lora {folder}: must be a folder with {CONFIG} and {WEIGHTS}.")
         config = Config(read_json(folder / CONFIG), str(folder / CONFIG))
         _require_plain_lora(config)
         self._alpha = config.number("lora_alpha", float)
@@ -146,9 +147,9 @@ def _find_modules(path: Path) -> dict[str, tuple[Side, Side]]:
     for name, stored in read_headers(path).items():
         match = _NAME.fullmatch(name)
         if match is None or len(stored.shape) != 2 or stored.dtype not in DTYPES:
-            raise ValueError(f"{path}: {name} is no LoRA matrix of a linear layer.")
+            raise UserError(f"{path}: {name} is no LoRA matrix of a linear layer.")
         sides.setdefault(match["path"], {})[match["side"]] = Side(name, stored.shape)
     for module, pair in sides.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ValueError(f"{path}: the LoRA matrices of {module} do not fit together.")
+            raise UserError(f"{path}: the LoRA matrices of {module} do not fit together.")
     return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}

@@ -40,7 +40,7 @@ def write_random_model(
         max_shard_size: most bytes of a file, such as "5GB".
 
     Raises:
-        ValueError: ``out`` exists, or the disk is full.
+        UserError: ``out`` exists, or the disk is full.
     """
     sources = {
         name: size

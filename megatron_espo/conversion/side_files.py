@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.conversion.families import Family
+from megatron_espo.errors import UserError
 from megatron_espo.model.shape import Config, ModelShape
 
 
@@ -27,11 +28,11 @@ def write_side_files(
         tokenizer: the tokenizer.
 
     Raises:
-        ValueError: the family has no such models.
+        UserError: the family has no such models.
     """
     fields = family.write_config(shape)
     if again := _differing(shape, family.read_config(Config(fields, "config.json"))):
-        raise ValueError(f"a {family.architecture} cannot have {again}.")
+        raise UserError(f"a {family.architecture} cannot have {again}.")
     tokenizer.save_pretrained(str(folder))
     fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from megatron_espo.conversion.mapping import Block
+from megatron_espo.errors import UserError
 
 # What Megatron's torch_dist writer stores beside the tensors: everything that is not sharded.
 _COMMON = "common_state"
@@ -139,14 +140,14 @@ class CheckpointReader:
             folder: the folder of one iteration.
 
         Raises:
-            ValueError: it holds no checkpoint that can be read.
+            UserError: it holds no checkpoint that can be read.
         """
         self.folder = folder
         self._storage = FileSystemReader(folder)
         try:
             self._metadata: Metadata = self._storage.read_metadata()
         except Exception as error:
-            raise ValueError(f"{folder}: cannot read this checkpoint ({error}).") from error
+            raise UserError(f"{folder}: cannot read this checkpoint ({error}).") from error
         self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def weights(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -161,12 +162,12 @@ class CheckpointReader:
         """Return the type of the model's tensors.
 
         Raises:
-            ValueError: types differ.
+            UserError: types differ.
         """
         types = {dtype: key for key, (_, dtype) in self.weights().items()}
         if len(types) > 1:
             found = " and ".join(f"{key} is {str(dtype)[6:]}" for dtype, key in types.items())
-            raise ValueError(f"{self.folder}: {found}; pass --dtype to convert all to one type.")
+            raise UserError(f"{self.folder}: {found}; pass --dtype to convert all to one type.")
         return next(iter(types))
 
     def read(self, key: str, offset: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -181,20 +182,20 @@ class CheckpointReader:
             The block, of the stored type.
 
         Raises:
-            ValueError: the files are broken, or the checkpoint has no such block.
+            UserError: the files are broken, or the checkpoint has no such block.
         """
         entry = self._metadata.state_dict_metadata.get(key)
         if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"{self.folder}: the tensor {key} is missing.")
+            raise UserError(f"{self.folder}: the tensor {key} is missing.")
         target = torch.empty(tuple(shape), dtype=entry.properties.dtype)
         chunk = ChunkStorageMetadata(torch.Size(offset), torch.Size(shape))
         items = create_read_items_for_chunk_list(key, entry, [chunk])
         if sum(item.lengths.numel() for item in items) != target.numel():
-            raise ValueError(f"{self.folder}: parts of {key} are missing.")
+            raise UserError(f"{self.folder}: parts of {key} are missing.")
         try:
             self._storage.read_data(LoadPlan(items), _Reader(target)).wait()
         except Exception as error:
-            raise ValueError(f"{self.folder}: cannot read {key} ({error}).") from error
+            raise UserError(f"{self.folder}: cannot read {key} ({error}).") from error
         return target
 
 

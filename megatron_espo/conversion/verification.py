@@ -16,6 +16,7 @@ from megatron_espo.conversion.hugging_face import HuggingFaceWeights, read_json
 from megatron_espo.conversion.layerwise import stream_weights
 from megatron_espo.conversion.torch_dist import CheckpointReader
 from megatron_espo.device import current_device
+from megatron_espo.errors import UserError
 from megatron_espo.model.provider import model_provider
 from megatron_espo.passes.pipeline import RowBatch, run_model
 
@@ -39,7 +40,7 @@ def verify(checkpoint: Path, weights: HuggingFaceWeights, logit_shift: bool) -> 
         logit_shift: whether position i is predicted from the hidden state at i - 1.
 
     Raises:
-        ValueError: they differ by more than rounding does.
+        UserError: they differ by more than rounding does.
     """
     # On a GPU TF32 is far from the tolerance, and NVIDIA's images turn it on.
     torch.set_float32_matmul_precision("highest")
@@ -113,7 +114,7 @@ def _judge(ours: Tensor, theirs: Tensor) -> None:
     )
     # Written so that a NaN fails.
     if not difference <= TOLERANCE * max(largest, 1.0):
-        raise ValueError(
+        raise UserError(
             "--verify: the logits of both sides differ by more than rounding; nothing was kept."
         )
 

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_espo.errors import UserError
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -23,18 +25,18 @@ def atomic_folder(out: str | Path, needed: int = 0) -> Iterator[Path]:
         is removed otherwise; one that a killed run left behind is replaced.
 
     Raises:
-        ValueError: there is something at ``out``, or the disk is full.
+        UserError: there is something at ``out``, or the disk is full.
     """
     target = Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"--out {out}: exists and is not an empty folder; choose another name.")
+        raise UserError(f"--out {out}: exists and is not an empty folder; choose another name.")
     partial = target.with_name(f"{target.name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
     target.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target.parent).free
     if free < needed:
-        raise ValueError(
+        raise UserError(
             f"--out {out}: {_gigabytes(needed)} are needed there and {_gigabytes(free)} are free; "
             "make room or choose another disk."
         )
@@ -46,7 +48,7 @@ def atomic_folder(out: str | Path, needed: int = 0) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):
-            raise ValueError(
+            raise UserError(
                 f"--out {out}: the disk is full; make room or choose another disk."
             ) from error
         raise

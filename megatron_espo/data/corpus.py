@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
+from megatron_espo.errors import UserError
+
 _FINGERPRINT_BYTES = 2**20
 _CHECKED_TOKENS = 2**20
 _NUM_SPLITS = 3  # train, valid, test
@@ -30,15 +32,15 @@ def split_spans(split: str | None) -> list[tuple[float, float] | None]:
         For each set where its share begins and ends, from 0 to 1; None where it is empty.
 
     Raises:
-        ValueError: these are not such numbers.
+        UserError: these are not such numbers.
     """
     number = r"\s*(\d+\.?\d*|\.\d+)\s*"
     if split is None or not re.fullmatch(rf"{number}(,{number}){{0,2}}", split):
-        raise ValueError(f'--split {split}: give up to three numbers, for example "99,1,0"')
+        raise UserError(f'--split {split}: give up to three numbers, for example "99,1,0"')
     shares = [float(share) for share in split.split(",")] + [0.0, 0.0]
     total = sum(shares)
     if total == 0.0:
-        raise ValueError(f'--split {split}: leaves nothing for any set; use for example "99,1,0"')
+        raise UserError(f'--split {split}: leaves nothing for any set; use for example "99,1,0"')
     edges = [sum(shares[:count]) / total for count in range(_NUM_SPLITS + 1)]
     return [(a, b) if b > a else None for a, b in itertools.pairwise(edges)]
 
@@ -75,12 +77,12 @@ def inspect_corpus(prefix: str, flag: str, vocab_size: int) -> Corpus:
         The outline of the pair.
 
     Raises:
-        ValueError: a file is missing or broken, or holds tokens beyond the vocabulary.
+        UserError: a file is missing or broken, or holds tokens beyond the vocabulary.
     """
     idx, data = f"{prefix}.idx", f"{prefix}.bin"
     for path in (idx, data):
         if not os.path.isfile(path):
-            raise ValueError(
+            raise UserError(
                 f"{flag} {prefix}: {path} is missing; give the path without .bin or .idx, or make "
                 "the files with tools/preprocess_data.py"
             )
@@ -92,19 +94,19 @@ def inspect_corpus(prefix: str, flag: str, vocab_size: int) -> Corpus:
     header = struct.Struct("<9sQBQQ")
     broken = f"{flag} {prefix}: the .bin and .idx files are broken or not a pair; make them again"
     if len(beginning) < header.size:
-        raise ValueError(broken)
+        raise UserError(broken)
     magic, version, code, rows, ends = header.unpack_from(beginning)
     expected = header.size + 12 * rows + 8 * ends
     if magic != b"MMIDIDX\0\0" or version != 1 or expected != idx_bytes or rows == 0:
-        raise ValueError(broken)
+        raise UserError(broken)
     token_type = np.dtype(DType.dtype_from_code(code))
     lengths = np.memmap(idx, np.int32, "r", header.size, (rows,))
     starts = np.memmap(idx, np.int64, "r", header.size + 4 * rows, (rows,))
     if num_bytes != int(starts[-1]) + int(lengths[-1]) * token_type.itemsize:
-        raise ValueError(broken)
+        raise UserError(broken)
     largest = int(np.fromfile(data, token_type, _CHECKED_TOKENS).max(initial=0))
     if largest >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{flag} {prefix}: holds token {largest}, --tokenizer-model has only {vocab_size}; "
             "make the data with the same tokenizer"
         )

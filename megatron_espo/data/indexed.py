@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_espo.data.corpus import inspect_corpus, split_spans
+from megatron_espo.errors import UserError
 
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of .bin/.idx pairs and their weights; without weights, by their number of tokens."""
@@ -139,7 +140,7 @@ def build_pretrain_datasets(
         The three sets, None where one has no corpus, no share or no samples.
 
     Raises:
-        ValueError: before any communication, when files are missing or broken, or cannot yield
+        UserError: before any communication, when files are missing or broken, or cannot yield
             what is asked for.
     """
     datasets: list[Dataset[dict[str, Tensor]] | None] = []
@@ -213,7 +214,7 @@ def _plan(
     else:
         flag, source, share = "--data-path", blend, f" of --split {split}"
         if source is None:
-            raise ValueError(
+            raise UserError(
                 "--data-path is missing; give the prefix of a .bin and .idx file made by "
                 "tools/preprocess_data.py"
             )
@@ -222,12 +223,12 @@ def _plan(
         return None
     prefixes, weights = source
     if weights is not None and not all(weight > 0 for weight in weights):
-        raise ValueError(f"{flag}: the weights {weights} must be positive; drop what has weight 0")
+        raise UserError(f"{flag}: the weights {weights} must be positive; drop what has weight 0")
     corpora = [inspect_corpus(prefix, flag, vocab_size) for prefix in prefixes]
     tokens = [corpus.tokens_in(span) for corpus in corpora]
     for corpus, number in zip(corpora, tokens, strict=True):
         if number == 0 or (count is None and number < seq_length):
-            raise ValueError(
+            raise UserError(
                 f"{flag} {corpus.prefix}: its {len(corpus.starts)} documents leave {number} tokens "
                 f"for the {place.name} set{share} with --seq-length {seq_length}; give it more"
             )
@@ -257,7 +258,7 @@ def pretrain_datasets_from_args(
         The three sets.
 
     Raises:
-        ValueError: as `build_pretrain_datasets`, or for a flag that has no meaning here.
+        UserError: as `build_pretrain_datasets`, or for a flag that has no meaning here.
     """
     # Here and not at the top: megatron.training is slow to import and nothing else needs it.
     from megatron.training.utils import get_blend_and_blend_per_split
@@ -265,7 +266,7 @@ def pretrain_datasets_from_args(
     for name in _UNSUPPORTED:
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
-            raise ValueError(f"{flag} is not supported with masked-diffusion data; leave it out")
+            raise UserError(f"{flag} is not supported with masked-diffusion data; leave it out")
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return build_pretrain_datasets(
         tokenizer=tokenizer,

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.errors import UserError
+
 
 def read_text(path: str | Path) -> str:
     """Read a whole UTF-8 file, line ends untouched.
@@ -16,14 +18,14 @@ def read_text(path: str | Path) -> str:
         Its text.
 
     Raises:
-        ValueError: the file cannot be read or is not UTF-8.
+        UserError: the file cannot be read or is not UTF-8.
     """
     try:
         return Path(path).read_bytes().decode("utf-8")
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); correct the path") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct the path") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: byte {error.start} is not UTF-8; convert the file to UTF-8 or leave it out"
         ) from error
 
@@ -38,7 +40,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
         The line number, from 1 and counting blank lines, and the raw line.
 
     Raises:
-        ValueError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     try:
         with open(path, "rb") as lines:
@@ -46,7 +48,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     yield number, line
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); correct the path") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); correct the path") from error
 
 
 def parse_line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
@@ -61,21 +63,21 @@ def parse_line(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
         The JSON object.
 
     Raises:
-        ValueError: the line is not a JSON object in UTF-8.
+        UserError: the line is not a JSON object in UTF-8.
     """
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}:{number}: byte {error.start} of the line is not UTF-8; convert the file"
         ) from error
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}:{number}: not valid JSON ({error.msg} at column {error.colno}); "
             "write one JSON object a line"
         ) from error
     if not isinstance(record, dict):
-        raise ValueError(
+        raise UserError(
             f"{path}:{number}: holds a JSON {type(record).__name__}; write one JSON object a line"
         )
     return record
@@ -91,11 +93,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         The line number, from 1, and the JSON object.
 
     Raises:
-        ValueError: the file is missing or has no line, or a line is not a JSON object.
+        UserError: the file is missing or has no line, or a line is not a JSON object.
     """
     empty = True
     for number, line in read_lines(path):
         empty = False
         yield number, parse_line(path, number, line)
     if empty:
-        raise ValueError(f"{path}:1: the file is empty; write one JSON object a line")
+        raise UserError(f"{path}:1: the file is empty; write one JSON object a line")

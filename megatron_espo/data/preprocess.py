@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from megatron_espo.data.jsonl import parse_line, read_lines, read_text
+from megatron_espo.errors import UserError
 
 _BATCH = 64  # documents handed to a worker at a time
 _QUEUED = 4  # batches waiting per worker; bounds the memory for any size of corpus
@@ -54,7 +55,7 @@ def find_files(inputs: Sequence[str | Path], extensions: Sequence[str]) -> list[
         Paths without repetition, in the order of the inputs and sorted within a folder.
 
     Raises:
-        ValueError: an input is missing or a folder holds no such file.
+        UserError: an input is missing or a folder holds no such file.
     """
     files: dict[str, None] = {}
     for given in map(Path, inputs):
@@ -68,7 +69,7 @@ def find_files(inputs: Sequence[str | Path], extensions: Sequence[str]) -> list[
                 and (given / name).is_file()
             ]
             if not found:
-                raise ValueError(
+                raise UserError(
                     f"--input {given}: holds no file ending in {' '.join(extensions)}; "
                     "change the folder or --ext"
                 )
@@ -76,7 +77,7 @@ def find_files(inputs: Sequence[str | Path], extensions: Sequence[str]) -> list[
         elif given.is_file():
             files[str(given)] = None
         else:
-            raise ValueError(f"--input {given}: no such file or folder; correct the path")
+            raise UserError(f"--input {given}: no such file or folder; correct the path")
     return list(files)
 
 
@@ -100,13 +101,13 @@ def document_text(source: Source, json_key: str) -> str:
         The text, unchanged.
 
     Raises:
-        ValueError: the file cannot be read or decoded, or the line has no text under the key.
+        UserError: the file cannot be read or decoded, or the line has no text under the key.
     """
     if source.line is None:
         return read_text(source.path)
     text = parse_line(source.path, source.line_number, source.line).get(json_key)
     if not isinstance(text, str):
-        raise ValueError(
+        raise UserError(
             f"{source.path}:{source.line_number}: no text under the key {json_key!r}; "
             "add it or change --json-key"
         )
@@ -202,7 +203,7 @@ def preprocess(
         What was written.
 
     Raises:
-        ValueError: the input, the output or an option cannot be used.
+        UserError: the input, the output or an option cannot be used.
     """
     # Here and not at the top for the sake of the workers: seconds of imports.
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -211,15 +212,15 @@ def preprocess(
 
     final = {kind: Path(f"{output_prefix}.{kind}") for kind in ("bin", "idx")}
     if workers < 1:
-        raise ValueError(f"--workers {workers}: give at least 1")
+        raise UserError(f"--workers {workers}: give at least 1")
     for path in final.values():
         if path.exists() and not overwrite:
-            raise ValueError(f"--output-prefix: {path} exists; choose another or pass --overwrite")
+            raise UserError(f"--output-prefix: {path} exists; choose another or pass --overwrite")
     files = find_files(inputs, extensions)
     tokenizer = load_tokenizer(tokenizer_model)
     end = tokenizer.eos_token_id if append_eod else None
     if append_eod and end is None:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {tokenizer_model} defines no end-of-sequence token; "
             "set it there or pass --no-append-eod"
         )
@@ -240,7 +241,7 @@ def preprocess(
         finally:
             builder.data_file.close()
         if documents == 0:
-            raise ValueError(f"--input: the {len(files)} files hold no text; give other files")
+            raise UserError(f"--input: the {len(files)} files hold no text; give other files")
         builder.finalize(str(made["idx"]))
         # The index is what makes a data set: gone first, back last.
         final["idx"].unlink(missing_ok=True)

@@ -27,6 +27,7 @@ from megatron_espo.data.tokenizer import (
     encode_prompt,
     render_chat,
 )
+from megatron_espo.errors import UserError
 
 if TYPE_CHECKING:
     from megatron.core.datasets.utils import Split
@@ -74,10 +75,10 @@ class SftDataset(Dataset[dict[str, Tensor]]):
             split: what the rows are for; Megatron's data loader picks its batch size by it.
 
         Raises:
-            ValueError: a line is not an example or does not fit.
+            UserError: a line is not an example or does not fit.
         """
         if completion_length is not None and not 0 < completion_length <= seq_length:
-            raise ValueError(
+            raise UserError(
                 f"--sft-completion-length {completion_length} must lie between 1 and "
                 f"--seq-length {seq_length}"
             )
@@ -92,7 +93,7 @@ class SftDataset(Dataset[dict[str, Tensor]]):
                 example = replace(example, completion=example.completion[:-1])
             problem = _misfit(example, seq_length, completion_length)
             if problem and not skip_long:
-                raise ValueError(f"{path}:{example.line}: {problem} or pass --sft-skip-long")
+                raise UserError(f"{path}:{example.line}: {problem} or pass --sft-skip-long")
             if problem:
                 self.num_skipped += 1
                 continue
@@ -100,7 +101,7 @@ class SftDataset(Dataset[dict[str, Tensor]]):
             starts.append(len(tokens))
             prompts.append(len(example.prompt))
         if not prompts:
-            raise ValueError(
+            raise UserError(
                 f"{path}: none of the {self.num_skipped} examples fits; raise --seq-length "
                 f"{seq_length} or --sft-completion-length {completion_length}"
             )
@@ -185,15 +186,15 @@ def read_examples(
         The examples in the order of the file, of any length.
 
     Raises:
-        ValueError: naming file and line, when a line is not an example.
+        UserError: naming file and line, when a line is not an example.
     """
     for number, record in read_jsonl(path):
         try:
             prompt, completion = _tokenize(record, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+        except UserError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
         if ids.mask_token_id in prompt or ids.mask_token_id in completion:
-            raise ValueError(f"{path}:{number}: spells the mask token; take it out of the text")
+            raise UserError(f"{path}:{number}: spells the mask token; take it out of the text")
         if completion[-1:] != [ids.eos_token_id]:
             completion.append(ids.eos_token_id)
         yield SftExample(number, prompt, completion)
@@ -208,9 +209,9 @@ def _tokenize(
         return _tokenize_chat(messages, tokenizer)
     prompt, completion = record.get("prompt"), record.get("completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise ValueError('needs the texts "prompt" and "completion", or "messages"; add them')
+        raise UserError('needs the texts "prompt" and "completion", or "messages"; add them')
     if not completion:
-        raise ValueError("the completion is empty; remove the line")
+        raise UserError("the completion is empty; remove the line")
     return encode_prompt(tokenizer, prompt), encode(tokenizer, completion)
 
 
@@ -219,13 +220,13 @@ def _tokenize_chat(
 ) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation's prompt and of its last turn."""
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
-        raise ValueError('"messages" must be a list of {"role", "content"}; correct it')
+        raise UserError('"messages" must be a list of {"role", "content"}; correct it')
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
-        raise ValueError('"messages" must hold a prompt and end with an assistant message; add it')
+        raise UserError('"messages" must hold a prompt and end with an assistant message; add it')
     whole = render_chat(tokenizer, messages, generation_header=False)
     prompt = render_chat(tokenizer, messages[:-1], generation_header=True)
     if not whole.startswith(prompt):
-        raise ValueError(
+        raise UserError(
             "the chat template writes the prompt differently once it is answered; use a template "
             "that does not"
         )

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.data.jsonl import read_text
+from megatron_espo.errors import UserError
 
 MASK, END_OF_TEXT, START_OF_TEXT = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
 START_HEADER, END_HEADER, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -77,11 +78,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         The tokenizer.
 
     Raises:
-        ValueError: the folder is missing or holds no tokenizer that transformers can load.
+        UserError: the folder is missing or holds no tokenizer that transformers can load.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {path}: no such folder; give a local Hugging Face tokenizer "
             "folder, for example one made by tools/make_tokenizer.py"
         )
@@ -91,9 +92,9 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         )
     # Whatever a broken folder makes transformers raise means the same to the user.
     except Exception as error:
-        raise ValueError(f"--tokenizer-model {path}: {_why_not_loaded(folder)}") from error
+        raise UserError(f"--tokenizer-model {path}: {_why_not_loaded(folder)}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"--tokenizer-model {path}: not a fast tokenizer; add its tokenizer.json")
+        raise UserError(f"--tokenizer-model {path}: not a fast tokenizer; add its tokenizer.json")
     return tokenizer
 
 
@@ -123,11 +124,11 @@ def train_tokenizer(files: Sequence[str | Path], vocab_size: int) -> PreTrainedT
         A tokenizer of exactly ``vocab_size`` ids.
 
     Raises:
-        ValueError: the text or the size does not allow that, or a file cannot be read.
+        UserError: the text or the size does not allow that, or a file cannot be read.
     """
     smallest = _NUM_BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
-        raise ValueError(f"--vocab-size {vocab_size}: give at least {smallest}")
+        raise UserError(f"--vocab-size {vocab_size}: give at least {smallest}")
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -138,7 +139,7 @@ def train_tokenizer(files: Sequence[str | Path], vocab_size: int) -> PreTrainedT
     learner.train_from_iterator(map(read_text, files), trainer)
     tokenizer = _build(json.loads(learner.to_str())["model"]["merges"])
     if len(tokenizer) != vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--vocab-size {vocab_size}: the text of --train yields only {len(tokenizer)} ids; "
             "lower the size or give more text"
         )
@@ -149,7 +150,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     """Write a tokenizer folder in one step, so that an interrupted run leaves none.
 
     Raises:
-        ValueError: the folder holds something already.
+        UserError: the folder holds something already.
     """
     with atomic_folder(folder) as partial:
         tokenizer.save_pretrained(str(partial))
@@ -164,11 +165,11 @@ def copy_tokenizer(source: Path, target: Path, tokenizer_class: str | None = Non
         tokenizer_class: transformers' class that does the work of the folder's own code.
 
     Raises:
-        ValueError: the folder has no tokenizer, or it cannot be loaded.
+        UserError: the folder has no tokenizer, or it cannot be loaded.
     """
     found = [source / name for name in _FILES if (source / name).is_file()]
     if not {"tokenizer.json", "vocab.json"} & {path.name for path in found}:
-        raise ValueError(f"{source}: holds no tokenizer.json; pass --tokenizer-model FOLDER.")
+        raise UserError(f"{source}: holds no tokenizer.json; pass --tokenizer-model FOLDER.")
     with tempfile.TemporaryDirectory() as scratch:
         # Without the model's config.json, which asks for code of its own, too.
         for path in found:
@@ -180,8 +181,8 @@ def copy_tokenizer(source: Path, target: Path, tokenizer_class: str | None = Non
                 config.write_text(json.dumps({**settings, "tokenizer_class": tokenizer_class}))
         try:
             tokenizer = load_tokenizer(scratch)
-        except ValueError as error:
-            raise ValueError(f"{source}: {_why_not_loaded(Path(scratch))}") from error
+        except UserError as error:
+            raise UserError(f"{source}: {_why_not_loaded(Path(scratch))}") from error
         save_tokenizer(tokenizer, target)
 
 
@@ -226,24 +227,24 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, mask_token_id: int | None = 
         The ids; without a padding token, padding is the end of sequence.
 
     Raises:
-        ValueError: there is no mask or end-of-sequence token, or the mask token cannot be one.
+        UserError: there is no mask or end-of-sequence token, or the mask token cannot be one.
     """
     name = tokenizer.name_or_path or "the tokenizer"
     mask = tokenizer.mask_token_id if mask_token_id is None else mask_token_id
     eos = tokenizer.eos_token_id
     if eos is None:
-        raise ValueError(
+        raise UserError(
             f'{name} defines no end-of-sequence token; set "eos_token" in its tokenizer_config.json'
         )
     if mask is None:
-        raise ValueError(
+        raise UserError(
             f"{name} defines no mask token; pass --mask-token-id (LLaDA 126336, Dream 151666)"
         )
     added = tokenizer.get_added_vocab()
     pad = eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     stops = tuple(dict.fromkeys([eos, *(added[end] for end in TURN_ENDS if end in added)]))
     if mask in (pad, *stops):
-        raise ValueError(
+        raise UserError(
             f"--mask-token-id {mask} pads or ends a text of {name}; give an id of its own"
         )
     return SpecialIds(mask, eos, pad, stops)
@@ -272,15 +273,15 @@ def render_chat(
         The text, special tokens included.
 
     Raises:
-        ValueError: there is no message or no chat template, or the template refuses the messages.
+        UserError: there is no message or no chat template, or the template refuses the messages.
     """
     if not messages:
-        raise ValueError("the conversation has no message; give at least one")
+        raise UserError("the conversation has no message; give at least one")
     for message in messages:
         if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise ValueError(f'the message {dict(message)!r} needs a text "role" and "content"')
+            raise UserError(f'the message {dict(message)!r} needs a text "role" and "content"')
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {tokenizer.name_or_path} has no chat template; give prompts as "
             "plain text or add a chat_template.jinja to the folder"
         )
@@ -291,7 +292,7 @@ def render_chat(
             add_generation_prompt=generation_header,
         )
     except jinja2.TemplateError as error:
-        raise ValueError(
+        raise UserError(
             f"the chat template refuses the conversation ({error}); change its messages"
         ) from error
     return str(text)
@@ -311,7 +312,7 @@ def encode_prompt(
         The token ids, without special tokens that the text or the format does not write itself.
 
     Raises:
-        ValueError: the messages cannot be written in the chat format.
+        UserError: the messages cannot be written in the chat format.
     """
     if isinstance(prompt, str):
         return encode(tokenizer, prompt)

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Mapping, Sequence
 
 from megatron_espo.doctor.finding import GB, Finding, Gpu, dotted
+from megatron_espo.errors import UserError
 
 _BF16_CAPABILITY = (8, 0)
 _SHARED_MEMORY_PER_GPU = GB
@@ -172,7 +173,7 @@ def sandbox_mode() -> str | None:
 
     try:
         return sandbox.start_line()
-    except ValueError:
+    except UserError:
         return None
 
 

@@ -33,7 +33,7 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
         The plan; None on all ranks but the first, which say nothing.
 
     Raises:
-        ValueError: The run cannot work; one sentence with the flag to change.
+        UserError: The run cannot work; one sentence with the flag to change.
     """
     if os.environ.get("RANK", "0") != "0":
         return None

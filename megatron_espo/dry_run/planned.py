@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
+from megatron_espo.errors import UserError
 from megatron_espo.recipes import expand_recipes, last_value
 
 
@@ -13,7 +14,7 @@ def is_dry_run(argv: Sequence[str]) -> bool:
     """Whether the command line, recipes included, asks for a dry run.
 
     Raises:
-        ValueError: a recipe does not exist.
+        UserError: a recipe does not exist.
     """
     return "--dry-run" in expand_recipes(argv)
 
@@ -30,12 +31,12 @@ def planned_world_size(flags: Sequence[str], environment: Mapping[str, str]) -> 
         else NNODES (1) x GPUS_PER_NODE (8).
 
     Raises:
-        ValueError: a value is no number.
+        UserError: a value is no number.
     """
     given = last_value(flags, "--dry-run-world-size")
     if given is not None:
         if not given.isdigit():
-            raise ValueError(f"--dry-run-world-size {given} is no number of GPUs.")
+            raise UserError(f"--dry-run-world-size {given} is no number of GPUs.")
         return int(given)
     if environment.get("WORLD_SIZE", "1") != "1":
         return positive_number(environment, "WORLD_SIZE", 1)
@@ -53,11 +54,11 @@ def positive_number(environment: Mapping[str, str], name: str, default: int) -> 
         default: where it is not set.
 
     Raises:
-        ValueError: it is something else.
+        UserError: it is something else.
     """
     value = environment.get(name) or str(default)
     if not value.isdigit() or int(value) < 1:
-        raise ValueError(f"the environment's {name} is {value!r}; set a positive number.")
+        raise UserError(f"the environment's {name} is {value!r}; set a positive number.")
     return int(value)
 
 

@@ -27,6 +27,7 @@ from megatron_espo.dry_run.planned import planned_world_size, positive_number, q
 from megatron_espo.dry_run.record import Rank
 from megatron_espo.dry_run.roofline import Ceilings
 from megatron_espo.dry_run.simulated_text import estimate, failures, refusals, report
+from megatron_espo.errors import UserError
 from megatron_espo.plan.plan import PEAK_FLOPS
 from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.startup.arguments import config_from_args, plan_arguments
@@ -73,14 +74,14 @@ def simulate(
         The simulated ranks.
 
     Raises:
-        ValueError: A rank failed, a GPU would refuse something, ranks would wait for each other,
+        UserError: A rank failed, a GPU would refuse something, ranks would wait for each other,
             or this machine cannot simulate.
     """
     if (reason := support.check()) is not None:
-        raise ValueError(reason)
+        raise UserError(reason)
     with_te = args.transformer_impl == "transformer_engine"
     if with_te and support.transformer_engine_folder() is None:
-        raise ValueError(
+        raise UserError(
             "--simulate takes Transformer Engine's own Python layer, which is not here: `make te` "
             "installs it, or pass --transformer-impl local."
         )
@@ -116,7 +117,7 @@ def make_job(
         The job.
 
     Raises:
-        ValueError: --simulate-ranks names a rank that the run does not have.
+        UserError: --simulate-ranks names a rank that the run does not have.
     """
     config = config_from_args(SimulateConfig, args)
     target, flags = _target(module, argv)
@@ -150,7 +151,7 @@ def conclude(
         peaks: the plan's own peaks of the pipeline stages in bytes, without its reserve.
 
     Raises:
-        ValueError: A rank failed, a GPU would refuse something, or ranks would wait for each other.
+        UserError: A rank failed, a GPU would refuse something, or ranks would wait for each other.
     """
     config = config_from_args(SimulateConfig, args)
     shown = set(_stage_ranks(args)) if config.ranks is None else set(job.ranks)
@@ -172,7 +173,7 @@ def conclude(
     if config.compare:
         mismatch = find_mismatch(found)
         if mismatch is not None:
-            raise ValueError(f"this plan would hang: {mismatch}.")
+            raise UserError(f"this plan would hang: {mismatch}.")
         number = sum(len(rank.trace) for rank in found)
         print(f"Compared: {number:,} collectives of {len(found)} ranks agree.", flush=True)
 
@@ -192,12 +193,12 @@ def simulate_inference(
         prepare: checks and completes the parsed arguments.
 
     Raises:
-        ValueError: --simulate is missing, or as :func:`simulate`.
+        UserError: --simulate is missing, or as :func:`simulate`.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     if "--simulate" not in argv:
-        raise ValueError("--dry-run of this tool needs --simulate; add it.")
+        raise UserError("--dry-run of this tool needs --simulate; add it.")
     load = last_value(rest, "--load")
     # Without a checkpoint the command line says the shape.
     shape = ["--use-checkpoint-args"] if has_checkpoint(load) else []
@@ -218,7 +219,7 @@ def run_jobs(jobs: Sequence[Job]) -> list[list[Rank]]:
         The ranks of each job, in its order.
 
     Raises:
-        ValueError: The process failed before a rank began.
+        UserError: The process failed before a rank began.
     """
     files = [Path(job.folder) / "job.json" for job in jobs]
     for job, file in zip(jobs, files, strict=True):
@@ -253,7 +254,7 @@ def _read(folder: Path, number: int, said: str) -> Rank:
     log = folder / f"rank{number}.log"
     text = log.read_text("utf-8", "replace") if log.exists() else said
     last = next((line for line in reversed(text.splitlines()) if line.strip()), "nothing")
-    raise ValueError(f"the simulation of rank {number} ended early; it said last: {last}")
+    raise UserError(f"the simulation of rank {number} ended early; it said last: {last}")
 
 
 def without_own_flags(flags: Sequence[str]) -> list[str]:
@@ -281,15 +282,13 @@ def chosen_ranks(args: argparse.Namespace, config: SimulateConfig) -> list[int]:
         Their numbers, ascending.
 
     Raises:
-        ValueError: one of them is not of the run.
+        UserError: one of them is not of the run.
     """
     world = args.world_size
     if config.ranks is not None:
         ranks = sorted({int(rank) for rank in config.ranks.split(",")})
         if ranks[-1] >= world:
-            raise ValueError(
-                f"--simulate-ranks {config.ranks}: the run has ranks 0 to {world - 1}."
-            )
+            raise UserError(f"--simulate-ranks {config.ranks}: the run has ranks 0 to {world - 1}.")
         return ranks
     if not config.compare:
         return _stage_ranks(args)
@@ -432,7 +431,7 @@ def _refuse(found: Sequence[Rank]) -> None:
     problems = failures(found) or refusals(found)
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ValueError(f"the simulated job failed: {problems[0]}{more}")
+        raise UserError(f"the simulated job failed: {problems[0]}{more}")
 
 
 def is_simulation(args: argparse.Namespace) -> bool:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_espo.errors import UserError
+
 SEEN_WITH = "2.15"
 # Where `make te` puts Transformer Engine's Python layer.
 FOLDER = Path(sys.prefix) / "transformer_engine_python"
@@ -40,7 +42,7 @@ def primary_context_slot() -> int:
         if "hasPrimaryContext" in line:
             return place
         place += 2 if "~" in line else 1  # a destructor has two
-    raise ValueError(f"{header} names no hasPrimaryContext")
+    raise UserError(f"{header} names no hasPrimaryContext")
 
 
 def transformer_engine_folder() -> Path | None:

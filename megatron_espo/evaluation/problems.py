@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig
 from megatron_espo.data.tokenizer import encode_prompt
+from megatron_espo.errors import UserError
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.tasks import Task, load_task
-from megatron_espo.tasks.base import Example
+from megatron_espo.tasks.base import Example, read_examples
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ def load_workers(espo: EspoConfig) -> Task:
         The task, which says on a start line how it is guarded if it has to be.
 
     Raises:
-        ValueError: there is no such task.
+        UserError: there is no such task.
     """
     task = load_task(espo.task, flag="--espo-task")
     if not espo.reward_workers:
@@ -59,10 +60,13 @@ def load_task_data(
 
     Returns:
         The data, or None without a path.
+
+    Raises:
+        UserError: naming the line of the file, or a prompt that does not fit.
     """
     if path is None:
         return None
-    examples = task.read(path)
+    examples = read_examples(task, path)
     examples = examples[:count] if count else examples
     room = args.seq_length - args.rollout_completion_length
     return TaskData(examples, encode_examples(tokenizer, examples, room, path))
@@ -83,12 +87,12 @@ def encode_examples(
         Token ids per example.
 
     Raises:
-        ValueError: for a prompt that is empty or does not fit; prompts are never cut.
+        UserError: for a prompt that is empty or does not fit; prompts are never cut.
     """
     encoded = [tuple(encode_prompt(tokenizer, example.prompt)) for example in examples]
     for number, ids in enumerate(encoded, start=1):
         if not 0 < len(ids) <= room:
-            raise ValueError(
+            raise UserError(
                 f"{source}: the prompt of problem {number} has {len(ids)} tokens but 1 to {room} "
                 "fit; raise --seq-length, lower --rollout-completion-length or drop the problem."
             )

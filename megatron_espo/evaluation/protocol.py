@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -66,29 +67,29 @@ def read_protocol(
         The protocol; its settings are not validated against the model.
 
     Raises:
-        ValueError: naming the flag.
+        UserError: naming the flag.
     """
     flags = {argument.split("=")[0] for argument in given}
     if "--rollout-temperature" in flags:
-        raise ValueError(
+        raise UserError(
             "--rollout-temperature has no effect here: an evaluation is greedy unless "
             "--eval-temperature says otherwise."
         )
     for flag in ("--rollout-completion-length", "--rollout-denoising-steps"):
         if options.eval_lengths is not None and flag in flags:
-            raise ValueError(f"{flag} follows from --eval-lengths; leave one of them out.")
+            raise UserError(f"{flag} follows from --eval-lengths; leave one of them out.")
     samples, temperature = options.eval_num_samples, options.eval_temperature
     if samples < 1:
-        raise ValueError(f"--eval-num-samples {samples} must be at least 1.")
+        raise UserError(f"--eval-num-samples {samples} must be at least 1.")
     if samples > 1 and not temperature > 0.0:
-        raise ValueError(
+        raise UserError(
             f"--eval-num-samples {samples}: greedy samples of a problem would all be the same; "
             "set --eval-temperature."
         )
     ks = options.eval_pass_at_k or ([1, samples] if samples > 1 else [])
     for k in ks:
         if not 1 <= k <= samples:
-            raise ValueError(
+            raise UserError(
                 f"--eval-pass-at-k {k} needs {k} samples per problem; raise --eval-num-samples "
                 f"{samples}."
             )
@@ -106,7 +107,7 @@ def read_protocol(
 def _published(rollout: RolloutConfig, length: int, tokens_per_step: int) -> RolloutConfig:
     """The published protocol: greedy, blocks of 32, steps = length / 2."""
     if length < 1 or tokens_per_step < 1 or length % tokens_per_step:
-        raise ValueError(
+        raise UserError(
             f"--eval-lengths {length} is not a multiple of --eval-tokens-per-step "
             f"{tokens_per_step}; change one of them."
         )

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.errors import UserError
 from megatron_espo.evaluation.completing import complete_problems
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.protocol import Protocol
@@ -51,19 +52,19 @@ def evaluate(
         A summary per length on the reporting rank, nothing on the others.
 
     Raises:
-        ValueError: the store cannot be opened, on every rank.
+        UserError: the store cannot be opened, on every rank.
     """
     layout = model.layout
     store, error = None, None
     if layout.is_reporter and open_store is not None:
         try:
             store = open_store()
-        except ValueError as caught:
+        except UserError as caught:
             error = str(caught)
     finished = {} if store is None else dict(store.records)
     error, done = _from_reporter((error, set(finished)), layout)
     if error:
-        raise ValueError(error)
+        raise UserError(error)
     items = [(p, s) for s in range(protocol.num_samples) for p in range(len(data.examples))]
     summaries = []
     try:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from megatron_espo.errors import UserError
+
 # Half of the width of a 95% interval of the normal distribution.
 _Z = 1.959963984540054
 
@@ -47,10 +49,10 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         The estimate.
 
     Raises:
-        ValueError: k is not between 1 and n.
+        UserError: k is not between 1 and n.
     """
     if not 1 <= k <= num_samples:
-        raise ValueError(
+        raise UserError(
             f"pass@{k} needs at least {k} samples per problem, there are {num_samples}."
         )
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)

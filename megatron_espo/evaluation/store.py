@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.errors import UserError
 from megatron_espo.evaluation.statistics import Record
 
 COMPLETIONS = "completions.jsonl"
@@ -32,7 +33,7 @@ class CompletionStore:
                 may gain keys from run to run; all else must be what it was.
 
         Raises:
-            ValueError: the folder holds another evaluation, a broken line, or is in use.
+            UserError: the folder holds another evaluation, a broken line, or is in use.
         """
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +42,7 @@ class CompletionStore:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ValueError(f"--out {folder}: another evaluation is writing there.") from error
+            raise UserError(f"--out {folder}: another evaluation is writing there.") from error
         self._keep_settings(dict(settings))
         self.records = {record.key: record for record in self._read(path)}
 
@@ -75,7 +76,7 @@ class CompletionStore:
             ]  # fmt: skip
             if differing:
                 name = min(differing)
-                raise ValueError(
+                raise UserError(
                     f"--out {self._folder}: holds an evaluation with another {name}"
                     f"{_both(before, settings, name)}; choose another folder."
                 )
@@ -94,7 +95,7 @@ class CompletionStore:
             try:
                 records.append(Record(**json.loads(line)))
             except (ValueError, TypeError) as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}:{number}: is no completion of an evaluation; remove the line or "
                     "choose another --out."
                 ) from error

@@ -24,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_espo.errors import UserError
 from megatron_espo.passes.state import PassState, current_pass
 
 
@@ -43,7 +44,7 @@ class BidirectionalAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.softmax_type != "vanilla" or config.window_size is not None:
-            raise ValueError(
+            raise UserError(
                 "masked-diffusion models attend to the whole sequence with a plain softmax; leave "
                 "out --softmax-type and --window-size."
             )

@@ -22,6 +22,8 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_espo.errors import UserError
+
 Phases = Literal["both", "rollout", "elbo"]
 Phase = Literal["rollout", "elbo"]
 
@@ -77,19 +79,19 @@ def check_arguments(args: argparse.Namespace) -> None:
         args: Megatron's arguments after its own validation.
 
     Raises:
-        ValueError: naming the flag to change.
+        UserError: naming the flag to change.
     """
     if not args.fp8:
         return
     if not args.bf16:
-        raise ValueError(f"--fp8-format {args.fp8}: what is not FP8 computes in bf16; add --bf16.")
+        raise UserError(f"--fp8-format {args.fp8}: what is not FP8 computes in bf16; add --bf16.")
     if args.fp8_output_proj:
-        raise ValueError(
+        raise UserError(
             "--fp8-output-proj: log-probabilities need the output head in higher precision; leave "
             "it out."
         )
     if args.fp8_recipe == "delayed" and (args.save or args.load) and not opens_pickles():
-        raise ValueError(
+        raise UserError(
             "--fp8-recipe delayed keeps its scales in checkpoints as pickles, which Transformer "
             "Engine refuses to open, so that the run could not be resumed; use tensorwise or "
             f"blockwise, or set {OPEN_PICKLES}=1 if nobody else can write to --save."
@@ -97,7 +99,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     needed, tp = alignment(args.fp8_recipe), args.tensor_model_parallel_size
     for flag, size in _layer_dimensions(args).items():
         if size % (needed * tp):
-            raise ValueError(
+            raise UserError(
                 f"{flag} gives a layer dimension of {size}, which --fp8-recipe {args.fp8_recipe} "
                 f"cannot split over --tensor-model-parallel-size {tp}: it must be a multiple of "
                 f"{needed} on every rank."
@@ -118,11 +120,11 @@ def check_stored(stored: argparse.Namespace, transformer_impl: str, source: str)
         source: flag and folder.
 
     Raises:
-        ValueError: it was trained with delayed scaling.
+        UserError: it was trained with delayed scaling.
     """
     delayed = getattr(stored, "fp8", None) and getattr(stored, "fp8_recipe", None) == "delayed"
     if delayed and transformer_impl == "transformer_engine" and not opens_pickles():
-        raise ValueError(
+        raise UserError(
             f"{source} was trained with --fp8-recipe delayed and holds pickles, which Transformer "
             f"Engine refuses to open; set {OPEN_PICKLES}=1 if you trust who wrote it, or use "
             "--transformer-impl local."
@@ -150,19 +152,19 @@ def check_policy_arguments(args: argparse.Namespace, phases: Phases) -> None:
         phases: --espo-fp8-phases.
 
     Raises:
-        ValueError: naming the flag to change.
+        UserError: naming the flag to change.
     """
     if not args.fp8:
         if phases != "both":
-            raise ValueError(f"--espo-fp8-phases {phases} needs --fp8-format; leave one out.")
+            raise UserError(f"--espo-fp8-phases {phases} needs --fp8-format; leave one out.")
         return
     if args.fp8_recipe not in STATELESS_RECIPES:
-        raise ValueError(
+        raise UserError(
             f"--fp8-recipe {args.fp8_recipe} carries scales from call to call, so that ratios of "
             f"unchanged weights would differ from 1; use one of {', '.join(STATELESS_RECIPES)}."
         )
     if args.fp8_param_gather:
-        raise ValueError(
+        raise UserError(
             "--fp8-param-gather keeps the weights in FP8, and mixing or swapping the reference "
             "policy would round them; leave it out."
         )
@@ -175,7 +177,7 @@ def check_device(recipe: str) -> None:
         recipe: FP8 recipe.
 
     Raises:
-        ValueError: with Transformer Engine's own reason.
+        UserError: with Transformer Engine's own reason.
     """
     manager = _quantization().FP8GlobalStateManager
     ask = {
@@ -184,7 +186,7 @@ def check_device(recipe: str) -> None:
     }.get(recipe, manager.is_fp8_available)
     available, reason = ask()
     if not available:
-        raise ValueError(f"--fp8-recipe {recipe} does not run on this GPU: {reason}")
+        raise UserError(f"--fp8-recipe {recipe} does not run on this GPU: {reason}")
 
 
 def _quantization() -> Any:

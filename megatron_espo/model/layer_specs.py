@@ -10,6 +10,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_espo.errors import UserError
 from megatron_espo.model.attention import (
     BidirectionalAttention,
     selecting_bias_dropout_add,
@@ -36,7 +37,7 @@ class RMSNorm(torch.nn.RMSNorm):
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
         if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
-            raise ValueError(
+            raise UserError(
                 "masked-diffusion models use plain RMS norms; pass --normalization RMSNorm "
                 "without --apply-layernorm-1p."
             )

@@ -4,6 +4,7 @@ A flag given on the command line wins over the preset's. The published shapes ar
 models' config.json.
 """
 
+from megatron_espo.errors import UserError
 from megatron_espo.recipes import last_value
 
 _COMMON = (
@@ -46,11 +47,11 @@ def expand_preset(argv: list[str]) -> list[str]:
         The preset's flags followed by ``argv``.
 
     Raises:
-        ValueError: for an unknown preset.
+        UserError: for an unknown preset.
     """
     if not any(argument.partition("=")[0] == "--preset" for argument in argv):
         return argv
     name = last_value(argv, "--preset") or ""
     if name not in PRESETS:
-        raise ValueError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}.")
+        raise UserError(f"--preset {name}: unknown; choose one of {', '.join(PRESETS)}.")
     return [*PRESETS[name].split(), *argv]

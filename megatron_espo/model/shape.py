@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_espo.errors import UserError
+
 
 def query_groups(args: argparse.Namespace) -> int:
     """Read the key/value heads from Megatron's arguments; without grouped queries all heads."""
@@ -139,24 +141,24 @@ class Config:
         """Read a positive number.
 
         Raises:
-            ValueError: naming the field.
+            UserError: naming the field.
         """
         value = self.fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f'{self.source}: "{name}" is {value!r}; a positive number is needed.')
+            raise UserError(f'{self.source}: "{name}" is {value!r}; a positive number is needed.')
         if kind is int and value != int(value):
-            raise ValueError(f'{self.source}: "{name}" is {value!r}; a whole number is needed.')
+            raise UserError(f'{self.source}: "{name}" is {value!r}; a whole number is needed.')
         return kind(value)
 
     def token(self, name: str, vocab_size: int) -> int:
         """Read a token id.
 
         Raises:
-            ValueError: naming the field.
+            UserError: naming the field.
         """
         value = self.fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise ValueError(
+            raise UserError(
                 f'{self.source}: "{name}" is {value!r}; a token id below {vocab_size} is needed.'
             )
         return value
@@ -169,12 +171,12 @@ class Config:
             allowed: the values that are supported.
 
         Raises:
-            ValueError: naming the field.
+            UserError: naming the field.
         """
         value = self.fields.get(name, allowed[0])
         if not any(value == one and type(value) is type(one) for one in allowed):
             wanted = " or ".join(repr(one) for one in allowed)
-            raise ValueError(
+            raise UserError(
                 f'{self.source}: "{name}" is {value!r}, which is not supported; it must be '
                 f"{wanted}."
             )
@@ -194,18 +196,18 @@ def check_heads(shape: ModelShape, source: str, heads: str, groups: str, hidden:
         The shape.
 
     Raises:
-        ValueError: naming the field.
+        UserError: naming the field.
     """
     if shape.hidden_size % shape.num_attention_heads:
-        raise ValueError(
+        raise UserError(
             f'{source}: "{hidden}" {shape.hidden_size} is not divisible by "{heads}" '
             f"{shape.num_attention_heads}."
         )
     if shape.num_attention_heads % shape.num_query_groups:
-        raise ValueError(
+        raise UserError(
             f'{source}: "{heads}" {shape.num_attention_heads} is not divisible by "{groups}" '
             f"{shape.num_query_groups}."
         )
     if shape.rotary_base != int(shape.rotary_base):
-        raise ValueError(f'{source}: "rope_theta" {shape.rotary_base} must be a whole number.')
+        raise UserError(f'{source}: "rope_theta" {shape.rotary_base} must be a whole number.')
     return dataclasses.replace(shape, rotary_base=int(shape.rotary_base))

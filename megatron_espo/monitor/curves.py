@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_espo.errors import UserError
+
 Curve = tuple[list[int], list[float]]
 
 TIME_DEPENDENT = ("time/", "performance/", "hardware/")
@@ -91,7 +93,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
         names = ["/".join(folder.resolve().parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
-    raise ValueError(f"{folders[0]}: is given twice; give different runs.")
+    raise UserError(f"{folders[0]}: is given twice; give different runs.")
 
 
 def read_scalars(folder: Path) -> dict[str, Curve]:
@@ -104,13 +106,13 @@ def read_scalars(folder: Path) -> dict[str, Curve]:
         Steps and values by name.
 
     Raises:
-        ValueError: if there is nothing to draw.
+        UserError: if there is nothing to draw.
     """
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     names = events.Tags()["scalars"]
     if not names:
-        raise ValueError(f"{folder}: no TensorBoard scalars there; pass a run's folder.")
+        raise UserError(f"{folder}: no TensorBoard scalars there; pass a run's folder.")
     curves = {}
     for name in names:
         points = events.Scalars(name)

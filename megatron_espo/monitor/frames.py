@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
+from megatron_espo.errors import UserError
 from megatron_espo.monitor.denoising import Piece
 
 _WIDTH, _NARROWEST, _MARGIN, _SIZE = 76, 32, 18, 17
@@ -31,7 +32,7 @@ def save_frames(path: Path, prompt: str, story: Story) -> int:
         Pictures drawn.
 
     Raises:
-        ValueError: the path cannot be written.
+        UserError: the path cannot be written.
     """
     # Equal sizes, so that an animation does not jump.
     layouts = [_lines(pieces) for _, pieces in story]
@@ -65,17 +66,17 @@ def save_frames(path: Path, prompt: str, story: Story) -> int:
             image.save(path / f"step{step:04d}.png")
         return len(story)
     except OSError as error:
-        raise ValueError(f"--save-frames {path}: cannot be written ({error.strerror}).") from error
+        raise UserError(f"--save-frames {path}: cannot be written ({error.strerror}).") from error
 
 
 def check_frames_path(path: Path) -> None:
     """Refuse a name whose kind of picture is not known.
 
     Raises:
-        ValueError: the name ends like another kind of file.
+        UserError: the name ends like another kind of file.
     """
     if path.suffix.lower() not in ("", ".gif", ".png"):
-        raise ValueError(
+        raise UserError(
             f"--save-frames {path}: give a name that ends in .gif (animation) or .png (sheet), or "
             "a folder (a picture per step)."
         )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.errors import UserError
 from megatron_espo.monitor.flops import (
     ModelDimensions,
     RolloutFlops,
@@ -154,7 +155,7 @@ def check_plan(plan: Plan) -> None:
         plan: the plan.
 
     Raises:
-        ValueError: saying what is too large and what to change.
+        UserError: saying what is too large and what to change.
     """
     memory = plan.peak
     if memory.total <= plan.gpu_memory:
@@ -177,7 +178,7 @@ def check_plan(plan: Plan) -> None:
         + (" or " if args.use_distributed_optimizer else " --use-distributed-optimizer or ")
         + "raise --pipeline-model-parallel-size",
     }
-    raise ValueError(
+    raise UserError(
         f"the plan needs {memory.total / GB:.1f} GB per GPU and does not fit "
         f"{plan.gpu_memory / GB:.0f} GB; {largest} take {parts[largest] / GB:.1f} GB: "
         f"{remedies[largest]}."

@@ -15,6 +15,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_espo.errors import UserError
 from megatron_espo.rl.pinned import host_copies
 
 
@@ -88,10 +89,10 @@ class ReferencePolicy:
             folder: the checkpoint.
 
         Raises:
-            ValueError: if it is missing.
+            UserError: if it is missing.
         """
         if not os.path.isdir(folder):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the checkpoint has no reference policy; resume with --espo-kl-coef 0 "
                 "or start from --pretrained-checkpoint."
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 from megatron_espo.checkpoint.tracker import espo_folder, reference_folder
 from megatron_espo.config import EspoConfig
 from megatron_espo.device import current_device
+from megatron_espo.errors import UserError
 from megatron_espo.parallel.layout import Layout, any_over_samples
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import RunState
@@ -111,13 +112,13 @@ def load_run_state(
         Where the run goes on.
 
     Raises:
-        ValueError: The checkpoint is not of an ESPO run, or of one with other settings.
+        UserError: The checkpoint is not of an ESPO run, or of one with other settings.
     """
     if step == 0 or root is None:
         return RunState(0)
     path = os.path.join(espo_folder(root, step), "state.pt")
     if not os.path.isfile(path):
-        raise ValueError(
+        raise UserError(
             f"--load {root}: iteration {step} was not written by an ESPO run; pass that folder "
             "with --pretrained-checkpoint and another one with --load and --save."
         )
@@ -125,7 +126,7 @@ def load_run_state(
     for name, ours in _shape(espo).items():
         matters = name == "updates_per_rollout" or state["rollout"] is not None
         if matters and state[name] != ours:
-            raise ValueError(
+            raise UserError(
                 f"--load {root}: the run was saved with --espo-{name.replace('_', '-')} "
                 f"{state[name]}, here it is {ours}; keep the run's value."
             )

@@ -37,6 +37,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from megatron_espo.errors import UserError
 from megatron_espo.sandbox.jail.channel import receive, send
 from megatron_espo.sandbox.jail.limits import MIB
 
@@ -91,14 +92,14 @@ def sandbox_mode() -> Mode:
     """Return the first mode that works here, found out by running a test in it.
 
     Raises:
-        ValueError: none works.
+        UserError: none works.
     """
     limits = Limits(test_seconds=_START_SECONDS, total_seconds=_START_SECONDS)
     for mode in MODES:
         with suppress(OSError):  # bwrap or unshare is not installed
             if run_tests(["def f(x): return x + 1"], ["assert f(1) == 2"], limits, mode) == [True]:
                 return mode
-    raise ValueError(
+    raise UserError(
         "generated code cannot be run in any sandbox on this machine; install bubblewrap, or run "
         "on Linux with a Python that an unprivileged process can start"
     )

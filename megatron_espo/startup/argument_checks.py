@@ -10,6 +10,7 @@ import torch
 
 from megatron_espo import device
 from megatron_espo.environment import check_environment, check_ranks, transformer_engine
+from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
 
 # Flags that need Transformer Engine, and whether they need its layers, too.
@@ -29,41 +30,41 @@ def check_layout(args: argparse.Namespace) -> None:
         args: parsed arguments.
 
     Raises:
-        ValueError: naming the flag to change.
+        UserError: naming the flag to change.
     """
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, world = args.context_parallel_size, args.world_size
     if world % (tp * pp * cp):
-        raise ValueError(
+        raise UserError(
             f"{world} ranks cannot be split into --tensor-model-parallel-size {tp} x "
             f"--pipeline-model-parallel-size {pp} x --context-parallel-size {cp}; start a multiple "
             f"of {tp * pp * cp} ranks or change the sizes."
         )
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
         if getattr(args, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')} is missing; pass it or a --preset.")
+            raise UserError(f"--{name.replace('_', '-')} is missing; pass it or a --preset.")
     if args.num_attention_heads % tp:
-        raise ValueError(
+        raise UserError(
             f"--num-attention-heads {args.num_attention_heads} is not divisible by "
             f"--tensor-model-parallel-size {tp}."
         )
     if args.group_query_attention and args.num_query_groups % tp and tp % args.num_query_groups:
-        raise ValueError(
+        raise UserError(
             f"--num-query-groups {args.num_query_groups} cannot be split over "
             f"--tensor-model-parallel-size {tp}."
         )
     if args.group_query_attention and tp > args.num_query_groups:
-        raise ValueError(
+        raise UserError(
             f"--tensor-model-parallel-size {tp} exceeds --num-query-groups "
             f"{args.num_query_groups}; use at most {args.num_query_groups}."
         )
     if args.ffn_hidden_size is not None and args.ffn_hidden_size % tp:
-        raise ValueError(
+        raise UserError(
             f"--ffn-hidden-size {args.ffn_hidden_size} is not divisible by "
             f"--tensor-model-parallel-size {tp}."
         )
     if args.vocab_size is not None and not args.pad_vocab_size and args.vocab_size % tp:
-        raise ValueError(
+        raise UserError(
             f"--vocab-size {args.vocab_size} is not divisible by --tensor-model-parallel-size "
             f"{tp}; leave out --no-pad-vocab-size."
         )
@@ -73,7 +74,7 @@ def check_layout(args: argparse.Namespace) -> None:
         or args.pipeline_model_parallel_layout
     )
     if not uneven and args.num_layers % pp:
-        raise ValueError(
+        raise UserError(
             f"--num-layers {args.num_layers} is not divisible by "
             f"--pipeline-model-parallel-size {pp}; change one, or set "
             "--decoder-first-pipeline-num-layers."
@@ -85,47 +86,47 @@ def _check_unsupported(args: argparse.Namespace) -> None:
     """Refuse what Megatron's flags offer and this package does not do."""
     cp = args.context_parallel_size
     if cp > 1 and args.rollout_cache != "none":
-        raise ValueError(
+        raise UserError(
             f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
             "none with --context-parallel-size above 1."
         )
     if cp > 1 and args.hierarchical_context_parallel_sizes:
-        raise ValueError(
+        raise UserError(
             "--hierarchical-context-parallel-sizes: the context-parallel ranks form one group; "
             "leave it out."
         )
     if args.defer_embedding_wgrad_compute:
-        raise ValueError(
+        raise UserError(
             "--defer-embedding-wgrad-compute keeps the states and gradients of every call of the "
             "output head, which reads the masked positions only; leave it out."
         )
     if args.num_experts is not None:
-        raise ValueError(
+        raise UserError(
             f"--num-experts {args.num_experts}: mixtures of experts are not supported; leave it "
             "out."
         )
     if args.expert_model_parallel_size > 1:
-        raise ValueError(
+        raise UserError(
             f"--expert-model-parallel-size {args.expert_model_parallel_size}: expert parallelism "
             "is not supported; use 1."
         )
     if args.transformer_impl == "inference_optimized":
-        raise ValueError(
+        raise UserError(
             "--transformer-impl inference_optimized: its layers cannot be trained; use "
             "transformer_engine or local."
         )
     if args.fp4:
-        raise ValueError(
+        raise UserError(
             f"--fp4-format {args.fp4}: rows are not padded for FP4; leave it out or use "
             "--fp8-format."
         )
     if args.use_megatron_fsdp:
-        raise ValueError(
+        raise UserError(
             "--use-megatron-fsdp: its checkpoints fit no other layout; use "
             "--use-distributed-optimizer."
         )
     if args.ckpt_format != "torch_dist":
-        raise ValueError(
+        raise UserError(
             f"--ckpt-format {args.ckpt_format}: checkpoints must fit every layout; use torch_dist."
         )
 
@@ -137,16 +138,16 @@ def check_backend(args: argparse.Namespace) -> None:
         args: parsed arguments; the FP8 recipe is chosen if there is none.
 
     Raises:
-        ValueError: naming the flag or the variable to change.
+        UserError: naming the flag or the variable to change.
     """
     if args.transformer_impl == "transformer_engine":
         if not device.has_cuda():
-            raise ValueError(
+            raise UserError(
                 "--transformer-impl transformer_engine needs a GPU; use local on this machine."
             )
         problem = transformer_engine().problem
         if problem is not None:
-            raise ValueError(
+            raise UserError(
                 f"--transformer-impl transformer_engine: {problem}, or use --transformer-impl "
                 "local."
             )
@@ -167,12 +168,12 @@ def _check_needs(args: argparse.Namespace) -> None:
         if not getattr(args, name):
             continue
         if layers and args.transformer_impl != "transformer_engine":
-            raise ValueError(f"{flag} needs --transformer-impl transformer_engine; leave it out.")
+            raise UserError(f"{flag} needs --transformer-impl transformer_engine; leave it out.")
         if not transformer_engine().usable:
-            raise ValueError(f"{flag}: {transformer_engine().problem}, or leave it out.")
+            raise UserError(f"{flag}: {transformer_engine().problem}, or leave it out.")
     again = args.recompute_modules or () if args.recompute_granularity == "selective" else ()
     if "layernorm" in again and not transformer_engine().usable:
-        raise ValueError(
+        raise UserError(
             f"--recompute-modules layernorm: {transformer_engine().problem}, or leave it out."
         )
 
@@ -184,10 +185,10 @@ def check_precision(args: argparse.Namespace) -> None:
         args: parsed arguments; the recipe is set.
 
     Raises:
-        ValueError: naming the flag to change.
+        UserError: naming the flag to change.
     """
     if args.fp8_recipe is None:
         # Megatron's optimizer reads the recipe even without FP8: there its own default stays.
         args.fp8_recipe = fp8.DEFAULT_RECIPE if args.fp8 else "delayed"
     if args.fp8 and args.transformer_impl != "transformer_engine":
-        raise ValueError("--fp8-format needs --transformer-impl transformer_engine.")
+        raise UserError("--fp8-format needs --transformer-impl transformer_engine.")

@@ -34,6 +34,7 @@ from megatron_espo.config import (
     SftConfig,
     SimulateConfig,
 )
+from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.recipes import expand_recipes
@@ -158,7 +159,7 @@ def initialize_arguments(
         Megatron's arguments, global from here on.
 
     Raises:
-        ValueError: one sentence that names the flag or file.
+        UserError: one sentence that names the flag or file.
     """
     args = _parse(argv, add_arguments)
     for path in (args.load, args.pretrained_checkpoint):
@@ -169,7 +170,7 @@ def initialize_arguments(
     check_backend(args)
     prepare(args)
     if args.tokenizer_model is None or not os.path.isdir(args.tokenizer_model):
-        raise ValueError(
+        raise UserError(
             f"--tokenizer-model {args.tokenizer_model}: pass a folder with a Hugging Face "
             "tokenizer (tools/make_tokenizer.py makes one)."
         )
@@ -197,7 +198,7 @@ def plan_arguments(
         Megatron's arguments.
 
     Raises:
-        ValueError: one sentence that names the flag.
+        UserError: one sentence that names the flag.
     """
     args = _parse(argv, partial(add_arguments, on_gpus=True))
     args.rank, args.world_size = 0, world_size
@@ -206,7 +207,7 @@ def plan_arguments(
     check_precision(args)
     prepare(args)
     if args.vocab_size is None:
-        raise ValueError("--vocab-size is missing; a dry run reads no tokenizer: pass it.")
+        raise UserError("--vocab-size is missing; a dry run reads no tokenizer: pass it.")
     _validate(args)
     return args
 
@@ -232,7 +233,7 @@ def _validate(args: argparse.Namespace) -> None:
         args.gradient_accumulation_fusion = False
     steps = args.lr_decay_iters or args.train_iters
     if steps and args.lr_warmup_iters >= steps:
-        raise ValueError(
+        raise UserError(
             f"--lr-warmup-iters {args.lr_warmup_iters} must be fewer than the {steps} steps of the "
             "learning-rate schedule."
         )
@@ -247,10 +248,12 @@ def _validate(args: argparse.Namespace) -> None:
         )
     try:
         validate_args(args)
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         # Many of Megatron's assertions carry no message: then the line says what is wanted.
         wanted = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
-        raise ValueError(f"Megatron refuses these arguments: {wanted}") from error
+        raise UserError(f"Megatron refuses these arguments: {wanted}") from error
     fp8.check_arguments(args)
 
 
@@ -265,7 +268,7 @@ def _complete_from_tokenizer(args: argparse.Namespace) -> None:
     if args.vocab_size is None:
         args.vocab_size = tokenizer.vocab_size
     elif tokenizer.vocab_size > args.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--vocab-size {args.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
             f"--tokenizer-model {args.tokenizer_model}."
         )
@@ -280,7 +283,7 @@ def _complete_from_tokenizer(args: argparse.Namespace) -> None:
         ("--stop-token-ids", args.stop_token_ids),
     ):
         if not all(0 <= token < args.vocab_size for token in value):
-            raise ValueError(f"{flag} {value} lies outside the vocabulary of {args.vocab_size}.")
+            raise UserError(f"{flag} {value} lies outside the vocabulary of {args.vocab_size}.")
 
 
 def _load_model_settings(args: argparse.Namespace) -> None:
@@ -289,7 +292,7 @@ def _load_model_settings(args: argparse.Namespace) -> None:
         return
     source = "load" if has_checkpoint(args.load) else "pretrained_checkpoint"
     if not has_checkpoint(getattr(args, source)):
-        raise ValueError(
+        raise UserError(
             "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
         )
     tokenizer = args.tokenizer_model
@@ -316,13 +319,13 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
         stored = checkpoint_arguments(path)
         if stored is None:
             if flag == "--pretrained-checkpoint" or args.exit_on_missing_checkpoint:
-                raise ValueError(f"{flag} {path}: no checkpoint there.")
+                raise UserError(f"{flag} {path}: no checkpoint there.")
             continue
         fp8.check_stored(stored, args.transformer_impl, f"{flag} {path}")
         for name, model_flag in _CHECKPOINT_FIELDS.items():
             theirs, ours = _model_field(stored, name), _model_field(args, name)
             if theirs is not None and theirs != ours:
-                raise ValueError(
+                raise UserError(
                     f"{flag} {path} holds another model: {model_flag} is {theirs} there and "
                     f"{ours} here; pass --use-checkpoint-args or the checkpoint's value."
                 )
@@ -345,7 +348,7 @@ def checkpoint_arguments(path: str) -> argparse.Namespace | None:
         The arguments, or None where there is no checkpoint.
 
     Raises:
-        ValueError: if the checkpoint cannot be read.
+        UserError: if the checkpoint cannot be read.
     """
     return stored_arguments(checkpoint_folder(path)) if has_checkpoint(path) else None
 
@@ -360,7 +363,7 @@ def stored_arguments(folder: str) -> argparse.Namespace:
         The arguments.
 
     Raises:
-        ValueError: if the checkpoint cannot be read.
+        UserError: if the checkpoint cannot be read.
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
@@ -368,7 +371,7 @@ def stored_arguments(folder: str) -> argparse.Namespace:
         stored: argparse.Namespace = load_common_state_dict(folder)["args"]
     # torch.distributed.checkpoint's own error is no Exception.
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{folder}: cannot read this checkpoint ({_reason(error)}).") from error
+        raise UserError(f"{folder}: cannot read this checkpoint ({_reason(error)}).") from error
     return stored
 
 

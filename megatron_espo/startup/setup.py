@@ -19,6 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device, megatron_patches
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import current_layout
@@ -33,7 +34,7 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
     """
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except UserError as error:
         if int(os.environ.get("RANK", "0")) != 0:
             # Every rank finds the same mistake in the same data, and rank 0 says so. torchrun ends
             # the others when the first one ends: let that be rank 0, unless it is well.

@@ -4,6 +4,7 @@ import importlib
 import inspect
 from typing import cast
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks import code, countdown, gsm8k, math, sudoku
 from megatron_espo.tasks.base import (
     SPLITS,
@@ -50,20 +51,20 @@ def load_task(name: str, *, flag: str = "--task") -> Task:
         The module or object, checked to have the attributes of `Task`.
 
     Raises:
-        ValueError: There is no such task, or what was found is not one.
+        UserError: There is no such task, or what was found is not one.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
     found = _import(name, flag)
     if inspect.isclass(found):
-        raise ValueError(f"{flag} {name}: is a class; name an instance of it or a module")
+        raise UserError(f"{flag} {name}: is a class; name an instance of it or a module")
     missing = [part for part in ("read", "score") if not callable(getattr(found, part, None))]
     if not isinstance(getattr(found, "name", None), str):
         missing.insert(0, "name")
     if missing:
         # Many a mistyped name is that of some module that can be imported.
         kind = "module" if inspect.ismodule(found) else type(found).__name__
-        raise ValueError(
+        raise UserError(
             f"{flag} {name}: no such task; use one of {', '.join(BUILT_IN)}, or a task of your own "
             f"(the {kind} of this name lacks {', '.join(missing)}: a task has name, a string, "
             "read(path) and score(example, completion))"
@@ -73,7 +74,7 @@ def load_task(name: str, *, flag: str = "--task") -> Task:
 
 def _import(name: str, flag: str) -> object:
     path, colon, attribute = name.partition(":")
-    unknown = ValueError(
+    unknown = UserError(
         f"{flag} {name}: no such task; use one of {', '.join(BUILT_IN)}, or an importable "
         "my_package.my_task or my_package.my_tasks:attribute"
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol, runtime_checkable
 
+from megatron_espo.errors import UserError
+
 SPLITS = ("train", "validation", "test")
 STYLES = ("chat", "bare")
 """How a problem is put: in words and answered between tags, or as bare as can be."""
@@ -111,11 +113,11 @@ def is_bare(record: Mapping[str, Any]) -> bool:
     """Return whether a record or answer is of the bare style, without chat and tags.
 
     Raises:
-        ValueError: Its "style" is unknown.
+        UserError: Its "style" is unknown.
     """
     style = record.get("style", "chat")
     if style not in STYLES:
-        raise ValueError(f"'style' is {style!r}; use one of {', '.join(STYLES)}")
+        raise UserError(f"'style' is {style!r}; use one of {', '.join(STYLES)}")
     return bool(style == "bare")
 
 
@@ -141,12 +143,12 @@ def read_jsonl(
         The examples, in the order of the file; at least one.
 
     Raises:
-        ValueError: The file cannot be read or holds no example, or a line is malformed.
+        UserError: The file cannot be read or holds no example, or a line is malformed.
     """
     try:
         lines = Path(path).read_bytes().splitlines()
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read ({error.strerror}); give the path of a JSONL file"
         ) from error
     examples = []
@@ -156,10 +158,29 @@ def read_jsonl(
         try:
             examples.append(parse(_checked(_parse_record(line), fields)))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{path}:{number}: {error}") from error
     if not examples:
-        raise ValueError(f"{path}: holds no example; write one JSON object per line")
+        raise UserError(f"{path}: holds no example; write one JSON object per line")
     return examples
+
+
+def read_examples(task: Task, path: str | PathLike[str]) -> list[Example]:
+    """Read a task's file of problems, whoever wrote the task.
+
+    Args:
+        task: The task.
+        path: The file.
+
+    Returns:
+        Its examples.
+
+    Raises:
+        UserError: What the task raises for a malformed line.
+    """
+    try:
+        return task.read(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def read_records(
@@ -178,7 +199,7 @@ def read_records(
         The examples, in the order of the file; at least one.
 
     Raises:
-        ValueError: See `read_jsonl`; a parquet file needs pyarrow.
+        UserError: See `read_jsonl`; a parquet file needs pyarrow.
     """
     if Path(path).suffix != ".parquet":
         return read_jsonl(path, fields, parse)
@@ -187,9 +208,9 @@ def read_records(
         try:
             examples.append(parse(_checked(record, fields)))
         except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from error
+            raise UserError(f"{path}:{number}: {error}") from error
     if not examples:
-        raise ValueError(f"{path}: holds no example; give another file")
+        raise UserError(f"{path}: holds no example; give another file")
     return examples
 
 
@@ -203,20 +224,20 @@ def read_parquet(path: str | PathLike[str]) -> list[dict[str, Any]]:
         One dictionary per row.
 
     Raises:
-        ValueError: The file cannot be read, or pyarrow is not installed.
+        UserError: The file cannot be read, or pyarrow is not installed.
     """
     try:
         import pyarrow as arrow
         from pyarrow import parquet
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: a parquet file needs pyarrow; pip install 'megatron-espo[data]'"
         ) from error
     try:
         rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
     except (OSError, arrow.ArrowException) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read ({reason}); give the path of a parquet file"
         ) from error
     return rows
@@ -226,19 +247,19 @@ def _parse_record(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, absurd numbers or nesting
-        raise ValueError(f"not valid JSON ({error}); write one JSON object per line") from error
+        raise UserError(f"not valid JSON ({error}); write one JSON object per line") from error
     if type(record) is not dict:
-        raise ValueError(f"not a JSON object but a {type(record).__name__}; write {{...}}")
+        raise UserError(f"not a JSON object but a {type(record).__name__}; write {{...}}")
     return record
 
 
 def _checked(record: dict[str, Any], fields: Mapping[str, type]) -> dict[str, Any]:
     for key, kind in fields.items():
         if key not in record:
-            raise ValueError(f"key {key!r} is missing; add it")
+            raise UserError(f"key {key!r} is missing; add it")
         if type(record[key]) is not kind:
             found = type(record[key]).__name__
-            raise ValueError(f"{key!r} is of type {found}; make it {kind.__name__}")
+            raise UserError(f"{key!r} is of type {found}; make it {kind.__name__}")
     return record
 
 
@@ -270,12 +291,12 @@ def draw_distinct(
         The records in the order drawn: a smaller count gives a prefix.
 
     Raises:
-        ValueError: `split` is unknown, `count` is negative, or the split has too few problems.
+        UserError: `split` is unknown, `count` is negative, or the split has too few problems.
     """
     if split not in SPLITS:
-        raise ValueError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
+        raise UserError(f"split {split!r} is unknown; use one of {', '.join(SPLITS)}")
     if count < 0:
-        raise ValueError(f"cannot draw {count} {split} problems; ask for 0 or more")
+        raise UserError(f"cannot draw {count} {split} problems; ask for 0 or more")
     records: dict[str, dict[str, Any]] = {}
     misses = 0
     while len(records) < count:
@@ -283,7 +304,7 @@ def draw_distinct(
         if drawn is None or drawn[0] in records or split_of(drawn[0]) != split:
             misses += 1
             if misses == _MAX_MISSES:
-                raise ValueError(
+                raise UserError(
                     f"found only {len(records)} of {count} distinct {split} problems; ask for fewer"
                 )
         else:

@@ -24,6 +24,7 @@ from os import PathLike
 from random import Random
 from typing import Any
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks.answers import tagged_answer
 from megatron_espo.tasks.base import (
     Example,
@@ -256,7 +257,7 @@ def generate(
         ValueError: A parameter makes no sense, the split is unknown or has too few problems.
     """
     if num_numbers < 2 or max_number < 1:
-        raise ValueError(
+        raise UserError(
             f"cannot use {num_numbers} numbers from 1 to {max_number}; "
             "use 2 numbers or more, from 1 to 1 or more"
         )
@@ -310,7 +311,7 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
         ValueError: The record has no solution.
     """
     if "solution" not in record:
-        raise ValueError("a record without 'solution' cannot be demonstrated; use generated ones")
+        raise UserError("a record without 'solution' cannot be demonstrated; use generated ones")
     solution: str = record["solution"]
     if rng.random() >= noise:
         return dressed_answer(record, solution)

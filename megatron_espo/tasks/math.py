@@ -12,6 +12,7 @@ from functools import cache
 from os import PathLike
 from typing import Any
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks.answers import boxed_answer, final_answer
 from megatron_espo.tasks.base import Example, Score, read_records
 
@@ -144,7 +145,7 @@ def _math_verify() -> tuple[Any, Any]:
     try:
         from math_verify import parse, verify
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             "the tasks math and gsm8k need math-verify; pip install megatron-espo again"
         ) from error
     # It reports every unreadable answer.

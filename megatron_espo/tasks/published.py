@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks.base import SPLITS, Example, read_jsonl, read_parquet, split_of
 
 HUB = {
@@ -31,7 +32,7 @@ def find_files(source: str, say: Callable[[str], None]) -> list[Path]:
         JSONL and parquet files, in the order of their names.
 
     Raises:
-        ValueError: there is nothing of the kind.
+        UserError: there is nothing of the kind.
     """
     path = Path(source)
     if path.is_file():
@@ -40,17 +41,17 @@ def find_files(source: str, say: Callable[[str], None]) -> list[Path]:
         path = _download(source, say)
     files = sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES)
     if not files:
-        raise ValueError(f"--source {source}: holds no .jsonl or .parquet file; give another")
+        raise UserError(f"--source {source}: holds no .jsonl or .parquet file; give another")
     return files
 
 
 def _download(source: str, say: Callable[[str], None]) -> Path:
     if source.count("/") != 1 or source.startswith((".", "/")):
-        raise ValueError(f"--source {source}: no such file or folder, and no owner/name of the hub")
+        raise UserError(f"--source {source}: no such file or folder, and no owner/name of the hub")
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"--source {source}: a download needs huggingface_hub; install the extra [data]"
         ) from error
     patterns = [f"*{suffix}" for suffix in _SUFFIXES]
@@ -63,7 +64,7 @@ def _download(source: str, say: Callable[[str], None]) -> Path:
             source, repo_type="dataset", allow_patterns=patterns, local_files_only=True
         )
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"--source {source}: cannot be downloaded ({reason}) and is not in the cache; pass "
             "--source FILE with a copy"
         ) from error

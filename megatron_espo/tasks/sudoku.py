@@ -14,6 +14,7 @@ from os import PathLike
 from random import Random
 from typing import Any
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks.answers import tagged_answer
 from megatron_espo.tasks.base import (
     Example,
@@ -141,7 +142,7 @@ def generate(
         ValueError: The range of blanks is empty, the split is unknown or has too few puzzles.
     """
     if not 1 <= min_blanks <= max_blanks <= _MAX_BLANKS:
-        raise ValueError(
+        raise UserError(
             f"cannot leave {min_blanks} to {max_blanks} cells blank; "
             f"use a range within 1 to {_MAX_BLANKS}"
         )

@@ -16,6 +16,7 @@ from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
 from megatron_espo.data.tokenizer import load_tokenizer
 from megatron_espo.dry_run.command import dry_run
 from megatron_espo.dry_run.planned import is_dry_run
+from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import load_task_data, load_workers
 from megatron_espo.model.fp8 import check_policy_arguments
 from megatron_espo.model.provider import model_provider
@@ -47,24 +48,24 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args: parsed arguments; batch sizes and step counts are filled in.
 
     Raises:
-        ValueError: naming the flag.
+        UserError: naming the flag.
     """
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
     config_from_args(MonitorConfig, args).validate()
     rollout.validate(args.logit_shift, pad_multiple(args))
     if args.attention_dropout or args.hidden_dropout:
-        raise ValueError(
+        raise UserError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "
             "--attention-dropout 0 --hidden-dropout 0."
         )
     if args.calculate_per_token_loss:
-        raise ValueError("--calculate-per-token-loss: ESPO averages over sequences; leave it out.")
+        raise UserError("--calculate-per-token-loss: ESPO averages over sequences; leave it out.")
     check_policy_arguments(args, espo.fp8_phases)
     if args.seq_length is None:
-        raise ValueError("--seq-length is missing: the most tokens of prompt and completion.")
+        raise UserError("--seq-length is missing: the most tokens of prompt and completion.")
     if args.seq_length <= rollout.completion_length:
-        raise ValueError(
+        raise UserError(
             f"--seq-length {args.seq_length} leaves no room for a prompt before "
             f"--rollout-completion-length {rollout.completion_length}."
         )
@@ -74,7 +75,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     model_size *= args.context_parallel_size
     dp = max(args.world_size // model_size, 1)
     if espo.prompts_per_rollout % dp:
-        raise ValueError(
+        raise UserError(
             f"--espo-prompts-per-rollout {espo.prompts_per_rollout} cannot be split over {dp} "
             f"data-parallel ranks; use a multiple of {dp}."
         )
@@ -83,12 +84,12 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     if args.micro_batch_size is None:
         args.micro_batch_size = views
     if rows % args.micro_batch_size:
-        raise ValueError(
+        raise UserError(
             f"--micro-batch-size {args.micro_batch_size} does not divide the {rows} rows of a "
             f"rank's update ({espo.completions_per_rollout // dp} completions x {views} views)."
         )
     if espo.gradient == "joint" and args.micro_batch_size % views:
-        raise ValueError(
+        raise UserError(
             f"--espo-gradient joint keeps the {views} views of a completion together; make "
             f"--micro-batch-size {args.micro_batch_size} a multiple of {views}, or use two_pass."
         )
@@ -97,14 +98,14 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
     )
     if virtual and batches % args.pipeline_model_parallel_size:
-        raise ValueError(
+        raise UserError(
             f"virtual pipeline stages take micro-batches in rounds of "
             f"{args.pipeline_model_parallel_size}, but an update has {batches}; change "
             f"--micro-batch-size {args.micro_batch_size}."
         )
     # Megatron's schedules count samples: its global batch is the completions of one update.
     if args.global_batch_size not in (None, espo.completions_per_rollout):
-        raise ValueError(
+        raise UserError(
             f"--global-batch-size {args.global_batch_size} follows from --espo-prompts-per-rollout "
             f"x --espo-group-size = {espo.completions_per_rollout}; leave it out."
         )
@@ -114,11 +115,11 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     # Megatron's re-run machinery drives Megatron's own loop; without it a NaN gradient is an error.
     args.rerun_mode = "disabled"
     if args.async_save:
-        raise ValueError(
+        raise UserError(
             "--async-save: a rollout's state and the policy are saved together; leave it out."
         )
     if espo.train_data is None:
-        raise ValueError("--espo-train-data is missing: the task's problems as JSONL.")
+        raise UserError("--espo-train-data is missing: the task's problems as JSONL.")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -21,6 +21,7 @@ from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.dry_run.command import dry_run
 from megatron_espo.dry_run.planned import is_dry_run
+from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import before_each_save
 from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
@@ -41,23 +42,23 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args: parsed arguments.
 
     Raises:
-        ValueError: naming the flag.
+        UserError: naming the flag.
     """
     if args.seq_length is None or args.micro_batch_size is None:
-        raise ValueError("--seq-length and --micro-batch-size are missing; pass both.")
+        raise UserError("--seq-length and --micro-batch-size are missing; pass both.")
     if not args.train_iters and not args.train_samples and not args.skip_train:
-        raise ValueError("--train-iters is missing: how many steps to train.")
+        raise UserError("--train-iters is missing: how many steps to train.")
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     if args.calculate_per_token_loss:
-        raise ValueError(
+        raise UserError(
             "--calculate-per-token-loss: the loss is an average over samples; leave it out."
         )
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     model_size *= args.context_parallel_size
     rows = args.micro_batch_size * max(args.world_size // model_size, 1)
     if args.global_batch_size is not None and args.global_batch_size % rows:
-        raise ValueError(
+        raise UserError(
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x {rows // args.micro_batch_size} data-parallel ranks."
         )
@@ -65,7 +66,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     needed = split * (fp8.alignment(args.fp8_recipe) if args.fp8 else 1)
     if args.seq_length % needed:
         recipe = f" and --fp8-recipe {args.fp8_recipe}" if args.fp8 else ""
-        raise ValueError(
+        raise UserError(
             f"--seq-length {args.seq_length} is not a multiple of {needed}, which {split} ranks "
             f"that share a row{recipe} need; change it."
         )

@@ -12,7 +12,7 @@ FLOORS = (
     # What needs neither Megatron nor, most of it, torch.
     "errors", "environment", "random", "transfer", "recipes", "config",
     # The machine, and what Megatron needs to run on it.
-    "device", "megatron_patches",
+    "megatron_patches", "device",
     "diffusion", "parallel", "data", "passes", "model", "generation",
     "sandbox", "tasks", "rewards", "checkpoint",
     "monitor", "evaluation", "plan", "startup", "conversion", "rl", "supervised",
