@@ -3,9 +3,10 @@
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+from interpreter import python
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -20,7 +21,7 @@ CLEAN = {
 
 def environment(**more: str) -> dict[str, str]:
     return CLEAN | {
-        "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "PYTHONPATH": str(ROOT)
+        "OMP_NUM_THREADS": "1", "PYTHON": python(), "PYTHONPATH": str(ROOT)
     } | more  # fmt: skip
 
 

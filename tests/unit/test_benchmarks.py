@@ -3,11 +3,11 @@
 import json
 import os
 import subprocess
-import sys
 from itertools import groupby
 from pathlib import Path
 
 import pytest
+from interpreter import python
 
 from benchmarks.confident import LENGTH, RUN, reward, write_data
 from benchmarks.measure import interleaved, peak_memory, ratios, spread
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 def run(*arguments: str) -> str:
     """Run a benchmark as a user does."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", *arguments],
+        [python(), "-W", "ignore", "-m", *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         text=True,

@@ -10,13 +10,13 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import python
 from safetensors.torch import save_file
 from test_end_to_end import ENVIRONMENT, ROOT, TORCHRUN, run
 from test_hugging_face_folder import truncate, write_adapter
@@ -152,7 +152,7 @@ def test_a_broken_source_leaves_nothing(
 def test_the_command_ends_with_one_sentence_and_status_2(models: Path, tmp_path: Path) -> None:
     folder = spoiled(models, tmp_path / "model", "truncated shard")
     done = subprocess.run(
-        [sys.executable, TOOL, "to-megatron", "--hf", str(folder), "--out", str(tmp_path / "out")],
+        [python(), TOOL, "to-megatron", "--hf", str(folder), "--out", str(tmp_path / "out")],
         cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2
@@ -305,7 +305,7 @@ def test_a_write_that_fails_midway_leaves_nothing(
     if direction == "to-hf":
         source = ["--megatron", str(checkpoint), "--hf-template", str(models / "llada")]
     done = subprocess.run(
-        [sys.executable, TOOL, direction, *source, "--out", str(tmp_path / "out")],
+        [python(), TOOL, direction, *source, "--out", str(tmp_path / "out")],
         cwd=ROOT, env=ENVIRONMENT, text=True, capture_output=True, check=False,
         preexec_fn=limit_file_size,
     )  # fmt: skip
@@ -346,7 +346,7 @@ def test_a_killed_conversion_leaves_no_folder_that_looks_finished(
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     command = [TOOL, "to-megatron", "--hf", str(models / "dream"), "--out", str(out)]
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env=ENVIRONMENT,
+        [python(), *command], cwd=ROOT, env=ENVIRONMENT,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while not partial.exists():

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 import pytest
+from interpreter import python
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_espo.monitor.curves import PANELS, draw_runs, read_scalars, run_names
@@ -81,7 +81,7 @@ def test_runs_are_named_by_what_tells_them_apart() -> None:
 
 
 def plot_run(*folders: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/plot_run.py", *map(str, folders)]
+    command = [python(), "tools/plot_run.py", *map(str, folders)]
     return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
 
 

@@ -2,17 +2,17 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import python
 from test_end_to_end import ENVIRONMENT, ROOT
 
 
 def demo(out: Path, *flags: str) -> str:
     done = subprocess.run(
         ["examples/run_espo_tiny.sh", "sudoku", "--out", str(out), *flags],
-        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": sys.executable, "SMOKE": "1"},
+        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": python(), "SMOKE": "1"},
         text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

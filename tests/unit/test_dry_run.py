@@ -2,11 +2,11 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreter import python
 
 from megatron_espo.dry_run.command import planned_world_size
 
@@ -99,7 +99,7 @@ def results() -> dict[str, Any]:
 def make_plans(wanted: dict[str, Any]) -> dict[str, Any]:
     """Make plans in a process of their own."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("plans.py"))],
+        [python(), str(Path(__file__).with_name("plans.py"))],
         input=json.dumps(wanted),
         capture_output=True,
         text=True,

@@ -5,13 +5,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from interpreter import python
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
 from megatron_espo.monitor.curves import PANELS, TIME_DEPENDENT, Curve, read_details, read_scalars
@@ -33,7 +33,7 @@ def run(
 ) -> str:
     """Run Python with arguments; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, *arguments],
+        [python(), *arguments],
         cwd=ROOT,
         env={**ENVIRONMENT, **(environment or {})},
         text=True,
@@ -229,10 +229,10 @@ def poisoned(folder: Path, entry: str, patch: str) -> list[str]:
 
 def test_espo_does_not_read_the_global_generators(folder: Path, whole: str) -> None:
     patch = (
-        "from megatron_espo.rl import report, trainer\n"
-        "phase = report.Clock.__call__\n"
+        "from megatron_espo.rl import scalars, trainer\n"
+        "phase = scalars.Clock.__call__\n"
         "def poisoned(self, name): poison(); return phase(self, name)\n"
-        "report.Clock.__call__ = poisoned\n"
+        "scalars.Clock.__call__ = poisoned\n"
         "look = trainer._look_out\n"
         "def look_out(t):\n"
         "    inner = look(t)\n"
@@ -427,7 +427,7 @@ def test_text_pretraining_samples_at_the_end(folder: Path, tmp_path: Path) -> No
         ["bash", "examples/pretrain_tiny.sh", "--text", str(tmp_path), "--out",
          str(folder / "text"), "--", "--train-iters", "4", "--eval-iters", "1",
          "--lr-warmup-iters", "1"],
-        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": sys.executable}, text=True, timeout=560,
+        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": python()}, text=True, timeout=560,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]

@@ -3,8 +3,9 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from interpreter import python
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -16,7 +17,7 @@ SMALL = (
 def test_benchmark_runs_without_a_gpu(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_benchmark", *SMALL, "--out", str(out)],
+        [python(), "-m", "benchmarks.gpu_benchmark", *SMALL, "--out", str(out)],
         cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=560, check=False,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -2,10 +2,10 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
+from interpreter import python
 from launching import EXAMPLES, ROOT, environment, run
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, unequal_tensors
@@ -15,7 +15,7 @@ def by_torchrun(folder: Path, script: str, *flags: str, bare: bool = False) -> s
     """``torchrun SCRIPT`` with two ranks; if bare, without saying how many."""
     options = () if bare else ("--nproc-per-node", "2")
     return run(
-        sys.executable, "-m", "torch.distributed.run", "--standalone", *options,
+        python(), "-m", "torch.distributed.run", "--standalone", *options,
         str(EXAMPLES / script), *flags,
         cwd=folder, env=environment(**({"GPUS_PER_NODE": "2"} if bare else {})),
     )  # fmt: skip
@@ -25,14 +25,14 @@ def by_torchrun(folder: Path, script: str, *flags: str, bare: bool = False) -> s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipes of tiny jobs, their data, and a base, pre-trained for four steps."""
     folder = tmp_path_factory.mktemp("launch")
-    run(sys.executable, str(ROOT / "tools/make_tokenizer.py"), "--out", "tokenizer",
+    run(python(), str(ROOT / "tools/make_tokenizer.py"), "--out", "tokenizer",
         cwd=folder, env=environment())  # fmt: skip
-    run(sys.executable, str(ROOT / "tools/prepare_data.py"), "sudoku", "--out", "data", "--seed",
+    run(python(), str(ROOT / "tools/prepare_data.py"), "sudoku", "--out", "data", "--seed",
         "1", "--train", "16", "--test", "4", "--demonstrations", "16",
         cwd=folder, env=environment())  # fmt: skip
     corpus = [{"text": f"Document {i} of some length. " * 8} for i in range(20)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(line) + "\n" for line in corpus))
-    run(sys.executable, str(ROOT / "tools/preprocess_data.py"), "--input", "corpus.jsonl",
+    run(python(), str(ROOT / "tools/preprocess_data.py"), "--input", "corpus.jsonl",
         "--tokenizer-model", "tokenizer", "--output-prefix", "data/text",
         cwd=folder, env=environment())  # fmt: skip
     tiny = "--preset tiny --num-layers 2 --tokenizer-model tokenizer --seq-length 32\n"

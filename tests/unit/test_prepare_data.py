@@ -9,7 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from interpreter import python
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks import BUILT_IN
 from megatron_espo.tasks.base import split_of
 
@@ -82,7 +84,7 @@ def test_failure_leaves_earlier_files_as_they_were(
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*_: object) -> str:
-        raise ValueError("demonstration failed")
+        raise UserError("demonstration failed")
 
     monkeypatch.setattr(BUILT_IN["sudoku"], "demonstrate", fail)
     assert tool.main(["sudoku", "--out", str(tmp_path), "--seed", "9", *COUNTS]) == 2
@@ -157,7 +159,7 @@ def test_command_line_exits_without_a_traceback(tmp_path: Path) -> None:
         (["sudoku", "--out", str(tmp_path), "--test", "many"], 2),
     ):
         result = subprocess.run(
-            [sys.executable, str(SCRIPT), *argv],
+            [python(), str(SCRIPT), *argv],
             env=environment,
             capture_output=True,
             text=True,
