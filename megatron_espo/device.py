@@ -70,12 +70,15 @@ def import_megatron() -> None:
     """
     set_environment()
     transformer_engine()
-    if has_cuda() or "megatron.core" in sys.modules:
+    if "megatron.core" in sys.modules:
+        return
+    if has_cuda():
+        megatron_patches.import_wandb_later()
         return
     compiler = torch.compile
     torch.compile = _uncompiled  # type: ignore[assignment]
     try:
-        importlib.import_module("megatron.core.jit")
+        megatron_patches.import_wandb_later()
     finally:
         torch.compile = compiler
 

@@ -8,6 +8,7 @@ import functools
 import importlib
 import importlib.metadata
 import queue
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,31 @@ def _replace(module: str, name: str, replacement: Any) -> None:
 
 def _nothing(*args: object, **kwargs: object) -> None:
     """Do nothing."""
+
+
+class _WandbOfTheRun:
+    """Weights & Biases for Megatron's timers, which ask whether a writer is this module."""
+
+    def __eq__(self, writer: object) -> bool:
+        return writer is not None and writer is sys.modules.get("wandb")
+
+    __hash__ = object.__hash__
+
+
+def import_wandb_later() -> None:
+    """Load Weights & Biases only with --wandb-project.
+
+    Megatron's timers import it at every start, which takes half a second, to compare it with the
+    writer that they are given. To be called before Megatron is imported.
+    """
+    if "wandb" in sys.modules or "megatron.core.timers" in sys.modules:
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("megatron.core.timers")
+    finally:
+        del sys.modules["wandb"]
+    _replace("megatron.core.timers", "wandb", _WandbOfTheRun())
 
 
 def skip_compiled_helpers() -> None:

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.commands.inference import (
     add_checkpoint_arguments,
@@ -22,7 +21,12 @@ from megatron_espo.commands.inference import (
     prepare_arguments,
 )
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.tokenizer import decode_completion, encode_prompt, load_tokenizer
+from megatron_espo.data.tokenizer import (
+    FastTokenizer,
+    decode_completion,
+    encode_prompt,
+    load_tokenizer,
+)
 from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.dry_run.simulation import simulate_inference
 from megatron_espo.errors import UserError
@@ -120,7 +124,7 @@ class Session:
     """
 
     model: DiffusionModel
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: FastTokenizer
     config: RolloutConfig
     seed: int
     seq_length: int

@@ -9,11 +9,10 @@ from typing import TextIO
 
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.conversion.hf_cache import converted_checkpoint
-from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.handle import DiffusionModel
@@ -123,7 +122,7 @@ def load_model(
 
 def load_eval_problems(
     args: argparse.Namespace,
-) -> tuple[Task, PreTrainedTokenizerFast, TaskData]:
+) -> tuple[Task, FastTokenizer, TaskData]:
     """Load what --espo-task, --tokenizer-model and --espo-eval-data name.
 
     Args:

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.conversion.families import Family
 from megatron_espo.conversion.hugging_face import write_weights
 from megatron_espo.conversion.mapping import model_blocks
 from megatron_espo.conversion.side_files import write_side_files
 from megatron_espo.data.atomic_folder import atomic_folder
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.model.shape import ModelShape
 
 
@@ -21,7 +21,7 @@ def write_random_model(
     family: Family,
     shape: ModelShape,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     *,
     seed: int = 0,
     std: float = 0.02,

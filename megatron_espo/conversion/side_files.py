@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.conversion.families import Family
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.model.shape import Config, ModelShape
 
@@ -16,7 +16,7 @@ def write_side_files(
     family: Family,
     shape: ModelShape,
     dtype: torch.dtype,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
 ) -> None:
     """Write config.json, generation_config.json and the tokenizer.
 

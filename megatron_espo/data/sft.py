@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.data.jsonl import read_jsonl
 from megatron_espo.data.tokenizer import (
     TURN_ENDS,
+    FastTokenizer,
     SpecialIds,
     encode,
     encode_prompt,
@@ -49,7 +49,7 @@ class SftDataset(Dataset[dict[str, Tensor]]):
     def __init__(
         self,
         path: str | Path,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: FastTokenizer,
         ids: SpecialIds,
         *,
         seq_length: int,
@@ -170,7 +170,7 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def read_examples(
-    path: str | Path, tokenizer: PreTrainedTokenizerFast, ids: SpecialIds
+    path: str | Path, tokenizer: FastTokenizer, ids: SpecialIds
 ) -> Iterator[SftExample]:
     """Yield the tokenized examples of a JSONL file.
 
@@ -200,9 +200,7 @@ def read_examples(
         yield SftExample(number, prompt, completion)
 
 
-def _tokenize(
-    record: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[int], list[int]]:
+def _tokenize(record: Mapping[str, Any], tokenizer: FastTokenizer) -> tuple[list[int], list[int]]:
     """Return the ids of the prompt and of the completion of one line."""
     messages = record.get("messages")
     if messages is not None:
@@ -215,9 +213,7 @@ def _tokenize(
     return encode_prompt(tokenizer, prompt), encode(tokenizer, completion)
 
 
-def _tokenize_chat(
-    messages: object, tokenizer: PreTrainedTokenizerFast
-) -> tuple[list[int], list[int]]:
+def _tokenize_chat(messages: object, tokenizer: FastTokenizer) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation's prompt and of its last turn."""
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
         raise UserError('"messages" must be a list of {"role", "content"}; correct it')

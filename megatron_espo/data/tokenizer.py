@@ -13,14 +13,18 @@ import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import jinja2
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.data.jsonl import read_text
 from megatron_espo.errors import UserError
+
+# Imported where they are used: they take half a second, which --help need not wait for.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+type FastTokenizer = PreTrainedTokenizerFast
+"""A tokenizer of the Rust library, as transformers wraps it."""
 
 MASK, END_OF_TEXT, START_OF_TEXT = "<|mask|>", "<|endoftext|>", "<|startoftext|>"
 START_HEADER, END_HEADER, END_OF_TURN = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
@@ -68,7 +72,7 @@ class SpecialIds:
     """Every id that ends a completion: end of sequence, end of turn."""
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path) -> FastTokenizer:
     """Load a tokenizer folder; never goes to the network and never runs code from the folder.
 
     Args:
@@ -80,6 +84,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     Raises:
         UserError: the folder is missing or holds no tokenizer that transformers can load.
     """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(
@@ -108,12 +114,12 @@ def _why_not_loaded(folder: Path) -> str:
     return "transformers finds no tokenizer in it; the folder needs a valid tokenizer.json"
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> FastTokenizer:
     """Return the smallest tokenizer: 256 bytes (id = value), the special tokens, no merges."""
     return _build([])
 
 
-def train_tokenizer(files: Sequence[str | Path], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(files: Sequence[str | Path], vocab_size: int) -> FastTokenizer:
     """Train a byte-level BPE tokenizer; equal files give equal ids.
 
     Args:
@@ -129,6 +135,8 @@ def train_tokenizer(files: Sequence[str | Path], vocab_size: int) -> PreTrainedT
     smallest = _NUM_BYTES + len(SPECIAL_TOKENS)
     if vocab_size < smallest:
         raise UserError(f"--vocab-size {vocab_size}: give at least {smallest}")
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -146,7 +154,7 @@ def train_tokenizer(files: Sequence[str | Path], vocab_size: int) -> PreTrainedT
     return tokenizer
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+def save_tokenizer(tokenizer: FastTokenizer, folder: str | Path) -> None:
     """Write a tokenizer folder in one step, so that an interrupted run leaves none.
 
     Raises:
@@ -193,8 +201,11 @@ def _byte_symbols() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(spare)) for byte in range(_NUM_BYTES)]
 
 
-def _build(merges: Sequence[Sequence[str]]) -> PreTrainedTokenizerFast:
+def _build(merges: Sequence[Sequence[str]]) -> FastTokenizer:
     """Build a tokenizer from pairs of symbols to merge, in the order of their rank."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     pairs = [(left, right) for left, right in merges]
     tokens = [*_byte_symbols(), *SPECIAL_TOKENS, *(left + right for left, right in pairs)]
     # Two pairs may spell the same token: dict.fromkeys keeps its first place.
@@ -216,7 +227,7 @@ def _build(merges: Sequence[Sequence[str]]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def special_ids(tokenizer: PreTrainedTokenizerFast, mask_token_id: int | None = None) -> SpecialIds:
+def special_ids(tokenizer: FastTokenizer, mask_token_id: int | None = None) -> SpecialIds:
     """Collect the special token ids of a tokenizer.
 
     Args:
@@ -250,14 +261,14 @@ def special_ids(tokenizer: PreTrainedTokenizerFast, mask_token_id: int | None = 
     return SpecialIds(mask, eos, pad, stops)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+def encode(tokenizer: FastTokenizer, text: str) -> list[int]:
     """Return the ids of a text; special tokens written in the text count, none is added."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def render_chat(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     messages: Sequence[Mapping[str, str]],
     *,
     generation_header: bool,
@@ -275,6 +286,8 @@ def render_chat(
     Raises:
         UserError: there is no message or no chat template, or the template refuses the messages.
     """
+    import jinja2
+
     if not messages:
         raise UserError("the conversation has no message; give at least one")
     for message in messages:
@@ -298,9 +311,7 @@ def render_chat(
     return str(text)
 
 
-def encode_prompt(
-    tokenizer: PreTrainedTokenizerFast, prompt: str | Sequence[Mapping[str, str]]
-) -> list[int]:
+def encode_prompt(tokenizer: FastTokenizer, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
     """Turn a prompt into ids.
 
     Args:
@@ -320,7 +331,7 @@ def encode_prompt(
 
 
 def decode_completion(
-    tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], eos_ids: Collection[int]
+    tokenizer: FastTokenizer, ids: Sequence[int], eos_ids: Collection[int]
 ) -> str:
     """Return the text of a completion, as rewards see it.
 

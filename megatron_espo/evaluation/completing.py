@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.evaluation.scoring import (
     completion_lengths,
     decode_completions,
@@ -53,7 +53,7 @@ def complete_problems(
     examples: Sequence[Example],
     encoded: Sequence[tuple[int, ...]],
     items: Sequence[tuple[int, int]],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     config: RolloutConfig,
     seed: int,
     on_step: Callable[[Tensor], None] | None = None,
@@ -134,7 +134,7 @@ def evaluate_task(
     task: Task,
     examples: Sequence[Example],
     encoded: Sequence[tuple[int, ...]],
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     config: RolloutConfig,
     seed: int,
     on_step: Callable[[Tensor], None] | None = None,

@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from megatron_espo.config import EspoConfig
-from megatron_espo.data.tokenizer import encode_prompt
+from megatron_espo.data.tokenizer import FastTokenizer, encode_prompt
 from megatron_espo.errors import UserError
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.tasks import Task, load_task
@@ -73,7 +71,7 @@ def load_task_data(
 
 
 def encode_examples(
-    tokenizer: PreTrainedTokenizerFast, examples: Sequence[Example], room: int, source: str
+    tokenizer: FastTokenizer, examples: Sequence[Example], room: int, source: str
 ) -> list[tuple[int, ...]]:
     """Tokenize the prompts of a data set.
 

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.completing import complete_problems
 from megatron_espo.evaluation.problems import TaskData
@@ -27,7 +27,7 @@ def evaluate(
     model: DiffusionModel,
     task: Task,
     data: TaskData,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     protocol: Protocol,
     seed: int,
     open_store: Callable[[], CompletionStore] | None = None,
@@ -105,7 +105,7 @@ def _complete(
     model: DiffusionModel,
     task: Task,
     data: TaskData,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     config: RolloutConfig,
     chunk: Sequence[Item],
     seed: int,

@@ -5,16 +5,15 @@ from concurrent.futures import Future
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from megatron_espo.data.tokenizer import decode_completion
+from megatron_espo.data.tokenizer import FastTokenizer, decode_completion
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rewards.workers import RewardWorkers, collect
 from megatron_espo.tasks.base import Example, Score, Task
 
 
 def decode_completions(
-    completions: Tensor, tokenizer: PreTrainedTokenizerFast, stop_token_ids: Sequence[int]
+    completions: Tensor, tokenizer: FastTokenizer, stop_token_ids: Sequence[int]
 ) -> list[str]:
     """Turn completions into text up to their first stop token."""
     return [decode_completion(tokenizer, ids, stop_token_ids) for ids in completions.tolist()]

@@ -9,7 +9,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+
+from megatron_espo.data.tokenizer import FastTokenizer
 
 MASK = "░"
 END = "·"
@@ -81,7 +82,7 @@ class Recorder:
 
 
 def pieces_of(
-    frame: Frame, tokenizer: PreTrainedTokenizerFast, stop_token_ids: Collection[int]
+    frame: Frame, tokenizer: FastTokenizer, stop_token_ids: Collection[int]
 ) -> list[Piece]:
     """Turn a frame into text, masks and ends included.
 
@@ -150,7 +151,7 @@ class LiveView:
         length: int,
         steps: int,
         mask_token_id: int,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: FastTokenizer,
         stop_token_ids: Collection[int],
         delay: float = 0.0,
     ) -> None:

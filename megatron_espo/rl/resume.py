@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.evaluation.scoring import decode_completions
 from megatron_espo.generation.sampler import Generation
 from megatron_espo.model.handle import DiffusionModel
@@ -67,7 +67,7 @@ def restore_rollout(
     record: RolloutRecord,
     prompts: Sequence[Prompt],
     model: DiffusionModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: FastTokenizer,
     espo: EspoConfig,
 ) -> PreparedRollout:
     """Take this rank's share of a recorded rollout.

@@ -6,9 +6,9 @@ from concurrent.futures import Future
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.evaluation.scoring import completion_lengths, decode_completions
 from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
@@ -75,7 +75,7 @@ class ScoringAhead:
         self,
         task: Task,
         examples: Sequence[Example],
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: FastTokenizer,
         stop_token_ids: Sequence[int],
         layout: Layout,
     ) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.evaluation.completing import evaluate_task
 from megatron_espo.evaluation.problems import TaskData
@@ -105,7 +105,7 @@ class Trainer:
     reference: ReferencePolicy | None
     optimizer: Any
     scheduler: Any
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: FastTokenizer
     task: Task
     train_data: TaskData
     eval_data: TaskData | None

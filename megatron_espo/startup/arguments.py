@@ -215,12 +215,12 @@ def plan_arguments(
 def _parse(
     argv: Sequence[str], add: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 ) -> argparse.Namespace:
-    device.prepare()
     program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(expand_recipes(argv))]
     try:
         args: argparse.Namespace = parse_args(add)
     finally:
         sys.argv = program
+    device.prepare()
     config_from_args(LaunchConfig, args).validate()
     config_from_args(SimulateConfig, args).validate()
     return args

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,12 +40,21 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
             # the others when the first one ends: let that be rank 0, unless it is well.
             time.sleep(5)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        sys.stderr.flush()
         # No atexit handlers: other ranks may never reach the collectives that those wait for.
-        os._exit(2)
+        _leave(2)
+    except SystemExit as end:
+        if end.code in (None, 0):
+            # After --help. Taking apart what was imported would be a third of the time.
+            _leave(0)
+        raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _leave(status: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def initialize_process_groups(args: argparse.Namespace) -> Store | None:
