@@ -4,11 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Processes of the unit tests; some of the tests start two ranks of their own.
 WORKERS ?= 2
+# The slowest tests, printed at the end of every call.
+DURATIONS := --durations 15 --durations-min 1
 RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
-	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300
+	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300 $(DURATIONS)
 
-.PHONY: setup te demo demo-seeds test test-unit test-simulate test-gpu test-dist layouts pretrain-tiny bench format lint type smoke check clean
+.PHONY: setup te demo demo-seeds test test-fast test-unit test-simulate test-gpu test-dist layouts pretrain-tiny bench format lint type smoke check clean
 
 setup: $(VENV)/.installed
 
@@ -41,18 +43,21 @@ demo-seeds: setup  ## the demo with three seeds
 pretrain-tiny: setup  ## pre-train a tiny model on plain text and sample from it
 	PYTHON=$(BIN)/python examples/pretrain_tiny.sh
 
-test: test-unit test-simulate test-dist
+test: test-unit test-simulate test-dist  ## all tests
+
+test-fast: setup  ## before a commit: what needs no long run, in under three minutes
+	$(RUN) -m pytest tests/unit -q --timeout 600 -n $(WORKERS) --dist loadfile -m "not slow" $(DURATIONS)
 
 # The two ranks apart: gloo groups that other tests have left keep a core busy.
 test-unit: setup
-	$(RUN) -m pytest tests/unit -q --timeout 600 -n $(WORKERS) --dist loadfile
+	$(RUN) -m pytest tests/unit -q --timeout 600 -n $(WORKERS) --dist loadfile $(DURATIONS)
 	$(RUN) -m pytest tests/te/test_tensor_parallel.py -q --timeout 600
-	$(RUN) -m pytest tests/te -q --timeout 600 --ignore tests/te/test_tensor_parallel.py
+	$(RUN) -m pytest tests/te -q --timeout 600 --ignore tests/te/test_tensor_parallel.py $(DURATIONS)
 
 # Where the layer cannot be installed its tests say so and are skipped; .ci/run does not let them.
 test-simulate: setup  ## real jobs on GPUs that are not there
 	-$(MAKE) te
-	$(RUN) -m pytest tests/simulate -q --timeout 600
+	$(RUN) -m pytest tests/simulate -q --timeout 600 $(DURATIONS)
 
 test-gpu:  ## on a machine with a GPU and Transformer Engine, in the Python that has them (PYTHON=)
 	$(PYTHON) -m pytest tests/gpu -q --timeout 600

@@ -30,10 +30,10 @@ from megatron.training import training as megatron_training  # noqa: E402
 from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 from transformer_engine.pytorch import quantization as te_fp8  # noqa: E402
 
-from megatron_espo import arguments  # noqa: E402
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa: E402
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
 from megatron_espo.model.provider import model_provider  # noqa: E402
+from megatron_espo.startup import arguments  # noqa: E402
 from megatron_espo.startup.arguments import initialize_arguments  # noqa: E402
 from megatron_espo.startup.setup import diffusion_model  # noqa: E402
 from megatron_espo.training.espo import _connect_schedule  # noqa: E402

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from launching import job_of_two_nodes
 from torch import Tensor
 
+import megatron_espo.startup  # noqa: F401  as entry points do, before Megatron is imported
 from megatron_espo import device
 
 # Before any test module imports Megatron.

@@ -8,6 +8,8 @@ import pytest
 from interpreter import python
 from test_end_to_end import ENVIRONMENT, ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def demo(out: Path, *flags: str) -> str:
     done = subprocess.run(

@@ -16,6 +16,8 @@ from interpreter import python
 from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
 from megatron_espo.monitor.curves import PANELS, TIME_DEPENDENT, Curve, read_details, read_scalars
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")},
@@ -65,7 +67,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--demonstrations",
         "64",
     )
-    fine_tune(folder, "base", program=["-m", "megatron_espo.training.pretrain"])
+    fine_tune(
+        folder, "base", ["-m", "megatron_espo.training.pretrain"],
+        "--tensorboard-dir", str(folder / "base-events"),
+    )  # fmt: skip
     return folder
 
 
@@ -420,15 +425,51 @@ def test_checkpoint_of_another_model_is_refused_on_all_ranks(folder: Path) -> No
     assert not (folder / "refused").exists()
 
 
+GOLDEN = ROOT / "tests/data/golden_losses.json"
+
+
+def assert_golden(kind: str, curves: Mapping[str, Curve], names: Sequence[str]) -> None:
+    """Compare a run with what it was when tests/data/golden_losses.json was written.
+
+    With GOLDEN=write the file gets the run's numbers instead: for a change that is meant to change
+    them.
+    """
+    found = {name: {"steps": curves[name][0], "values": curves[name][1]} for name in names}
+    kinds = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    if os.environ.get("GOLDEN") == "write":
+        GOLDEN.write_text(json.dumps(kinds | {kind: found}, indent=1, sort_keys=True) + "\n")
+        return
+    assert found.keys() == kinds[kind].keys()
+    for name, curve in kinds[kind].items():
+        assert found[name]["steps"] == curve["steps"], name
+        # Sums in another order on another processor, through some updates.
+        assert found[name]["values"] == pytest.approx(curve["values"], rel=1e-5, abs=1e-7), name
+
+
+def test_losses_of_a_fine_tuning_are_the_recorded_ones(folder: Path) -> None:
+    names = ["lm loss", "lm loss validation", "grad-norm", "learning-rate"]
+    assert_golden("fine-tuning", read_scalars(folder / "base-events"), names)
+
+
+def test_losses_of_an_espo_run_are_the_recorded_ones(folder: Path, whole: str) -> None:
+    names = [
+        "policy/loss", "policy/grad_norm", "policy/kl_per_token", "policy/ratio/mean",
+        "reward/mean", "elbo/per_token/mean", "eval/reward",
+    ]  # fmt: skip
+    assert_golden("espo", scalars(folder, "whole"), names)
+
+
 def test_text_pretraining_samples_at_the_end(folder: Path, tmp_path: Path) -> None:
     for number in range(40):
         (tmp_path / f"{number}.txt").write_text(f"{number} cats sat on the mat. " * 20)
     done = subprocess.run(
         ["bash", "examples/pretrain_tiny.sh", "--text", str(tmp_path), "--out",
          str(folder / "text"), "--", "--train-iters", "4", "--eval-iters", "1",
-         "--lr-warmup-iters", "1"],
+         "--lr-warmup-iters", "1", "--log-interval", "1"],
         cwd=ROOT, env={**ENVIRONMENT, "PYTHON": python()}, text=True, timeout=560,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "lm loss" in done.stdout and "Masked diffusion " in done.stdout
+    names = ["lm loss", "lm loss validation", "grad-norm"]
+    assert_golden("pre-training", read_scalars(folder / "text/tensorboard"), names)

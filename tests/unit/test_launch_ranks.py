@@ -10,6 +10,8 @@ from launching import EXAMPLES, ROOT, environment, run
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, unequal_tensors
 
+pytestmark = pytest.mark.slow
+
 
 def by_torchrun(folder: Path, script: str, *flags: str, bare: bool = False) -> str:
     """``torchrun SCRIPT`` with two ranks; if bare, without saying how many."""
