@@ -38,6 +38,7 @@ from megatron_espo.checkpoint.tracker import (
 from megatron_espo.data.tokenizer import copy_tokenizer, load_tokenizer, special_ids
 from megatron_espo.data.whole import whole_folder
 from megatron_espo.model.provider import model_provider
+from megatron_espo.model.supported import refusals
 from megatron_espo.training.verification import quiet, verify
 
 # Longer sequences are a matter of flags, not of the checkpoint: Dream names 131072 positions.
@@ -164,7 +165,10 @@ def convert_to_hugging_face(
             assert family is not None
             flag = f"--family {family}"
             model = _write_template(Path(scratch), megatron, args, family, tokenizer, kept)
-        if differences := model.shape.differences(args):
+        differences = model.shape.differences(args)
+        # What a refusal advises is for a run.
+        differences += [r.partition(";")[0].rstrip(".") for r in refusals(args, validated=True)]
+        if differences:
             found = "; ".join(differences)
             raise ValueError(f"--megatron {megatron} does not fit {flag}: {found}.")
         check_weights(reader, model.blocks)

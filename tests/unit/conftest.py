@@ -13,7 +13,8 @@ from torch import Tensor
 
 from megatron_espo import device
 
-# Before any test module imports Megatron.
+# Before any test module imports Megatron, and as the entry points do.
+device.import_megatron()
 device.prepare()
 
 OnShards = Callable[[Sequence[Tensor], Callable[[Tensor, Any], Any]], list[Any]]
