@@ -2,10 +2,11 @@
 
 Megatron spells "cuda" out in allocations, streams, events and random-state calls. On a machine
 without CUDA, :func:`prepare` points these at the CPU and gloo; the code that runs is the same code
-that runs on GPUs. With CUDA present nothing of Megatron is changed, apart from two repairs that do
-not depend on the device: Megatron's start-up runs ``make`` on the data-set helpers although the
-wheel ships them compiled and without a Makefile, and without Apex and Transformer Engine its
-distributed optimizer cannot be resumed. And one of PyTorch's attention kernels is not taken.
+that runs on GPUs. With CUDA present nothing of Megatron is changed, apart from three repairs that
+do not depend on the device: Megatron's start-up runs ``make`` on the data-set helpers although the
+wheel ships them compiled and without a Makefile, without Apex and Transformer Engine its
+distributed optimizer cannot be resumed, and with PyTorch 2.15 it cannot compare a checkpoint's
+tensors with the model's. And one of PyTorch's attention kernels is not taken.
 """
 
 import contextlib
@@ -87,13 +88,14 @@ def _uncompiled(function: Any = None, **_: object) -> Any:
 def prepare() -> None:
     """Make Megatron-Core usable on this machine; call once, before Megatron's start-up.
 
-    Changes nothing of Megatron but the two repairs where CUDA is present, and chooses among
+    Changes nothing of Megatron but the three repairs where CUDA is present, and chooses among
     PyTorch's attention kernels. Calling it again has no effect.
     """
     set_environment()
     transformer_engine()
     _skip_compiled_helpers()
     _repair_distributed_optimizer()
+    _repair_strict_loading()
     # Its attention keeps a compiled graph for every shape; the passes that go through PyTorch's
     # kernels (caches, the last layer's rows) have as many as there are steps.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -319,3 +321,40 @@ def _repair_distributed_optimizer() -> None:
     optimizer.state_dict = state_dict_from_the_start
     optimizer._set_main_param_and_optimizer_states = set_states_but_steps
     optimizer.load_state_dict = load_state_dict_with_own_steps
+
+
+def _repair_strict_loading() -> None:
+    """Let checkpoints be loaded with other values of --dist-ckpt-strictness than the default.
+
+    They compare the checkpoint's tensors with the model's. For that Megatron (0.19.2) makes empty
+    tensors from what PyTorch stored of each, handing all of it to ``torch.empty``: PyTorch 2.15
+    stores strides, too, which that function does not take.
+
+    Raises:
+        RuntimeError: Megatron has this in another place.
+    """
+    from megatron.core.dist_checkpointing.strategies import torch as strategies
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    if "strides" not in TensorProperties.__dataclass_fields__:
+        return
+    strategy: Any = getattr(strategies, "TorchDistLoadShardedStrategy", None)
+    load = getattr(strategy, "load_tensors_metadata", None)
+    if load is None or not hasattr(strategies, "_get_filesystem_reader"):
+        raise RuntimeError(
+            "this version of Megatron-Core reads the tensors of a checkpoint in another place than "
+            "megatron_espo/device.py repairs for --dist-ckpt-strictness; use the version in "
+            "setup.py."
+        )
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def load_without_strides(self: Any, checkpoint_dir: Any, metadata: Any = None) -> Any:
+        if metadata is None:
+            metadata = strategies._get_filesystem_reader(checkpoint_dir).read_metadata()
+        for stored in metadata.state_dict_metadata.values():
+            vars(getattr(stored, "properties", SimpleNamespace())).pop("strides", None)
+        return load(self, checkpoint_dir, metadata)
+
+    strategy.load_tensors_metadata = load_without_strides

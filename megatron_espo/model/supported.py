@@ -108,6 +108,14 @@ OF_RUN: dict[str, Any] = {
     "transformer_impl": ("transformer_engine", "local"),
     "rope_type": (None, "rope"),
     "ckpt_format": ("torch_dist",),
+    "dist_ckpt_strictness": (
+        "assume_ok_unexpected",
+        "log_unexpected",
+        "log_all",
+        "raise_unexpected",
+        "raise_all",
+        "ignore_all",
+    ),
 }
 
 # What Megatron reads for a model, a forward pass or its data besides the fields of its config, and
@@ -210,6 +218,7 @@ REASONS: dict[str, str] = {
     "use_megatron_fsdp": "its checkpoints fit no other layout; use --use-distributed-optimizer",
     "use_torch_fsdp2": "its checkpoints fit no other layout; use --use-distributed-optimizer",
     "ckpt_format": "checkpoints must fit every layout; use torch_dist",
+    "dist_ckpt_strictness": "Megatron's own loading does not take what it returns; use log_all",
     "spec": "the layers are those of megatron_espo/model/layer_specs.py",
     "add_position_embedding": "it has no effect; use --position-embedding-type none",
     "reset_": "rows are not cut into documents",
