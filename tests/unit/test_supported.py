@@ -216,6 +216,8 @@ def test_a_refusal_names_a_flag_that_exists(parser: argparse.ArgumentParser) -> 
             before = default(parser, name)
             other = (not before) if isinstance(before, bool) else 7
             assert supported.flag_of(name, other).split()[0] in flags[name], name
+    for name in supported.MODEL:
+        assert supported.flag_of(name) in flags[name]
 
 
 def test_megatrons_defaults_are_allowed_but_for_the_norm(parser: argparse.ArgumentParser) -> None:
@@ -391,6 +393,17 @@ def test_another_model_than_the_checkpoints_is_named(
     named = (instead or without).split()[0]
     with pytest.raises(ValueError, match=f"holds another model: {named} is "):
         initialize_arguments([*flags.split(), "--load", checkpoint], pretrain.prepare_arguments)
+
+
+def test_what_the_checkpoints_model_does_not_have_is_named_too(
+    tokenizer: str, checkpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored = stored_arguments(f"{checkpoint}/release")
+    stored.activation_func_clamp_value = None
+    monkeypatch.setattr("megatron_espo.arguments.checkpoint_arguments", lambda path: stored)
+    flags = f"{SHAPE} {CHANGED} --tokenizer-model {tokenizer} --load {checkpoint}".split()
+    with pytest.raises(ValueError, match=r"--activation-func-clamp-value is None there and 0\.5"):
+        initialize_arguments(flags, pretrain.prepare_arguments)
 
 
 def test_what_validation_fills_in_is_no_refusal(checkpoint: str) -> None:
