@@ -255,6 +255,14 @@ def test_other_settings_are_refused_by_name_before_anything_is_built(flags: str)
         initialize_arguments(argv, pretrain.prepare_arguments)
 
 
+def test_nothing_reads_megatrons_command_line_around_the_check() -> None:
+    root = Path(supported.__file__).parents[2]
+    folders = [root / name for name in ("megatron_espo", "tools", "benchmarks", "examples")]
+    files = [path for folder in folders for path in folder.rglob("*.py")]
+    readers = {p.name for p in files if "megatron.training.arguments" in p.read_text("utf-8")}
+    assert len(files) > 100 and readers == {"arguments.py"}
+
+
 # ---- what is known
 
 
