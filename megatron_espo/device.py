@@ -97,6 +97,7 @@ def prepare() -> None:
     transformer_engine()
     megatron_patches.skip_compiled_helpers()
     megatron_patches.repair_distributed_optimizer()
+    megatron_patches.repair_strict_loading()
     # Its attention keeps a compiled graph for every shape; the passes that go through PyTorch's
     # kernels (caches, the last layer's rows) have as many as there are steps.
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -10,6 +10,7 @@ import importlib.metadata
 import queue
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -194,3 +195,31 @@ def repair_distributed_optimizer() -> None:
     optimizer.state_dict = state_dict_from_the_start
     optimizer._set_main_param_and_optimizer_states = set_states_but_steps
     optimizer.load_state_dict = load_state_dict_with_own_steps
+
+
+def repair_strict_loading() -> None:
+    """Let checkpoints be loaded with other values of --dist-ckpt-strictness than the default.
+
+    They compare the checkpoint's tensors with the model's. For that Megatron makes empty tensors
+    from what PyTorch stored of each, handing all of it to ``torch.empty``: PyTorch 2.15 stores
+    strides, too, which that function does not take.
+    """
+    from torch.distributed.checkpoint.metadata import TensorProperties
+
+    if "strides" not in TensorProperties.__dataclass_fields__:
+        return
+    module = "megatron.core.dist_checkpointing.strategies.torch"
+    load = _part(module, "TorchDistLoadShardedStrategy.load_tensors_metadata")
+    reader = _part(module, "_get_filesystem_reader")
+    if hasattr(load, "__wrapped__"):
+        return
+
+    @functools.wraps(load)
+    def load_without_strides(self: Any, checkpoint_dir: Any, metadata: Any = None) -> Any:
+        if metadata is None:
+            metadata = reader(checkpoint_dir).read_metadata()
+        for stored in metadata.state_dict_metadata.values():
+            vars(getattr(stored, "properties", SimpleNamespace())).pop("strides", None)
+        return load(self, checkpoint_dir, metadata)
+
+    _part(module, "TorchDistLoadShardedStrategy").load_tensors_metadata = load_without_strides

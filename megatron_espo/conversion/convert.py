@@ -39,6 +39,7 @@ from megatron_espo.data.tokenizer import copy_tokenizer, load_tokenizer, special
 from megatron_espo.errors import UserError
 from megatron_espo.model.provider import model_provider
 from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.supported import refusals
 from megatron_espo.startup.arguments import initialize_arguments, stored_arguments
 
 # Longer sequences are a matter of flags, not of the checkpoint: Dream names 131072 positions.
@@ -165,7 +166,10 @@ def convert_to_hugging_face(
             assert family is not None
             flag = f"--family {family}"
             model = _write_template(Path(scratch), megatron, args, family, tokenizer, kept)
-        if differences := model.shape.differences(args):
+        differences = model.shape.differences(args)
+        # What a refusal advises is for a run.
+        differences += [r.partition(";")[0].rstrip(".") for r in refusals(args, validated=True)]
+        if differences:
             found = "; ".join(differences)
             raise UserError(f"--megatron {megatron} does not fit {flag}: {found}.")
         check_weights(reader, model.blocks)

@@ -24,7 +24,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_espo.errors import UserError
 from megatron_espo.passes.state import PassState, current_pass
 
 
@@ -43,11 +42,6 @@ class BidirectionalAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
-        if config.softmax_type != "vanilla" or config.window_size is not None:
-            raise UserError(
-                "masked-diffusion models attend to the whole sequence with a plain softmax; leave "
-                "out --softmax-type and --window-size."
-            )
         self.layer_number = layer_number
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.score_scale = softmax_scale

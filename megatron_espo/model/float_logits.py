@@ -8,6 +8,7 @@ docs/fp8.md says what that is worth.
 Symbols: r rows, h hidden size, n vocabulary entries of this rank.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -21,17 +22,11 @@ from torch import Tensor
 from megatron_espo.model.cpu.linear import multiply
 from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer
 
-# What Megatron's autograd function takes after input and weight.
-_OPTIONS = (
-    "bias",
-    "gradient_accumulation_fusion",
-    "allreduce_dgrad",
-    "sequence_parallel",
-    "grad_output_buffer",
-    "wgrad_deferral_limit",
-    "tp_group",
-    "gtp_remat_size",
-)
+# What Megatron's autograd function takes, by position, after the context, input and weight.
+# Versions differ: 0.20 has an output_dtype.
+_OPTIONS = tuple(
+    inspect.signature(LinearWithGradAccumulationAndAsyncCommunication.forward).parameters
+)[3:]
 # Vocabulary entries whose weights are held in float32 at a time where the device has no product
 # of half-precision matrices with a float32 result.
 _BLOCK = 4096

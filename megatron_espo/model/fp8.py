@@ -85,11 +85,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         return
     if not args.bf16:
         raise UserError(f"--fp8-format {args.fp8}: what is not FP8 computes in bf16; add --bf16.")
-    if args.fp8_output_proj:
-        raise UserError(
-            "--fp8-output-proj: log-probabilities need the output head in higher precision; leave "
-            "it out."
-        )
     if args.fp8_recipe == "delayed" and (args.save or args.load) and not opens_pickles():
         raise UserError(
             "--fp8-recipe delayed keeps its scales in checkpoints as pickles, which Transformer "

@@ -10,7 +10,6 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_espo.errors import UserError
 from megatron_espo.model.attention import (
     BidirectionalAttention,
     selecting_bias_dropout_add,
@@ -36,11 +35,6 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object
     ) -> None:
-        if config.normalization != "RMSNorm" or config.layernorm_zero_centered_gamma:
-            raise UserError(
-                "masked-diffusion models use plain RMS norms; pass --normalization RMSNorm "
-                "without --apply-layernorm-1p."
-            )
         super().__init__(normalized_shape=hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
@@ -84,6 +78,9 @@ def bidirectional_block_spec(
             attention.module = RotatingSelfAttention
             attention.submodules.linear_qkv = ColumnParallelLinear
             attention.submodules.linear_proj = RowParallelLinear
+            if config.qk_layernorm:
+                attention.submodules.q_layernorm = RMSNorm
+                attention.submodules.k_layernorm = RMSNorm
             feed_forward = layer.submodules.mlp.keywords["submodules"]
             if isinstance(feed_forward, MLPSubmodules):
                 layer.submodules.mlp = partial(

@@ -114,14 +114,22 @@ class ModelShape:
         return found
 
 
+# What every family has, of the settings in model/supported.py.
 _FIXED = {
     "position_embedding_type": "rope",
     "normalization": "RMSNorm",
     "swiglu": True,
+    "squared_relu": False,
+    "quick_geglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
     "add_bias_linear": False,
+    "qk_layernorm": False,
     "untie_embeddings_and_output_weights": True,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "use_rope_scaling": False,
 }
 
 

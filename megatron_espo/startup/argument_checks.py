@@ -15,8 +15,6 @@ from megatron_espo.model import fp8
 
 # Flags that need Transformer Engine, and whether they need its layers, too.
 _OF_TRANSFORMER_ENGINE = {
-    "tp_comm_overlap": True,
-    "use_transformer_engine_op_fuser": True,
     "use_te_activation_func": True,
     "te_rng_tracker": False,
     "use_precision_aware_optimizer": False,
@@ -79,55 +77,10 @@ def check_layout(args: argparse.Namespace) -> None:
             f"--pipeline-model-parallel-size {pp}; change one, or set "
             "--decoder-first-pipeline-num-layers."
         )
-    _check_unsupported(args)
-
-
-def _check_unsupported(args: argparse.Namespace) -> None:
-    """Refuse what Megatron's flags offer and this package does not do."""
-    cp = args.context_parallel_size
     if cp > 1 and args.rollout_cache != "none":
         raise UserError(
             f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
             "none with --context-parallel-size above 1."
-        )
-    if cp > 1 and args.hierarchical_context_parallel_sizes:
-        raise UserError(
-            "--hierarchical-context-parallel-sizes: the context-parallel ranks form one group; "
-            "leave it out."
-        )
-    if args.defer_embedding_wgrad_compute:
-        raise UserError(
-            "--defer-embedding-wgrad-compute keeps the states and gradients of every call of the "
-            "output head, which reads the masked positions only; leave it out."
-        )
-    if args.num_experts is not None:
-        raise UserError(
-            f"--num-experts {args.num_experts}: mixtures of experts are not supported; leave it "
-            "out."
-        )
-    if args.expert_model_parallel_size > 1:
-        raise UserError(
-            f"--expert-model-parallel-size {args.expert_model_parallel_size}: expert parallelism "
-            "is not supported; use 1."
-        )
-    if args.transformer_impl == "inference_optimized":
-        raise UserError(
-            "--transformer-impl inference_optimized: its layers cannot be trained; use "
-            "transformer_engine or local."
-        )
-    if args.fp4:
-        raise UserError(
-            f"--fp4-format {args.fp4}: rows are not padded for FP4; leave it out or use "
-            "--fp8-format."
-        )
-    if args.use_megatron_fsdp:
-        raise UserError(
-            "--use-megatron-fsdp: its checkpoints fit no other layout; use "
-            "--use-distributed-optimizer."
-        )
-    if args.ckpt_format != "torch_dist":
-        raise UserError(
-            f"--ckpt-format {args.ckpt_format}: checkpoints must fit every layout; use torch_dist."
         )
 
 

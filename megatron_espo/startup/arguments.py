@@ -37,6 +37,7 @@ from megatron_espo.config import (
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
+from megatron_espo.model.supported import MODEL, check_supported, flag_of
 from megatron_espo.recipes import expand_recipes
 from megatron_espo.startup.argument_checks import check_backend, check_layout, check_precision
 
@@ -51,29 +52,13 @@ _PREFIXES: dict[type, str] = {
     MonitorConfig: "monitor",
 }
 
-# Model settings that a checkpoint decides, as they are stored in its arguments.
-MODEL_SETTINGS = (
-    "vocab_size",
-    "mask_token_id",
-    "logit_shift",
-    "stop_token_ids",
-    "layernorm_epsilon",
-)
+# The project's own model settings, which a checkpoint decides as it does Megatron's.
+_SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids")
 
-# What must agree between a run and the checkpoint it loads.
-_CHECKPOINT_FIELDS = {
-    "num_layers": "--num-layers",
-    "hidden_size": "--hidden-size",
-    "ffn_hidden_size": "--ffn-hidden-size",
-    "num_attention_heads": "--num-attention-heads",
-    "num_query_groups": "--num-query-groups",
-    "vocab_size": "--vocab-size",
-    "mask_token_id": "--mask-token-id",
-    "logit_shift": "--logit-shift",
-    "rotary_base": "--rotary-base",
-    "add_qkv_bias": "--add-qkv-bias",
-    "normalization": "--normalization",
-}
+# What must agree between a run and the checkpoint it loads. That there is none has a meaning for
+# the last ones.
+_COMPARED = (*MODEL, "vocab_size", "mask_token_id", "logit_shift")
+_OPTIONAL = ("activation_func_clamp_value", "rotary_seq_len_interpolation_factor")
 
 
 class _PrefixedGroup(ArgumentGroupFactory):
@@ -165,8 +150,7 @@ def initialize_arguments(
     for path in (args.load, args.pretrained_checkpoint):
         if path is not None:
             repair_tracker(path)
-    _load_model_settings(args)
-    config_from_args(DiffusionConfig, args).validate()
+    _settle_model(args)
     check_backend(args)
     prepare(args)
     if args.tokenizer_model is None or not os.path.isdir(args.tokenizer_model):
@@ -202,8 +186,7 @@ def plan_arguments(
     """
     args = _parse(argv, partial(add_arguments, on_gpus=True))
     args.rank, args.world_size = 0, world_size
-    _load_model_settings(args)
-    config_from_args(DiffusionConfig, args).validate()
+    _settle_model(args)
     check_precision(args)
     prepare(args)
     if args.vocab_size is None:
@@ -215,7 +198,11 @@ def plan_arguments(
 def _parse(
     argv: Sequence[str], add: Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 ) -> argparse.Namespace:
-    program, sys.argv = sys.argv, [sys.argv[0], *expand_preset(expand_recipes(argv))]
+    flags = expand_preset(expand_recipes(argv))
+    if any(flag.partition("=")[0] == "--yaml-cfg" for flag in flags):
+        # Megatron would take all its arguments from there, and the project's would be missing.
+        raise UserError("--yaml-cfg: settings are flags; put them into a file for --recipe.")
+    program, sys.argv = sys.argv, [sys.argv[0], *flags]
     try:
         args: argparse.Namespace = parse_args(add)
     finally:
@@ -286,6 +273,13 @@ def _complete_from_tokenizer(args: argparse.Namespace) -> None:
             raise UserError(f"{flag} {value} lies outside the vocabulary of {args.vocab_size}.")
 
 
+def _settle_model(args: argparse.Namespace) -> None:
+    """Say what the model is, and refuse what no pass of it was written for."""
+    _load_model_settings(args)
+    config_from_args(DiffusionConfig, args).validate()
+    check_supported(args)
+
+
 def _load_model_settings(args: argparse.Namespace) -> None:
     """Take the model's shape and settings from a checkpoint, with --use-checkpoint-args."""
     if not args.use_checkpoint_args:
@@ -298,9 +292,10 @@ def _load_model_settings(args: argparse.Namespace) -> None:
     tokenizer = args.tokenizer_model
     root = getattr(args, source)
     loaded = load_args_from_checkpoint(args, load_arg=source)
-    for name in MODEL_SETTINGS:
+    # Megatron takes some of them itself.
+    for name in (*MODEL, *_SETTINGS):
         value = getattr(loaded[1], name, None)
-        if value is not None:
+        if value is not None or (name in _OPTIONAL and hasattr(loaded[1], name)):
             setattr(args, name, value)
     args.tokenizer_model = tokenizer or stored_tokenizer(root, loaded[1])
     # The padding of the vocabulary depends on the layout; it is worked out anew.
@@ -322,11 +317,12 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
                 raise UserError(f"{flag} {path}: no checkpoint there.")
             continue
         fp8.check_stored(stored, args.transformer_impl, f"{flag} {path}")
-        for name, model_flag in _CHECKPOINT_FIELDS.items():
+        for name in _COMPARED:
             theirs, ours = _model_field(stored, name), _model_field(args, name)
-            if theirs is not None and theirs != ours:
+            stands = theirs is not None or (name in _OPTIONAL and hasattr(stored, name))
+            if stands and theirs != ours:
                 raise UserError(
-                    f"{flag} {path} holds another model: {model_flag} is {theirs} there and "
+                    f"{flag} {path} holds another model: {flag_of(name)} is {theirs} there and "
                     f"{ours} here; pass --use-checkpoint-args or the checkpoint's value."
                 )
 

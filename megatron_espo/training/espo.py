@@ -59,8 +59,6 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             "dropout would make the ratio of unchanged weights differ from 1; pass "
             "--attention-dropout 0 --hidden-dropout 0."
         )
-    if args.calculate_per_token_loss:
-        raise UserError("--calculate-per-token-loss: ESPO averages over sequences; leave it out.")
     check_policy_arguments(args, espo.fp8_phases)
     if args.seq_length is None:
         raise UserError("--seq-length is missing: the most tokens of prompt and completion.")

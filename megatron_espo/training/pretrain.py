@@ -50,10 +50,6 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--train-iters is missing: how many steps to train.")
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
-    if args.calculate_per_token_loss:
-        raise UserError(
-            "--calculate-per-token-loss: the loss is an average over samples; leave it out."
-        )
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
     model_size *= args.context_parallel_size
     rows = args.micro_batch_size * max(args.world_size // model_size, 1)

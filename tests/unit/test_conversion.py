@@ -262,6 +262,8 @@ def test_a_model_without_a_template_is_written_from_its_arguments(
         ({"logit_shift": True}, "llada", "a LLaDAModelLM cannot have logit_shift True"),
         ({"position_embedding_type": "learned_absolute"}, "llada", "must be rope"),
         ({"kv_channels": 4}, "llada", "head_dim is 4 there and 8 here"),
+        ({"use_rope_scaling": True}, "llada", "use_rope_scaling is True there and must be False"),
+        ({"no_rope_freq": 2}, "llada", "--no-rope-freq 2: all layers rotate alike"),
     ],
 )
 def test_a_model_that_is_none_of_the_family_is_refused(

@@ -200,6 +200,7 @@ def with_engine(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
 def check(*more: str) -> argparse.Namespace:
     """Parse and check as every entry point does before its process groups start."""
     args = arguments._parse([*GPU_FLAGS, *more], arguments.add_arguments)
+    arguments._settle_model(args)
     argument_checks.check_layout(args)
     argument_checks.check_backend(args)
     return args
@@ -239,7 +240,7 @@ def test_without_transformer_engine_the_advice_is_a_way_out(
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ("--tp-comm-overlap", "--tp-comm-overlap needs --transformer-impl transformer_engine"),
+        ("--tp-comm-overlap", "--tp-comm-overlap: its buffers have one shape"),
         ("--use-te-activation-func", "--use-te-activation-func needs --transformer-impl"),
         ("--te-rng-tracker", "--te-rng-tracker: Transformer Engine is not installed"),
         ("--use-precision-aware-optimizer", "--use-precision-aware-optimizer: Transformer Engine"),

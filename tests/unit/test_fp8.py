@@ -26,7 +26,7 @@ from megatron_espo.startup.arguments import plan_arguments
 from megatron_espo.training.espo import prepare_arguments
 
 LLADA = {
-    "fp8": "hybrid", "fp8_recipe": "tensorwise", "bf16": True, "fp8_output_proj": False,
+    "fp8": "hybrid", "fp8_recipe": "tensorwise", "bf16": True,
     "fp8_param_gather": False, "tensor_model_parallel_size": 8, "num_attention_heads": 32,
     "group_query_attention": False, "num_query_groups": 1, "kv_channels": 128,
     "hidden_size": 4096, "ffn_hidden_size": 12288, "save": None, "load": None,
@@ -81,7 +81,6 @@ def test_published_shapes_fit_up_to_their_largest_layout(base: dict[str, Any], r
         ({"hidden_size": 4104}, "--hidden-size"),
         ({"num_attention_heads": 4, "kv_channels": 24}, "--num-attention-heads"),
         ({"bf16": False}, "--bf16"),
-        ({"fp8_output_proj": True}, "--fp8-output-proj"),
     ],
 )
 def test_unfit_shapes_and_flags_are_refused(changes: dict[str, Any], flag: str) -> None:

@@ -6,11 +6,19 @@ from typing import Any, cast
 
 import pytest
 import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies import torch as strategies
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
 
+from megatron_espo import megatron_patches
 from megatron_espo.conversion.blocks import check_weights
 from megatron_espo.conversion.mapping import Block
 from megatron_espo.conversion.torch_dist import CheckpointReader, write_checkpoint
+from megatron_espo.errors import UserError
+from megatron_espo.model.supported import OF_RUN
 from megatron_espo.startup.arguments import stored_arguments
 
 ROWS = {0: torch.arange(8.0).view(4, 2), 4: torch.arange(8.0, 14.0).view(3, 2)}
@@ -21,13 +29,13 @@ def block(start: int, rows: int, total: int = 7) -> Block:
     return Block("table", (total, 2), (start, 0), False, {f"part{start}": (rows, 2)})
 
 
-def write(folder: Path, blocks: list[Block]) -> CheckpointReader:
+def write(folder: Path, blocks: list[Block], num_states: int = 2) -> CheckpointReader:
     def read(one: Block) -> Tensor:
         return ROWS[one.offset[0]]
 
     folder.mkdir()
     common = {"args": SimpleNamespace(num_layers=3), "iteration": 0}
-    write_checkpoint(folder, blocks, torch.float32, read, {"state": 2}, common)
+    write_checkpoint(folder, blocks, torch.float32, read, {"state": num_states}, common)
     return CheckpointReader(folder)
 
 
@@ -53,6 +61,33 @@ def test_what_a_checkpoint_does_not_hold_is_named(tmp_path: Path) -> None:
 def test_arguments_come_back(tmp_path: Path) -> None:
     write(tmp_path / "a", [block(0, 4), block(4, 3)])
     assert stored_arguments(str(tmp_path / "a")).num_layers == 3
+
+
+@pytest.mark.parametrize("strictness", OF_RUN["dist_ckpt_strictness"])
+def test_a_checkpoint_is_loaded_as_strictly_as_asked(
+    one_rank: dist.ProcessGroup, tmp_path: Path, strictness: str
+) -> None:
+    """All but the first compare what the checkpoint holds with what the model asks for."""
+    write(tmp_path / "a", [block(0, 4), block(4, 3)], num_states=0)
+
+    def load(*names: str) -> dict[str, Any]:
+        wanted = {n: ShardedTensor.from_rank_offsets(n, torch.zeros(7, 2)) for n in names}
+        strict = StrictHandling(strictness)
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(tmp_path / "a"), strict=strict)
+        return loaded
+
+    assert torch.equal(load("table")["table"], WHOLE)
+    if strictness.startswith("raise"):
+        with pytest.raises(dist_checkpointing.core.CheckpointingException, match="chair"):
+            load("table", "chair")
+    elif strictness != "assume_ok_unexpected":
+        assert torch.equal(load("table", "chair")["table"], WHOLE)
+
+
+def test_a_version_that_reads_tensors_elsewhere_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(strategies.TorchDistLoadShardedStrategy, "load_tensors_metadata")
+    with pytest.raises(UserError, match=r"install megatron-core 0\.19"):
+        megatron_patches.repair_strict_loading()
 
 
 def stored(**tensors: tuple[tuple[int, ...], torch.dtype]) -> Any:

@@ -35,6 +35,7 @@ def multiply(
         ``[..., n]``, with gradients to both.
     """
     plain = not args and settings.get("bias") is None and settings.get("gtp_remat_size", 1) == 1
+    plain = plain and settings.get("output_dtype") in (None, input.dtype)  # from 0.20 on
     if not plain or not matmul.is_handled(input, weight):
         output: Tensor = megatrons(input, weight, *args, **settings)
         return output
