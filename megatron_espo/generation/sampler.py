@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.shapes import Shapes
 from megatron_espo.device import no_interception
 from megatron_espo.generation.flight import Flight, MicroBatch
 from megatron_espo.generation.remasking import (
@@ -156,9 +155,7 @@ def _denoise(model: DiffusionModel, rows: Rows, flight: Flight, seed: int, purpo
     picked = _candidates(rows.masked[index], noise[:, 1], step, config, counts)
     evaluated = picked.any(1)
     if evaluated.any():
-        place = {row: i for i, row in enumerate(index.tolist()) if evaluated[i]}
-        parts = [[place[row] for row in batch.rows if row in place] for batch in flight.batches]
-        draws = _evaluate(model, rows, flight, index, parts, picked, noise[:, 0])
+        draws = _evaluate(model, rows, flight, index, picked, noise[:, 0])
         flight.passes += 1
         rows.commit(index, *_choose(draws, picked, flight, counts))
         rows.num_evaluations[index] += evaluated
@@ -198,7 +195,6 @@ def _evaluate(
     rows: Rows,
     flight: Flight,
     index: Tensor,
-    parts: Sequence[list[int]],
     picked: Tensor,
     uniforms: Tensor,
 ) -> Tensor:
@@ -209,7 +205,6 @@ def _evaluate(
         rows: the rows.
         flight: the micro-batches and their caches, which whole passes fill.
         index: int64 ``[a]``, the rows of this step.
-        parts: places in ``index`` of the rows of each micro-batch that have candidates.
         picked: bool ``[a, k]``, the candidates.
         uniforms: float64 ``[a, k]``.
 
@@ -218,19 +213,16 @@ def _evaluate(
         the probability that the score is the logarithm of, and the token's probability.
     """
     config = flight.config
-    one_shape = model.layout.pp_size > 1  # pipeline stages pass hidden states of one shape
-    # Attention with caches has no graphs for which the shapes would have to be few.
-    shapes = model.shapes if config.cache == "none" else Shapes(model.pad_multiple)
-    most = max(len(part) for part in parts)
-    widths = [max((rows.widths[row] for row in batch.rows), default=0) for batch in flight.batches]
+    place = {row: i for i, row in enumerate(index.tolist())}
+    taking_part = index[picked.any(1)].tolist()
+    # Virtual pipeline stages take passes in rounds of one per stage.
+    together = model.layout.pp_size if len(model.chunks) > 1 else 1
     made, found = [], []
-    for batch, part, width in zip(flight.batches, parts, widths, strict=True):
-        if not part:
-            continue
-        number, longest = (most, max(widths)) if one_shape else (len(part), width)
-        number, positions = shapes.fit(number, longest, batch.size)
-        # Copies of a row, of which nothing is read, fill a micro-batch up.
-        own = torch.tensor(part + part[-1:] * (number - len(part)))
+    for batch, part, number, positions in flight.passes_of_step(
+        taking_part, rows.widths, model.shapes, together
+    ):
+        # Copies of a row, of which nothing is read, fill a pass up.
+        own = torch.tensor([place[row] for row in part + part[-1:] * (number - len(part))])
         kept = own[: len(part)]
         row, column = picked[kept].nonzero(as_tuple=True)
         found.append((kept[row], column))
