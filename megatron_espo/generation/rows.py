@@ -190,7 +190,8 @@ def lay_out_rows(
     """
     n, length = len(prompts), config.completion_length
     order = sorted(range(n), key=lambda i: -len(prompts[i]))
-    s = model.shapes.room(len(prompts[order[0]]) + length)
+    longest = len(prompts[order[0]]) + length
+    s = max(model.shapes.width(longest), model.shapes.sampled_width(longest))
     tokens = torch.full((n, s), model.pad_token_id)
     for row, i in zip(tokens, order, strict=True):
         prompt = torch.tensor(prompts[i], dtype=torch.int64)

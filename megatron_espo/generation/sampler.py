@@ -158,9 +158,7 @@ def _denoise(
     picked = _candidates(rows.masked[index], noise[:, 1], step, config, counts)
     evaluated = picked.any(1)
     if evaluated.any():
-        place = {row: i for i, row in enumerate(index.tolist()) if evaluated[i]}
-        parts = [[place[row] for row in batch.rows if row in place] for batch in scheduler.batches]
-        draws = _evaluate(model, rows, scheduler, index, parts, picked, noise[:, 0])
+        draws = _evaluate(model, rows, scheduler, index, picked, noise[:, 0])
         scheduler.passes += 1
         rows.commit(index, *_choose(draws, picked, scheduler, counts))
         rows.num_evaluations[index] += evaluated
@@ -200,7 +198,6 @@ def _evaluate(
     rows: Rows,
     scheduler: Scheduler,
     index: Tensor,
-    parts: Sequence[list[int]],
     picked: Tensor,
     uniforms: Tensor,
 ) -> Tensor:
@@ -211,7 +208,6 @@ def _evaluate(
         rows: the rows.
         scheduler: the micro-batches and their caches, which whole passes fill.
         index: int64 ``[a]``, the rows of this step.
-        parts: places in ``index`` of the rows of each micro-batch that have candidates.
         picked: bool ``[a, k]``, the candidates.
         uniforms: float64 ``[a, k]``.
 
@@ -220,21 +216,16 @@ def _evaluate(
         the probability that the score is the logarithm of, and the token's probability.
     """
     config = scheduler.config
-    one_shape = model.layout.pp_size > 1  # pipeline stages pass hidden states of one shape
-    # Attention with caches has no graphs for which the shapes would have to be few.
-    shapes = model.shapes if config.cache == "none" else Shapes(model.pad_multiple)
-    most = max(len(part) for part in parts)
-    widths = [
-        max((rows.widths[row] for row in batch.rows), default=0) for batch in scheduler.batches
-    ]
+    place = {row: i for i, row in enumerate(index.tolist())}
+    taking_part = index[picked.any(1)].tolist()
+    # Virtual pipeline stages take passes in rounds of one per stage.
+    together = model.layout.pp_size if len(model.chunks) > 1 else 1
     made, found = [], []
-    for batch, part, width in zip(scheduler.batches, parts, widths, strict=True):
-        if not part:
-            continue
-        number, longest = (most, max(widths)) if one_shape else (len(part), width)
-        number, positions = shapes.fit(number, longest, batch.size)
-        # Copies of a row, of which nothing is read, fill a micro-batch up.
-        own = torch.tensor(part + part[-1:] * (number - len(part)))
+    for batch, part, number, positions in scheduler.passes_of_step(
+        taking_part, rows.widths, model.shapes, together
+    ):
+        # Copies of a row, of which nothing is read, fill a pass up.
+        own = torch.tensor([place[row] for row in part + part[-1:] * (number - len(part))])
         kept = own[: len(part)]
         row, column = picked[kept].nonzero(as_tuple=True)
         found.append((kept[row], column))

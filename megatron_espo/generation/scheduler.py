@@ -3,15 +3,21 @@
 Without pipeline stages one micro-batch is in flight, with them as many as keep every stage busy. A
 row that is final leaves, and the next one takes its place. Rows that share a cache go from block to
 block together, since a block begins with a whole pass that fills it.
+
+Each micro-batch makes one pass per denoising step. Where the shapes of passes must be few, all rows
+in flight are instead cut into passes of like length, step by step.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
+from megatron_espo.passes.shapes import Shapes, round_up
+from megatron_espo.generation.cut import cut
 from megatron_espo.generation.remasking import commit_schedule
 from megatron_espo.passes.state import KeyValueCache
 
@@ -53,6 +59,22 @@ class MicroBatch:
     cached: list[int] = field(default_factory=list)
 
 
+class Pass(NamedTuple):
+    """Rows that pass through the model together in one denoising step.
+
+    Attributes:
+        batch: their micro-batch, for its cache; the first one where the rows were cut anew.
+        rows: the rows.
+        size: rows of the pass; copies fill it up.
+        positions: its positions.
+    """
+
+    batch: MicroBatch
+    rows: list[int]
+    size: int
+    positions: int
+
+
 @dataclass
 class Scheduler:
     """Rows in flight and rows that wait.
@@ -62,6 +84,7 @@ class Scheduler:
         schedule: int64 ``[steps]``, tokens that each step of a block commits.
         waiting: rows that have not begun, in order.
         batches: the micro-batches in flight.
+        pp_size: pipeline stages.
         passes: model passes since the rows entered their blocks; counted for caches.
         windows: whether the step under way passes windows of cached rows, not whole rows.
     """
@@ -70,6 +93,7 @@ class Scheduler:
     schedule: Tensor
     waiting: deque[int]
     batches: list[MicroBatch]
+    pp_size: int = 1
     passes: int = 0
     windows: bool = False
 
@@ -84,7 +108,7 @@ class Scheduler:
         """
         number, size = micro_batches(n, config.micro_batch_size, pp_size)
         batches = [MicroBatch(size) for _ in range(number)]
-        return cls(config, commit_schedule(config), deque(range(n)), batches)
+        return cls(config, commit_schedule(config), deque(range(n)), batches, pp_size)
 
     @property
     def rows(self) -> list[int]:
@@ -101,6 +125,47 @@ class Scheduler:
                 while self.waiting and len(batch.rows) < batch.size:
                     batch.rows.append(self.waiting.popleft())
         return bool(self.rows)
+
+    def passes_of_step(
+        self, taking_part: Sequence[int], widths: Sequence[int], shapes: Shapes, together: int
+    ) -> list[Pass]:
+        """Say which passes a denoising step makes.
+
+        Args:
+            taking_part: rows in flight that something will be read of.
+            widths: positions of all rows.
+            shapes: the shapes that passes may have.
+            together: see :func:`megatron_espo.generation.cut.cut`.
+
+        Returns:
+            The passes. With pipeline stages those of one shape stand side by side, and without few
+            shapes all have one.
+        """
+        # Attention with caches has no graphs for which the shapes would have to be few.
+        if shapes.widths and self.config.cache == "none":
+            first = self.batches[0]
+            rows = sorted(taking_part, key=lambda row: -widths[row])
+            lengths = [widths[row] for row in rows]
+            return [
+                Pass(first, rows[one.start : one.stop], one.rows, one.positions)
+                for one in cut(lengths, first.size, shapes, self.pp_size, together)
+            ]
+        named = set(taking_part)
+        parts = [[row for row in batch.rows if row in named] for batch in self.batches]
+        # As wide as the micro-batch's longest row, although that may not take part: caches are.
+        longest = [max((widths[row] for row in batch.rows), default=0) for batch in self.batches]
+        most, widest = max(len(part) for part in parts), max(longest)
+        one_shape = self.pp_size > 1  # then all passes can be made by one call of the schedule
+        return [
+            Pass(
+                batch,
+                part,
+                most if one_shape else len(part),
+                round_up(widest if one_shape else width, shapes.multiple),
+            )
+            for batch, part, width in zip(self.batches, parts, longest, strict=True)
+            if part
+        ]
 
     def leave(self, final: Sequence[int]) -> None:
         """Take out rows that are final."""

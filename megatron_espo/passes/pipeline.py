@@ -16,6 +16,7 @@ Symbols: b rows of tokens, s positions, r selected rows, n vocabulary entries of
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -276,12 +277,13 @@ def forward_only(
     layout: Layout,
     new_weights: bool = True,
 ) -> list[Tensor]:
-    """Run micro-batches of one shape through all pipeline stages, without gradients.
+    """Run micro-batches through all pipeline stages, without gradients.
 
     Args:
         model: this rank's model chunks.
-        batches: micro-batches, the same on every rank of the model-parallel group; with pipeline
-            stages all of the same ``[b, s]``.
+        batches: micro-batches, the same on every rank of the model-parallel group. Pipeline stages
+            hand each other hidden states of one shape in one call of the schedule: there is one for
+            each run of batches of the same ``[b, s]``.
         logits_function: see :func:`run_model`.
         logit_shift: see :func:`run_model`.
         layout: process groups.
@@ -300,8 +302,26 @@ def forward_only(
         with torch.no_grad():
             return [run_model(chunk, b, logits_function, logit_shift) for b in batches]
 
+    results: list[Tensor] = []
+    for _, alike in itertools.groupby(batches, lambda batch: batch.tokens.shape):
+        # A stage begins the next run as soon as it has handed on its last micro-batch of this one.
+        results += _run_schedule(
+            model, list(alike), logits_function, logit_shift, layout, new_weights
+        )
+        new_weights = False
+    return results
+
+
+def _run_schedule(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[RowBatch],
+    logits_function: LogitsFunction,
+    logit_shift: bool,
+    layout: Layout,
+    new_weights: bool,
+) -> list[Tensor]:
+    """Run micro-batches of one shape through the pipeline stages; see :func:`forward_only`."""
     shape = batches[0].tokens.shape
-    assert all(batch.tokens.shape == shape for batch in batches)
     num_batches = len(batches)
     if len(model) > 1:
         # The interleaved schedule takes micro-batches in rounds of one per pipeline stage.

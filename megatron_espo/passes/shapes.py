@@ -6,23 +6,25 @@ Engine calls, builds a graph for each new shape and keeps it to the end of the r
 leave one by one and prompts of all lengths there would be thousands. There the shapes come from a
 short list that is the same for the whole run:
 
-* 16 widths, from the longest that --seq-length allows down to the completion's, in equal ratios;
-* full micro-batches and eighths of them, filled up with copies of a row; those that are not full,
-  the last ones of a rollout whose rows leave early, have every fourth width only.
+* ELBOs and updates, whose micro-batches are always full, have 16 widths, from the longest that
+  --seq-length allows down to the completion's, in equal ratios: 16 shapes at most.
+* Passes of a rollout have every second of these widths, and a full micro-batch of rows, a third,
+  an eighth or a sixteenth of one: 32 shapes at most.
 
-ELBOs and updates, whose micro-batches are always full, thus have 16 shapes at most. The grid of a
-rollout has 16 + 7 x 4, of which a run visits fewer, because what is left at the end are the
-shortest rows; docs/performance.md has counts. A row is at most one ratio too wide: 6% with
---seq-length 656 and completions of 256, 3% on average.
+A denoising step cuts its rows into such passes (generation/cut.py). docs/performance.md counts
+shapes and padding. With --seq-length 656 and completions of 256 a row of an ELBO is at most 6% too
+wide, one of a rollout 12%, and half of that on average.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NUM_WIDTHS = 16
-# Micro-batches that are not full have every n-th width.
-_COARSE = 4
-# Rows are multiples of this part of a full micro-batch.
-_PARTS = 8
+# Passes of a rollout have every n-th width,
+_COARSE = 2
+# and these parts of a full micro-batch: of those tried they left the least padding in simulated
+# rollouts with micro-batches of 16 to 64 rows, groups of 6 to 16 and prompts of three kinds.
+_PARTS = (1, 3, 8, 16)
 
 
 def round_up(width: int, multiple: int) -> int:
@@ -59,49 +61,32 @@ class Shapes:
     multiple: int = 1
     widths: tuple[int, ...] = ()
 
-    def width(self, needed: int, *, full: bool = True) -> int:
-        """Choose the positions of a micro-batch.
+    def width(self, needed: int) -> int:
+        """Choose the positions of a micro-batch of an ELBO or an update.
 
         Args:
             needed: positions of its longest row.
-            full: whether it has the most rows that one may have.
 
         Returns:
             At least ``needed``. Rows beyond the widest width get their own.
         """
-        widths = self.widths if full else self.widths[::-1][::_COARSE][::-1]
+        return self._first(self.widths, needed)
+
+    def sampled_width(self, needed: int) -> int:
+        """Choose the positions of a pass of a rollout; see :meth:`width`."""
+        return self._first(self.widths[::-1][::_COARSE][::-1], needed)
+
+    def _first(self, widths: Sequence[int], needed: int) -> int:
         fitting = (width for width in widths if width >= needed)
         return next(fitting, round_up(needed, self.multiple))
 
-    def rows(self, needed: int, most: int) -> int:
-        """Choose the rows of a micro-batch.
+    def sampled_rows(self, most: int) -> tuple[int, ...]:
+        """Say how many rows a pass of a rollout may have.
 
         Args:
-            needed: rows that there are.
             most: rows of a full micro-batch.
 
         Returns:
-            At least ``needed``: as many eighths of ``most`` as it takes.
+            The numbers, in ascending order; the last one is ``most``.
         """
-        if not self.widths:
-            return needed
-        sizes = (round_up(most * part, _PARTS) // _PARTS for part in range(1, _PARTS + 1))
-        return next(size for size in sizes if size >= needed)
-
-    def fit(self, rows: int, longest: int, most: int) -> tuple[int, int]:
-        """Choose rows and positions of a micro-batch that may be full or not.
-
-        Args:
-            rows: rows that there are.
-            longest: positions of the longest of them.
-            most: rows of a full micro-batch.
-
-        Returns:
-            Rows and positions.
-        """
-        size = self.rows(rows, most)
-        return size, self.width(longest, full=size == most)
-
-    def room(self, longest: int) -> int:
-        """Positions of the widest micro-batch that a row may be in, full or not."""
-        return max(self.width(longest), self.width(longest, full=False))
+        return tuple(sorted({-(-most // part) for part in _PARTS}))

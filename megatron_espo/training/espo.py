@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training import training as megatron_training
@@ -146,6 +147,9 @@ def main(argv: Sequence[str]) -> None:
         ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
     )
     _connect_schedule(chunks, optimizer)
+    for group in SEPARATE_GRAD_NORM_GROUPS:
+        # All ranks are asked once, for which the host waits: here, not in the first step.
+        optimizer.has_grad_norm_group(group)
     for chunk in chunks:
         chunk.train()
     reference = ReferencePolicy(chunks) if espo.kl_coef > 0.0 else None

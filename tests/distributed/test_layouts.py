@@ -16,10 +16,10 @@ from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.diffusion.noise import elbo_views
-from megatron_espo.generation import sampler
+from megatron_espo.generation import cut, sampler
 from megatron_espo.generation.sampler import generate
 from megatron_espo.passes.batch import pack_sequences, view_batches
-from megatron_espo.passes.shapes import Shapes, round_up
+from megatron_espo.passes.shapes import Shapes, few_widths, round_up
 from megatron_espo.passes.state import KeyValueCache
 from megatron_espo.plan.memory import Passes, cache_memory
 from megatron_espo.random import stream, uniform
@@ -141,13 +141,14 @@ def test_elbo_does_not_depend_on_layout(compared: Compared) -> None:
     assert_close(compared.name, "elbo", elbo_of(built), wanted)
 
 
-def tokens_of(built: Built, config: RolloutConfig) -> Tensor:
+def tokens_of(built: Built, config: RolloutConfig, widths: tuple[int, ...] = ()) -> Tensor:
     prompts, _ = prompts_and_completions()
     rows = own_rows(built)
     for chunk in built.model.chunks:
         chunk.eval()
     # One token in six ends a completion, for early stops.
-    model = replace(built.model, stop_token_ids=tuple(range(0, 250, 6)), eos_token_id=257)
+    stops = tuple(range(0, 250, 6))
+    model = replace(built.model, stop_token_ids=stops, eos_token_id=257, widths=widths)
     return generate(model, prompts[rows], torch.arange(N)[rows], config, 11, "test").completions
 
 
@@ -205,6 +206,26 @@ def test_tokens_do_not_depend_on_layout(compared: Compared) -> None:
         same = actual == compared.expected.tokens[name][own_rows(built)]
         record(compared.name, "tokens", same.double().mean().item())
         assert same.all(), name
+
+
+@pytest.mark.parametrize("name", ["low_confidence", "threshold"])
+def test_tokens_do_not_depend_on_few_shapes(compared: Compared, name: str) -> None:
+    """As on GPUs: pipeline stages hand each other passes of several shapes in a step."""
+    built, case = compared.built, compared.case
+    if case.few_samplers or case.cp > 1:
+        pytest.skip("samples as another layout, or attends without graphs")
+    config = replace(SAMPLERS[name], micro_batch_size=3)
+    multiple, shapes, run = built.model.pad_multiple, [], sampler.forward_only
+
+    def counted(chunks: Any, batches: Any, *args: Any, **named: Any) -> Any:
+        shapes.append({tuple(batch.tokens.shape) for batch in batches})
+        return run(chunks, batches, *args, **named)
+
+    # Passes that cost next to nothing, so that even these short rows part.
+    with mock.patch.object(sampler, "forward_only", counted), mock.patch.object(cut, "PASS", 1):
+        actual = tokens_of(built, config, few_widths(17, 40, multiple))
+    assert (actual == compared.expected.tokens[name][own_rows(built)]).all()
+    assert case.pp == 1 or max(len(seen) for seen in shapes) > 1
 
 
 class CountedCache(KeyValueCache):
