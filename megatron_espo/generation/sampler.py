@@ -33,7 +33,6 @@ from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.parallel.vocab import draw_tokens
 from megatron_espo.passes.pipeline import RowBatch, forward_only
-from megatron_espo.passes.shapes import Shapes
 from megatron_espo.passes.state import KeyValueCache
 
 

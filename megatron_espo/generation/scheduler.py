@@ -16,9 +16,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.passes.shapes import Shapes, round_up
 from megatron_espo.generation.cut import cut
 from megatron_espo.generation.remasking import commit_schedule
+from megatron_espo.passes.shapes import Shapes, round_up
 from megatron_espo.passes.state import KeyValueCache
 
 # Micro-batches in flight per pipeline stage: of p stages each waits for p - 1 passes in 4p + p - 1.

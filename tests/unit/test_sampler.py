@@ -461,8 +461,8 @@ def test_few_shapes_change_neither_tokens_nor_elbos(
     if config.cache == "none":
         assert {width for _, width in seen[1]} <= set(few.widths)
         assert seen[1] != seen[0]
-        if cost == 4:  # short rows do not pass beside long ones
-            assert most > 1 and padded.work[:, 0].min() < exact.work[:, 0].min()
+        if cost == 4:  # short rows do not pass beside long ones; guided ones are all of one width
+            assert (most > 1) == (name != "guidance")
         else:
             assert (padded.work[:, 0] > exact.work[:, 0]).all()
     else:  # whose attention keeps no graphs
