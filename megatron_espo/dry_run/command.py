@@ -7,7 +7,12 @@ from pathlib import Path
 
 from megatron_espo.checkpoint.tracker import has_checkpoint
 from megatron_espo.config import EspoConfig, LaunchConfig, RolloutConfig
-from megatron_espo.dry_run.planned import planned_world_size, positive_number, quiet
+from megatron_espo.dry_run.planned import (
+    entry_point,
+    planned_world_size,
+    positive_number,
+    quiet,
+)
 from megatron_espo.dry_run.simulation import is_simulation, simulate
 from megatron_espo.plan.memory import GB
 from megatron_espo.plan.parameters import count_parameters
@@ -43,7 +48,7 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
         stages = count_parameters(args)
     args.dry_run_gpus_per_node = positive_number(os.environ, "GPUS_PER_NODE", 8)
     espo, rollout = None, None
-    if module.endswith(".espo"):
+    if entry_point(module) == "espo":
         espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
         load_task(espo.task, flag="--espo-task")
     gpu_memory = config_from_args(LaunchConfig, args).dry_run_gpu_memory * GB

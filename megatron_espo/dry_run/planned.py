@@ -5,9 +5,28 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, get_args
 
 from megatron_espo.errors import UserError
 from megatron_espo.recipes import expand_recipes, last_value
+
+EntryPoint = Literal["espo", "pretrain", "evaluate", "generate"]
+
+
+def entry_point(module: str) -> EntryPoint:
+    """Say which of the entry points that can be planned a module is.
+
+    Args:
+        module: its full name.
+
+    Raises:
+        ValueError: none of them.
+    """
+    name = module.rpartition(".")[2]
+    for known in get_args(EntryPoint):
+        if name == known:
+            return known
+    raise ValueError(f"{module} is no entry point that can be planned")
 
 
 def is_dry_run(argv: Sequence[str]) -> bool:

@@ -23,7 +23,12 @@ from megatron_espo.dry_run import support
 from megatron_espo.dry_run.compare import find_mismatch
 from megatron_espo.dry_run.extrapolate import Cost, espo_costs, update_cost
 from megatron_espo.dry_run.job import OWN_FOLDER, Job
-from megatron_espo.dry_run.planned import planned_world_size, positive_number, quiet
+from megatron_espo.dry_run.planned import (
+    entry_point,
+    planned_world_size,
+    positive_number,
+    quiet,
+)
 from megatron_espo.dry_run.record import Rank
 from megatron_espo.dry_run.roofline import Ceilings
 from megatron_espo.dry_run.simulated_text import estimate, failures, refusals, report
@@ -340,11 +345,12 @@ def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
     if args.pretrained_checkpoint is not None and not has_checkpoint(args.pretrained_checkpoint):
         _write_checkpoint(folder / "base", args)
         changes += ["--pretrained-checkpoint", str(folder / "base")]
-    if module.endswith(("evaluation", "generate")):
+    entry = entry_point(module)
+    if entry in ("evaluate", "generate"):
         if not has_checkpoint(args.load):
             _write_checkpoint(folder / "base", args)
             changes += ["--load", str(folder / "base")]
-        if module.endswith("evaluation"):
+        if entry == "evaluate":
             (folder / "problems.jsonl").write_text("", "utf-8")
             changes += ["--espo-reward-workers", "0", "--out", f"{OWN_FOLDER}/out"]
             changes += ["--espo-eval-data", str(folder / "problems.jsonl")]
@@ -354,7 +360,7 @@ def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
     changes += ["--load", runs]
     if args.train_iters:
         changes += ["--lr-decay-iters", str(args.lr_decay_iters or args.train_iters)]
-    if module.endswith("espo"):
+    if entry == "espo":
         updates = min(_UPDATES, args.espo_updates_per_rollout)
         changes += ["--espo-num-rollouts", "1", "--espo-reward-workers", "0"]
         return [*changes, "--espo-updates-per-rollout", str(updates)]
@@ -411,13 +417,13 @@ def _costs(module: str, rank: Rank, args: argparse.Namespace) -> tuple[Mapping[s
     Returns:
         Costs by phase, and the tokens that all ranks make or train on meanwhile.
     """
-    rollout = config_from_args(RolloutConfig, args)
-    if module.endswith("espo"):
+    rollout, entry = config_from_args(RolloutConfig, args), entry_point(module)
+    if entry == "espo":
         espo = config_from_args(EspoConfig, args)
         simulated = min(_UPDATES, espo.updates_per_rollout)
         tokens = espo.completions_per_rollout * rollout.completion_length
         return espo_costs(rank, espo.updates_per_rollout, simulated), float(tokens)
-    if module.endswith("pretrain"):
+    if entry == "pretrain":
         batches = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
         cost = update_cost(rank, batches / simulated_batches(args), 1 / _UPDATES)
         return {"step": cost}, float(args.global_batch_size * args.seq_length)

@@ -43,8 +43,9 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         # No atexit handlers: other ranks may never reach the collectives that those wait for.
         _leave(2)
     except SystemExit as end:
-        if end.code in (None, 0):
-            # After --help. Taking apart what was imported would be a third of the time.
+        if end.code in (None, 0) and {"-h", "--help"}.intersection(sys.argv):
+            # Taking apart what was imported would be a third of the time. A training that Megatron
+            # ends like this has more to end.
             _leave(0)
         raise
     if dist.is_initialized():

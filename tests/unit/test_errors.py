@@ -51,10 +51,21 @@ def test_a_fault_of_the_program_keeps_its_traceback(error: Exception, leave: lis
     assert caught.value is error and not leave
 
 
-@pytest.mark.parametrize(("code", "status"), [(0, [0]), (None, [0]), (3, [])])
+@pytest.mark.parametrize(
+    ("flag", "code", "status"),
+    [
+        ("--help", 0, [0]),
+        ("-h", None, [0]),
+        ("--help", 3, []),
+        # So Megatron ends a training at --exit-interval.
+        ("--exit-interval", 0, []),
+    ],
+)
 def test_help_leaves_at_once_and_other_ends_stay(
-    code: int | None, status: list[int], leave: list[int]
-) -> None:
+    flag: str, code: int | None, status: list[int], leave: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(setup.sys, "argv", ["program", flag])
     with pytest.raises((_Left, SystemExit)):
         setup.run_entry_point(raising(SystemExit(code)))
     assert leave == status
