@@ -72,13 +72,11 @@ def import_megatron() -> None:
     transformer_engine()
     if "megatron.core" in sys.modules:
         return
-    if has_cuda():
-        megatron_patches.import_wandb_later()
-        return
     compiler = torch.compile
-    torch.compile = _uncompiled  # type: ignore[assignment]
+    if not has_cuda():
+        torch.compile = _uncompiled  # type: ignore[assignment]
     try:
-        megatron_patches.import_wandb_later()
+        megatron_patches.import_without_wandb()
     finally:
         torch.compile = compiler
 

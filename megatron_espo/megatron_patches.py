@@ -63,13 +63,14 @@ class _WandbOfTheRun:
     __hash__ = object.__hash__
 
 
-def import_wandb_later() -> None:
-    """Load Weights & Biases only with --wandb-project.
+def import_without_wandb() -> None:
+    """Import Megatron-Core, but not Weights & Biases, which is loaded with --wandb-project alone.
 
     Megatron's timers import it at every start, which takes half a second, to compare it with the
-    writer that they are given. To be called before Megatron is imported.
+    writer that they are given.
     """
-    if "wandb" in sys.modules or "megatron.core.timers" in sys.modules:
+    if "wandb" in sys.modules:
+        importlib.import_module("megatron.core.timers")
         return
     sys.modules["wandb"] = None  # type: ignore[assignment]
     try:

@@ -313,8 +313,7 @@ def refusals(args: argparse.Namespace, validated: bool = False) -> Iterator[str]
     for name, allowed in requirements().items():
         value = getattr(args, name, allowed[0])
         if value not in allowed and not (validated and name in _FILLED_IN):
-            reason = reason_of(name)
-            reason = reason or "this version of Megatron has it new"
+            reason = reason_of(name) or "this version of Megatron has it new"
             advice = "" if ";" in reason else "; leave it out"
             yield f"{flag_of(name, value)}: {reason}{advice}."
 
@@ -328,8 +327,9 @@ def check_supported(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the first flag to change.
     """
-    for sentence in refusals(args):
-        raise UserError(sentence)
+    first = next(refusals(args), None)
+    if first is not None:
+        raise UserError(first)
 
 
 def reason_of(name: str) -> str | None:

@@ -17,6 +17,14 @@ from megatron_espo import device
 # Before any test module imports Megatron.
 device.prepare()
 
+from megatron.core import mpu  # noqa: E402
+from megatron.core.num_microbatches_calculator import (  # noqa: E402
+    unset_num_microbatches_calculator,
+)
+from megatron.training.global_vars import destroy_global_vars  # noqa: E402
+
+from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa: E402
+
 OnShards = Callable[[Sequence[Tensor], Callable[[Tensor, Any], Any]], list[Any]]
 
 
@@ -26,6 +34,17 @@ def one_rank() -> Iterator[dist.ProcessGroup]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A tokenizer's folder for a module that builds models; Megatron's state ends with it."""
+    folder = tmp_path_factory.mktemp("model") / "tokenizer"
+    save_tokenizer(byte_tokenizer(), folder)
+    yield str(folder)
+    mpu.destroy_model_parallel()
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
 
 
 class ThreadRank:

@@ -1,6 +1,6 @@
 """Passes that compute less: rows that the last layer leaves out, windows with a key/value cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from megatron.training.global_vars import destroy_global_vars
 from torch import Tensor
 
 from megatron_espo import device
-from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.model.cpu import feed_forward, linear, matmul, rotary
 from megatron_espo.model.provider import model_provider
 from megatron_espo.passes import pipeline
@@ -40,16 +39,6 @@ def build(tokenizer: str, *flags: str) -> torch.nn.Module:
     model_parallel_cuda_manual_seed(3)
     torch.manual_seed(3)
     return model_provider()
-
-
-@pytest.fixture(scope="module")
-def tokenizer(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("model") / "tokenizer"
-    save_tokenizer(byte_tokenizer(), folder)
-    yield str(folder)
-    mpu.destroy_model_parallel()
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
 
 
 @pytest.fixture(scope="module")

@@ -6,14 +6,13 @@ import dataclasses
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core import mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
@@ -26,7 +25,6 @@ from test_passes import OFFSETS, UNEVEN, WIDTH, build, logits_of, window
 
 from megatron_espo.conversion.mapping import Block
 from megatron_espo.conversion.torch_dist import write_checkpoint
-from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.model import provider, supported
 from megatron_espo.model.layer_specs import RMSNorm
 from megatron_espo.model.shape import _FIXED, ModelShape
@@ -116,16 +114,6 @@ REFUSED = {
     "--dist-ckpt-strictness return_unexpected": "use log_all",
     "--yaml-cfg some.yaml": "--recipe",
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("model") / "tokenizer"
-    save_tokenizer(byte_tokenizer(), folder)
-    yield str(folder)
-    mpu.destroy_model_parallel()
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
 
 
 @pytest.fixture(scope="module")
