@@ -159,27 +159,29 @@ def run(request: dict[str, Any]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def end(error: BaseException | None) -> NoReturn:
+def status_of(error: BaseException) -> int:
+    """Say what an exception makes of a process, and print what Python prints of it."""
+    if not isinstance(error, SystemExit):
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def end(status: int) -> NoReturn:
     """End as Python does, but for taking every module apart: that is a second of a large process.
 
     Args:
-        error: what ended the module or the script, if anything did.
+        status: the process's.
     """
-    status: object = 0
-    if isinstance(error, SystemExit):
-        status = 0 if error.code is None else error.code
-        if not isinstance(status, int):
-            print(status, file=sys.stderr)
-            status = 1
-    elif error is not None:
-        sys.excepthook(type(error), error, error.__traceback__)
-        status = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(int(status) & 255)
+    os._exit(status & 255)
 
 
 def main() -> None:
@@ -190,11 +192,13 @@ def main() -> None:
     asked = Server(sys.argv[1], int(sys.argv[2])).serve()
     if asked is None:
         return
+    status = 0
     try:
         run(asked)
     except BaseException as error:
-        end(error)
-    end(None)
+        status = status_of(error)
+    # Here what the exception's frames held is gone, such as workers that load data.
+    end(status)
 
 
 if __name__ == "__main__":
