@@ -47,13 +47,13 @@ esac
 rm -rf "$out" && mkdir -p "$out" && touch "$out/.demo"
 started=$SECONDS
 say() { printf '\n\033[1m[%3ds] %s\033[0m\n' $((SECONDS - started)) "$*"; }
-# Megatron prints all its arguments; the log keeps them, the console shows what happens.
+# The log keeps all that is printed, the console shows what happens.
 ranks() {
   local log=$1 status; shift
   set +e
   "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@" 2>&1 |
-    tee "$out/$log.log" | grep -E --line-buffered '^error|^rollout|^held-out|iteration +[0-9]+/|^\[rank[0-9]+\]: [A-Za-z.]*Error' |
-    sed -u -E 's/^.* \[20/[20/; s/consumed samples.*learning rate/learning rate/; s/global batch size.*lm loss/lm loss/; s/ \| loss scale.*//'
+    tee "$out/$log.log" |
+    grep -E --line-buffered '^error|^rollout|^held-out|^iteration [0-9]+/|^\[rank[0-9]+\]: [A-Za-z.]*Error'
   status=${PIPESTATUS[0]} # of the ranks: grep fails where it has nothing to show
   set -e
   return "$status"

@@ -22,6 +22,10 @@ class LaunchConfig:
     """Recipe (examples/recipes/NAME.flags, or a file) that stands for its flags; what follows on
     the command line wins, and several recipes may be given."""
 
+    verbose: bool = False
+    """Show all that Megatron and PyTorch say on the console, too. By default it goes only into
+    SAVE/logs/rank-N.log."""
+
     dry_run: bool = False
     """Check everything, print the memory and operations of the plan, start nothing; needs no
     GPU."""

@@ -7,6 +7,7 @@ it no more. Nothing here is copied from Megatron: its functions are wrapped or l
 import functools
 import importlib
 import importlib.metadata
+import logging
 import queue
 import sys
 from collections.abc import Callable
@@ -101,6 +102,20 @@ def report_in_this_process() -> None:
     """
     strategy = "megatron.core.dist_checkpointing.strategies.filesystem_async"
     _replace(strategy, "_results_queue", queue.Queue())
+
+
+def expect_parts_of_checkpoints() -> None:
+    """Say nothing of a checkpoint's folder that is not empty when Megatron begins to write into it.
+
+    The state of an ESPO run is in it by then. What is left of a save that was broken off there is
+    written over; the tracker file names a checkpoint only when it is whole.
+    """
+    module = "megatron.core.dist_checkpointing.serialization"
+    _part(module, "logger").addFilter(_says_nothing_of_parts)
+
+
+def _says_nothing_of_parts(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Overwriting old incomplete")
 
 
 def before_each_save(action: Callable[[], None]) -> None:

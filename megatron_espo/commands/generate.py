@@ -2,12 +2,10 @@
 
 import argparse
 import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -86,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
     if is_dry_run(rest):
         simulate_inference("megatron_espo.commands.generate", argv, rest, prepare_arguments)
         return
-    model, args = load_model([*checkpoint_flags(options), *rest], log=_startup_log())
+    model, args = load_model([*checkpoint_flags(options), *rest])
     session = Session(
         model,
         load_tokenizer(args.tokenizer_model),
@@ -100,11 +98,6 @@ def main(argv: Sequence[str]) -> None:
         session.complete(options.prompt)
     else:
         session.converse()
-
-
-def _startup_log() -> TextIO:
-    """Where Megatron's start-up goes: to stderr, but not onto a terminal."""
-    return open(os.devnull, "w") if sys.stderr.isatty() else sys.stderr
 
 
 @dataclass

@@ -1,16 +1,13 @@
 """Loads a checkpoint for sampling and evaluation, without an optimizer."""
 
 import argparse
-import contextlib
-import logging
-import sys
 from collections.abc import Callable, Sequence
-from typing import TextIO
 
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.console import captured
 from megatron_espo.conversion.hf_cache import converted_checkpoint
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.errors import UserError
@@ -87,7 +84,6 @@ def prepare_arguments(args: argparse.Namespace) -> None:
 def load_model(
     argv: Sequence[str],
     prepare: Callable[[argparse.Namespace], None] = prepare_arguments,
-    log: TextIO | None = None,
 ) -> tuple[DiffusionModel, argparse.Namespace]:
     """Build the model that the command line describes and load its checkpoint.
 
@@ -96,25 +92,18 @@ def load_model(
     Args:
         argv: flags.
         prepare: checks and completes the parsed arguments.
-        log: gets what is printed and warned of meanwhile; stderr if None.
 
     Returns:
         The model in evaluation mode, and Megatron's arguments.
     """
-    log = log or sys.stderr
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
-            handler.setStream(log)  # Megatron's own
-    with (
-        contextlib.redirect_stdout(log),
-        contextlib.redirect_stderr(log),
-    ):  # Megatron's start-up is not the result
+    with captured(aside=True) as output:  # Megatron's start-up is not the result
         args = initialize_arguments(["--use-checkpoint-args", *argv], prepare)
         store = initialize_process_groups(args)
         megatron_training.initialize_megatron(store=store)
         chunks, _, _ = megatron_training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
         )
+        output.settle(None, argv, args.verbose)
     for chunk in chunks:
         chunk.eval()
     return diffusion_model(chunks), args

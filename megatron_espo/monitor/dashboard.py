@@ -7,6 +7,7 @@ from typing import Any
 from numpy.typing import ArrayLike
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.console import say
 from megatron_espo.monitor.flops import ModelDimensions, passed_flops, rollout_flops
 from megatron_espo.monitor.hardware import GpuMonitor, gather_hardware, local_hardware
 from megatron_espo.monitor.tensorboard import write_histograms, write_scalars
@@ -49,7 +50,7 @@ class Dashboard:
             if self.writer is not None:
                 self.writer.add_text(f"warnings/{name}", message, step)
             if self.is_reporter:
-                print(f"warning: step {step}: {message}", flush=True)
+                say(f"warning: step {step}: {message}")
 
     def histograms(self, columns: Mapping[str, ArrayLike], step: int) -> None:
         """Write distributions."""

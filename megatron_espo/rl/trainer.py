@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.evaluation.completing import evaluate_task
@@ -376,7 +377,7 @@ def _report(
         write_samples(board.writer, rollout, prompts, done, espo.samples_to_log)
     if layout.is_reporter:
         left = progress.time_left(done)
-        print(console_line(number + 1, espo.num_rollouts, scalars | mine, left), flush=True)
+        say(console_line(number + 1, espo.num_rollouts, scalars | mine, left))
 
 
 def _evaluation_follows(trainer: Trainer, rollouts: int) -> bool:
@@ -408,9 +409,8 @@ def _evaluate(trainer: Trainer, step: int) -> bool:
         mu, last = trainer.espo.updates_per_rollout, trainer.espo.num_rollouts
         number = step // mu
         when = "before" if step == 0 else "after" if number == last else f"rollout {number}"
-        print(
+        say(
             f"held-out ({when}): accuracy {100 * result.accuracy:.1f}%, reward "
-            f"{result.reward:.3f} on {result.num_problems} problems",
-            flush=True,
+            f"{result.reward:.3f} on {result.num_problems} problems"
         )
     return False

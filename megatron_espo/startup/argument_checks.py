@@ -5,6 +5,7 @@ sentence.
 """
 
 import argparse
+import math
 
 import torch
 
@@ -81,6 +82,30 @@ def check_layout(args: argparse.Namespace) -> None:
         raise UserError(
             f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
             "none with --context-parallel-size above 1."
+        )
+
+
+def check_schedule(args: argparse.Namespace) -> None:
+    """Check the learning rate and its schedule.
+
+    Args:
+        args: parsed arguments, with the number of steps.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if not args.skip_train:
+        if args.lr is None:
+            raise UserError("--lr is missing: the highest learning rate of the run.")
+        if not 0.0 < args.lr < math.inf:
+            raise UserError(f"--lr {args.lr} must be a positive number.")
+        if args.min_lr is not None and not 0.0 <= args.min_lr <= args.lr:
+            raise UserError(f"--min-lr {args.min_lr} must lie between 0 and --lr {args.lr}.")
+    steps = args.lr_decay_iters or args.train_iters
+    if steps and args.lr_warmup_iters >= steps:
+        raise UserError(
+            f"--lr-warmup-iters {args.lr_warmup_iters} must be fewer than the {steps} steps of the "
+            "learning-rate schedule."
         )
 
 

@@ -39,17 +39,23 @@ from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.model.supported import MODEL, check_supported, flag_of
 from megatron_espo.recipes import expand_recipes
-from megatron_espo.startup.argument_checks import check_backend, check_layout, check_precision
+from megatron_espo.startup.argument_checks import (
+    check_backend,
+    check_layout,
+    check_precision,
+    check_schedule,
+)
+from megatron_espo.startup.help import arrange_help
 
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
 _PREFIXES: dict[type, str] = {
     LaunchConfig: "",
-    SimulateConfig: "simulate",
     DiffusionConfig: "",
     SftConfig: "sft",
     RolloutConfig: "rollout",
     EspoConfig: "espo",
     MonitorConfig: "monitor",
+    SimulateConfig: "simulate",
 }
 
 # The project's own model settings, which a checkpoint decides as it does Megatron's.
@@ -90,8 +96,10 @@ def add_arguments(
     Returns:
         The parser.
     """
-    for config, prefix in _PREFIXES.items():
+    own = [
         _PrefixedGroup(config, prefix).build_group(parser, title=(config.__doc__ or "").strip())
+        for config, prefix in _PREFIXES.items()
+    ]
     if not (on_gpus or device.has_cuda()):
         parser.set_defaults(**device.CPU_ARGUMENT_DEFAULTS)
     if device.has_cuda():
@@ -109,6 +117,7 @@ def add_arguments(
         # Some of Megatron's help texts hold a bare per cent sign, which stops --help.
         if isinstance(action.help, str):
             action.help = re.sub(r"%(?![%(])", "%%", action.help.replace("%%", "%"))
+    arrange_help(parser, own)
     return parser
 
 
@@ -218,12 +227,7 @@ def _validate(args: argparse.Namespace) -> None:
     check_layout(args)
     if args.transformer_impl != "transformer_engine" and not _has_fused_gradients():
         args.gradient_accumulation_fusion = False
-    steps = args.lr_decay_iters or args.train_iters
-    if steps and args.lr_warmup_iters >= steps:
-        raise UserError(
-            f"--lr-warmup-iters {args.lr_warmup_iters} must be fewer than the {steps} steps of the "
-            "learning-rate schedule."
-        )
+    check_schedule(args)
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or sys.maxsize
     if args.vocab_size is not None:

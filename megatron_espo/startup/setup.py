@@ -2,12 +2,14 @@
 
 import argparse
 import contextlib
+import json
 import math
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -18,6 +20,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device, megatron_patches
+from megatron_espo.console import Output, rank_log, say
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
@@ -35,6 +38,7 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
+        _tell_torchrun(f"error: {error}")
         if int(os.environ.get("RANK", "0")) != 0:
             # Every rank finds the same mistake in the same data, and rank 0 says so. torchrun ends
             # the others when the first one ends: let that be rank 0, unless it is well.
@@ -50,6 +54,35 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the reason of the end for torchrun, whose own report is the last that is printed."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    # The form that PyTorch's own handler of errors writes, without a stack.
+    reason = {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": reason}), encoding="utf-8")
+
+
+def keep_log(output: Output, args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """Keep what a run prints in its folder, and say where.
+
+    Args:
+        output: what is captured so far.
+        args: Megatron's arguments; without --save nothing is kept.
+        argv: the command line without the program name.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    log = None if args.save is None else rank_log(args.save)
+    output.settle(log, [*sys.orig_argv[:1], *sys.argv[:1], *argv], args.verbose)
+    if args.rank == 0 and not args.verbose:
+        where = "is kept nowhere without --save" if log is None else f"is in {log}"
+        say(f"What Megatron prints {where}; --verbose shows it here.")
 
 
 def _leave(status: int) -> NoReturn:

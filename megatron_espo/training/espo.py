@@ -14,6 +14,7 @@ from megatron.training import get_args, get_tensorboard_writer
 from megatron.training import training as megatron_training
 
 from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
+from megatron_espo.console import captured, say
 from megatron_espo.data.tokenizer import load_tokenizer
 from megatron_espo.dry_run.command import dry_run
 from megatron_espo.dry_run.planned import is_dry_run
@@ -26,6 +27,7 @@ from megatron_espo.monitor.flops import ModelDimensions
 from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops
+from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.monitor.watch import Watch
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.reference import ReferencePolicy
@@ -36,6 +38,7 @@ from megatron_espo.startup.setup import (
     diffusion_model,
     inference_mode,
     initialize_process_groups,
+    keep_log,
     pad_multiple,
     run_entry_point,
 )
@@ -130,7 +133,18 @@ def main(argv: Sequence[str]) -> None:
     if is_dry_run(argv):
         dry_run(argv, prepare_arguments, "megatron_espo.training.espo")
         return
-    args = initialize_arguments(argv, prepare_arguments)
+    with captured(training_line) as output:
+        args = initialize_arguments(argv, prepare_arguments)
+        keep_log(output, args, argv)
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Set up a run and train.
+
+    Args:
+        args: Megatron's arguments, checked.
+    """
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     task = load_workers(espo)
     tokenizer = load_tokenizer(args.tokenizer_model)
@@ -160,7 +174,7 @@ def main(argv: Sequence[str]) -> None:
     checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, espo, writer)
     model = diffusion_model(chunks)
     if model.layout.is_reporter and (line := start_line(task)):
-        print(line, flush=True)
+        say(line)
     stop = StopRequest(model.layout)
     train(
         Trainer(

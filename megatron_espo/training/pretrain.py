@@ -16,6 +16,7 @@ from megatron.training.training import pretrain
 
 from megatron_espo.checkpoint.tracker import has_checkpoint, latest_checkpoint
 from megatron_espo.config import SftConfig
+from megatron_espo.console import captured
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
@@ -26,9 +27,11 @@ from megatron_espo.megatron_patches import before_each_save
 from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
+from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments
 from megatron_espo.startup.setup import (
     initialize_process_groups,
+    keep_log,
     run_entry_point,
     sequence_split,
 )
@@ -125,7 +128,18 @@ def main(argv: Sequence[str]) -> None:
     if is_dry_run(argv):
         dry_run(argv, prepare_arguments, "megatron_espo.training.pretrain")
         return
-    args = initialize_arguments(argv, prepare_arguments)
+    with captured(training_line) as output:
+        args = initialize_arguments(argv, prepare_arguments)
+        keep_log(output, args, argv)
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Set up a run and train.
+
+    Args:
+        args: Megatron's arguments, checked.
+    """
     _check_data(args)
     _continue_events(args)
     store = initialize_process_groups(args)

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_espo"
 # The rooms and single files from the bottom up. Each imports only from those before it.
 FLOORS = (
     # What needs neither Megatron nor, most of it, torch.
-    "errors", "environment", "random", "transfer", "recipes", "config",
+    "errors", "console", "command_line", "environment", "random", "transfer", "recipes", "config",
     # The machine, and what Megatron needs to run on it.
     "megatron_patches", "device",
     "diffusion", "parallel", "data", "passes", "model", "generation",
@@ -22,6 +22,8 @@ FLOOR = {part: number for number, part in enumerate(FLOORS)}
 # These import nothing but what stands here, though there is more below them.
 ALONE = {
     "errors": set(),
+    "console": {"errors"},
+    "command_line": {"errors"},
     "environment": {"errors"},
     "random": {"errors"},
     "transfer": {"errors"},
