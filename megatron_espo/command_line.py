@@ -81,9 +81,21 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
     Args:
         main: gets the command line without the program name; returns the status, None for 0.
     """
-    status: int | None
+    sys.exit(status_of(main, sys.argv[1:]))
+
+
+def status_of(main: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
+    """Run a tool; see :func:`run_tool`.
+
+    Args:
+        main: the tool.
+        argv: its command line without the program name.
+
+    Returns:
+        The status to end with.
+    """
     try:
-        status = main(sys.argv[1:])
+        status = main(argv) or 0
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -99,4 +111,4 @@ def run_tool(main: Callable[[Sequence[str]], int | None]) -> NoReturn:
         status = 2
     except KeyboardInterrupt:
         status = 130
-    sys.exit(status)
+    return status

@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_espo.checkpoint.compare import (
@@ -29,6 +29,7 @@ from megatron_espo.checkpoint.compare import (
     latest_iteration,
     unequal_tensors,
 )
+from megatron_espo.command_line import Parser, run_tool
 from megatron_espo.errors import UserError
 from megatron_espo.monitor.curves import TIME_DEPENDENT, Curve, read_details, read_scalars
 
@@ -254,13 +255,13 @@ def check_relayout(options: argparse.Namespace, flags: list[str]) -> bool:
     return bool(worst < options.tolerance)
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Run a check; returns the exit status."""
-    argv, flags = sys.argv[1:], []
+    flags: list[str] = []
     if "--" in argv:
         place = argv.index("--")
-        argv, flags = argv[:place], argv[place + 1 :]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+        argv, flags = argv[:place], list(argv[place + 1 :])
+    parser = Parser(description=__doc__)
     parser.add_argument("check", choices=("kill", "relayout"))
     parser.add_argument("--out", type=Path, required=True, help="new folder for the runs")
     parser.add_argument("--kills", type=int, default=20)
@@ -270,18 +271,13 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=1e-3, help="for relayout")
     options = parser.parse_args(argv)
     if options.out.exists():
-        print(f"error: --out {options.out} exists; choose a new folder.", file=sys.stderr)
-        return 2
+        raise UserError(f"--out {options.out} exists; choose a new folder.")
     options.out.mkdir(parents=True)
     options.out = options.out.resolve()
     make_data(options.out)
     check = check_kills if options.check == "kill" else check_relayout
-    try:
-        return 0 if check(options, flags) else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return 0 if check(options, flags) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -7,14 +7,13 @@ of humaneval.jsonl. A function there solves the problem whose tests call it; imp
 an underscore go with every function. Problems without an answer are read and counted only.
 """
 
-import argparse
 import ast
-import sys
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.command_line import Parser, run_tool
 from megatron_espo.data.jsonl import read_jsonl
 from megatron_espo.errors import UserError
 from megatron_espo.tasks import BUILT_IN, Example, code
@@ -25,30 +24,29 @@ _ORDER = ("sudoku", "countdown", "gsm8k", "math", "code")
 _MOST_NUMBERS = 5  # of a countdown problem that is searched: 6 take minutes
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> int:
     """Run the tool.
 
     Args:
-        argv: Command line without the program's name; by default the process's own.
+        argv: Command line without the program's name.
 
     Returns:
-        Exit code: 0, 1 if an answer does not earn full reward, 2 for bad input.
+        Exit code: 0, or 1 if an answer does not earn full reward.
+
+    Raises:
+        UserError: The input is bad.
     """
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the files")
     parser.add_argument("--solutions", type=Path, metavar="DIR", help="solutions to code problems")
     args = parser.parse_args(argv)
-    try:
-        files = sorted(p for p in args.data.glob("*") if p.suffix in (".jsonl", ".parquet"))
-        if not files:
-            raise UserError(f"--data {args.data}: holds no .jsonl or .parquet file; correct it")
-        solutions = _read_solutions(args.solutions, files) if args.solutions else {}
-        if solutions:
-            print(start_line(code))
-        return max([_check_file(path, solutions.get(path.stem, {})) for path in files])
-    except UserError as error:
-        print(f"check_rewards.py: {error}", file=sys.stderr)
-        return 2
+    files = sorted(p for p in args.data.glob("*") if p.suffix in (".jsonl", ".parquet"))
+    if not files:
+        raise UserError(f"--data {args.data}: holds no .jsonl or .parquet file; correct it")
+    solutions = _read_solutions(args.solutions, files) if args.solutions else {}
+    if solutions:
+        print(start_line(code))
+    return max([_check_file(path, solutions.get(path.stem, {})) for path in files])
 
 
 def _read_solutions(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, str]]:
@@ -167,4 +165,4 @@ def _combine(parts: Sequence[tuple[float, str]], target: int) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

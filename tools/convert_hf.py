@@ -8,11 +8,11 @@
 One process, no GPU, a few gigabytes of memory.
 """
 
-import argparse
 import signal
 import sys
 from collections.abc import Sequence
 
+from megatron_espo.command_line import Parser
 from megatron_espo.conversion.convert import (
     DTYPES,
     convert_to_hugging_face,
@@ -24,9 +24,7 @@ from megatron_espo.startup.setup import run_entry_point
 
 def main(argv: Sequence[str]) -> None:
     """Convert from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     commands = parser.add_subparsers(required=True, dest="command")
     forward = commands.add_parser("to-megatron", help="Hugging Face folder -> torch_dist")
     forward.add_argument("--hf", required=True, help="model folder, or its name on the hub")

@@ -6,10 +6,10 @@
 For trying out conversions and jobs; the text such a model writes is noise.
 """
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 
+from megatron_espo.command_line import Parser
 from megatron_espo.conversion import dream, llada
 from megatron_espo.conversion.convert import DTYPES
 from megatron_espo.conversion.families import FAMILIES
@@ -39,9 +39,7 @@ def tiny(shape: ModelShape) -> ModelShape:
 
 def main(argv: Sequence[str]) -> None:
     """Write a folder from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("family", choices=FAMILIES)
     parser.add_argument("--out", required=True, help="folder to make; must not exist")
     parser.add_argument("--full-size", action="store_true", help="the published shape, 16 GB")

@@ -4,23 +4,19 @@ python tools/make_tokenizer.py --out tokenizers/bytes
 python tools/make_tokenizer.py --out tokenizers/bpe --train corpus.txt --vocab-size 4096
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 
+from megatron_espo.command_line import Parser, run_tool
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer, train_tokenizer
-from megatron_espo.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the tool.
 
     Args:
         argv: command line without the program's name; default: the process's.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to make")
     parser.add_argument(
         "--train", nargs="+", metavar="FILE", help="text files to learn merges from"
@@ -29,17 +25,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if (args.train is None) != (args.vocab_size is None):
         parser.error("--train and --vocab-size go together; give both or neither")
-    try:
-        if args.train is None:
-            tokenizer = byte_tokenizer()
-        else:
-            tokenizer = train_tokenizer(args.train, args.vocab_size)
-        save_tokenizer(tokenizer, args.out)
-    except UserError as error:
-        sys.exit(f"make_tokenizer: {error}")
+    if args.train is None:
+        tokenizer = byte_tokenizer()
+    else:
+        tokenizer = train_tokenizer(args.train, args.vocab_size)
+    save_tokenizer(tokenizer, args.out)
     print(f"{args.out}: {len(tokenizer)} tokens, mask token {tokenizer.mask_token_id}")
     print(f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -12,7 +12,6 @@ and prints, per estimator and at equal numbers of model rows, the standard devia
         --rollout-completion-length 16 ...
 """
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 from megatron.training.checkpointing import load_checkpoint
 from torch import Tensor
 
+from megatron_espo.command_line import Parser
 from megatron_espo.commands.inference import load_eval_problems, load_model
 from megatron_espo.config import RolloutConfig
 from megatron_espo.errors import UserError
@@ -44,7 +44,7 @@ REPEATS = 64
 
 def main(argv: Sequence[str]) -> None:
     """Measure from the command line; prints a Markdown table."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     parser.add_argument("--other")
     options, rest = parser.parse_known_args(argv)
     if options.other is None:

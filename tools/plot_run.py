@@ -4,12 +4,11 @@ python tools/plot_run.py runs/sudoku-seed1 --title "ESPO on sudoku"
 python tools/plot_run.py runs/lr3e-6 runs/lr1e-5 --out compared.png
 """
 
-import argparse
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_espo.errors import UserError
+from megatron_espo.command_line import Parser, run_tool
 from megatron_espo.monitor.curves import draw_runs, find_events, read_scalars, run_names
 
 _ROWS = {
@@ -28,15 +27,13 @@ def read_evaluation(log: Path) -> dict[str, float] | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Draw and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("run", type=Path, nargs="+", help="folders of runs or of their events")
     parser.add_argument("--title", help="heading (default: the folders' names)")
     parser.add_argument("--out", type=Path, help="PNG to write (default: curves.png in the run)")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     runs = {
         name: read_scalars(find_events(folder))
         for name, folder in zip(run_names(options.run), options.run, strict=True)
@@ -64,8 +61,4 @@ def print_table(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_tool(main)

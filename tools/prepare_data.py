@@ -12,13 +12,13 @@ counted. --train, --validation and --test are then upper limits.
 import argparse
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from megatron_espo.command_line import Parser, run_tool
 from megatron_espo.errors import UserError
 from megatron_espo.tasks import (
     BUILT_IN,
@@ -33,38 +33,34 @@ from megatron_espo.tasks.base import STYLES, read_examples
 from megatron_espo.tasks.published import HUB, find_files, sort_records, write_splits
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str]) -> None:
     """Run the tool.
 
     Args:
-        argv: Command line without the program's name; by default the process's own.
+        argv: Command line without the program's name.
 
-    Returns:
-        Exit code: 0, or 2 after one sentence on stderr.
+    Raises:
+        UserError: The input is bad.
     """
     args = _parse_arguments(argv)
+    task = load_task(args.task, flag="TASK")
     try:
-        task = load_task(args.task, flag="TASK")
         if args.source is not None:
             _prepare_published(task, args)
         elif args.check is None:
             _prepare(task, args)
         else:
             print(f"{args.check}: {len(read_examples(task, args.check))} examples of {task.name}")
-    except UserError as error:
-        print(f"prepare_data.py: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
-        print(
-            f"prepare_data.py: --out {args.out}: {error.strerror}; choose a writable directory",
-            file=sys.stderr,
-        )
-        return 2
-    return 0
+        if args.out is None:
+            raise
+        raise UserError(
+            f"--out {args.out}: {error.strerror}; choose a writable directory."
+        ) from error
 
 
-def _parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("task", help="a built-in task, or the import path of one")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="DIR", help="write the files here")
@@ -177,4 +173,4 @@ def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from megatron_espo.command_line import Parser, run_tool
 from megatron_espo.data.preprocess import preprocess
-from megatron_espo.errors import UserError
 
 
 def _progress_line(interval: float = 1.0) -> Callable[[int, int], None]:
@@ -33,15 +33,13 @@ def _progress_line(interval: float = 1.0) -> Callable[[int, int], None]:
     return show
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str]) -> None:
     """Run the tool.
 
     Args:
         argv: command line without the program's name; default: the process's.
     """
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="PATH", help="files, and folders to search"
     )
@@ -62,20 +60,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that tokenize")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")
     args = parser.parse_args(argv)
-    try:
-        size = preprocess(
-            args.input,
-            args.output_prefix,
-            args.tokenizer_model,
-            extensions=args.ext,
-            json_key=args.json_key,
-            append_eod=args.append_eod,
-            workers=args.workers,
-            overwrite=args.overwrite,
-            progress=_progress_line(),
-        )
-    except UserError as error:
-        sys.exit(f"preprocess_data: {error}")
+    size = preprocess(
+        args.input,
+        args.output_prefix,
+        args.tokenizer_model,
+        extensions=args.ext,
+        json_key=args.json_key,
+        append_eod=args.append_eod,
+        workers=args.workers,
+        overwrite=args.overwrite,
+        progress=_progress_line(),
+    )
     print(file=sys.stderr)
     left_out = f" ({size.empty} empty ones left out)" if size.empty else ""
     print(f"{size.documents:,} documents{left_out}, {size.tokens:,} tokens; train with")
@@ -86,4 +81,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

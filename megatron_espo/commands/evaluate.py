@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_espo.checkpoint.tracker import checkpoint_folder
+from megatron_espo.command_line import Parser
 from megatron_espo.commands.inference import (
     add_checkpoint_arguments,
     checkpoint_flags,
@@ -38,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: flags.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     add_checkpoint_arguments(parser)
     add_protocol_arguments(parser)
     parser.add_argument("--out", help="folder for completions and results; resumes what it holds")

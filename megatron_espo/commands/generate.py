@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
+from megatron_espo.command_line import Parser
 from megatron_espo.commands.inference import (
     add_checkpoint_arguments,
     checkpoint_flags,
@@ -69,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: flags.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = Parser(add_help=False)
     add_arguments(parser)
     if "--help" in argv or "-h" in argv:
         parser.print_help()

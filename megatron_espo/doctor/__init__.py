@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_espo.command_line import Parser
 from megatron_espo.doctor.finding import Finding, Gpu
 from megatron_espo.doctor.machine import (
     check_gpus,
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 1 if a run could not start.
     """
-    parser = argparse.ArgumentParser(prog="python -m megatron_espo.doctor", description=__doc__)
+    parser = Parser(prog="python -m megatron_espo.doctor", description=__doc__)
     parser.add_argument("--gpus", type=int, metavar="N", help="there must be N GPUs")
     parser.add_argument(
         "--then", nargs=argparse.REMAINDER, metavar="COMMAND", help="run this if nothing is wrong"

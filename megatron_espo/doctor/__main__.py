@@ -1,8 +1,7 @@
 """``python -m megatron_espo.doctor``."""
 
-import sys
-
+from megatron_espo.command_line import run_tool
 from megatron_espo.doctor import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -40,7 +40,7 @@ def arrange_help(parser: argparse.ArgumentParser, own: Iterable[Any]) -> None:
     )
     parser.usage = "%(prog)s [flags]"
     parser.error = partial(_refuse, parser)  # type: ignore[method-assign,assignment]
-    parser.print_help = partial(_print_help, parser, groups)  # type: ignore[method-assign,assignment]
+    parser.print_help = partial(_print_help, parser, groups)  # type: ignore[method-assign]
 
 
 def _refuse(parser: argparse.ArgumentParser, message: str) -> None:
@@ -48,7 +48,7 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> None:
 
 
 def _print_help(parser: argparse.ArgumentParser, groups: list[Any], file: object = None) -> None:
-    formatter = parser.formatter_class(prog=parser.prog, max_help_position=38)
+    formatter = argparse.HelpFormatter(parser.prog, max_help_position=38)
     formatter.add_usage(parser.usage, (), ())
     for group in groups:
         formatter.start_section(str(group.title).partition("\n")[0].rstrip("."))

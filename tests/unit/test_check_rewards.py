@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_espo.command_line import status_of
 from megatron_espo.tasks import BUILT_IN, Score, countdown
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_answers_earn_full_reward(
     tool: ModuleType, data: Path, capsys: pytest.CaptureFixture[str], record: object, task: str
 ) -> None:
     write(data / "x.jsonl", record, record)
-    assert tool.main(["--data", str(data)]) == 0
+    assert status_of(tool.main, ["--data", str(data)]) == 0
     assert capsys.readouterr().out == (
         f"x.jsonl: 2 records of {task}, 2 of 2 answers earn full reward\n"
     )
@@ -96,7 +97,7 @@ def test_answers_that_a_reward_does_not_take_are_named(
     records = {"gsm8k": GSM8K, "math": MATH, "countdown": COUNTDOWN, "sudoku": SUDOKU}
     write(data / "x.jsonl", records[task])
     monkeypatch.setattr(BUILT_IN[task], "score", lambda example, text: Score(1.0, False, {}))
-    assert tool.main(["--data", str(data)]) == 1
+    assert status_of(tool.main, ["--data", str(data)]) == 1
     assert "0 of 1 answers earn full reward; not full: 1 (lines 1)" in capsys.readouterr().out
 
 
@@ -104,7 +105,7 @@ def test_math_is_judged_as_mathematics_and_not_letter_by_letter(
     tool: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(data / "x.jsonl", MATH, {"problem": "?", "answer": "\\text{no} mathematics \\at \\all{"})
-    assert tool.main(["--data", str(data)]) == 1
+    assert status_of(tool.main, ["--data", str(data)]) == 1
     assert "1 of 2 answers earn full reward; not full: 1 (lines 2)" in capsys.readouterr().out
 
 
@@ -115,7 +116,7 @@ def test_records_without_an_answer_or_a_format_are_counted(
     write(data / "b.jsonl", {"numbers": [2, 2], "target": 99}, COUNTDOWN)
     write(data / "c.jsonl", ASSERTIONS)
     write(data / "d.jsonl", {"riddle": "?"})
-    assert tool.main(["--data", str(data)]) == 0
+    assert status_of(tool.main, ["--data", str(data)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "a.jsonl: 3 records of math, 2 of 2 answers earn full reward; unusable: 1 (lines 2)",
         "b.jsonl: 2 records of countdown, 1 of 1 answers earn full reward",
@@ -130,7 +131,7 @@ def test_solutions_are_found_by_the_function_that_tests_call(
     write(data / "x.jsonl", ASSERTIONS, CHECKED, {"prompt": "Write f.", "tests": ["assert f()"]})
     write(data / "y.jsonl", ASSERTIONS)
     (tmp_path / "x.py").write_text(PROGRAMS)
-    assert tool.main(["--data", str(data), "--solutions", str(tmp_path)]) == 0
+    assert status_of(tool.main, ["--data", str(data), "--solutions", str(tmp_path)]) == 0
     start, x, y = capsys.readouterr().out.splitlines()
     assert start.startswith("sandbox: ")
     assert x == "x.jsonl: 3 records of code, 2 of 2 answers earn full reward"
@@ -142,7 +143,7 @@ def test_wrong_solution_fails(
 ) -> None:
     write(data / "x.jsonl", ASSERTIONS, CHECKED)
     (tmp_path / "x.py").write_text(PROGRAMS.replace("operator.add(x, x)", "operator.mul(x, 2.0)"))
-    assert tool.main(["--data", str(data), "--solutions", str(tmp_path)]) == 1
+    assert status_of(tool.main, ["--data", str(data), "--solutions", str(tmp_path)]) == 1
     assert "1 of 2 answers earn full reward; not full: 1 (lines 1)" in capsys.readouterr().out
 
 
@@ -157,15 +158,15 @@ def test_unusable_solutions_are_one_sentence(
     write(data / "x.jsonl", ASSERTIONS)
     if content is not None:
         (tmp_path / "x.py").write_text(content)
-    assert tool.main(["--data", str(data), "--solutions", str(tmp_path)]) == 2
+    assert status_of(tool.main, ["--data", str(data), "--solutions", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.startswith("check_rewards.py: ") and error.count("\n") == 1
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_folder_without_data_is_one_sentence(
     tool: ModuleType, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tool.main(["--data", str(data)]) == 2
+    assert status_of(tool.main, ["--data", str(data)]) == 2
     assert "holds no .jsonl or .parquet file" in capsys.readouterr().err
 
 

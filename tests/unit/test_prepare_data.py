@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 from interpreter import python
 
+from megatron_espo.command_line import status_of
 from megatron_espo.errors import UserError
 from megatron_espo.tasks import BUILT_IN
 from megatron_espo.tasks.base import split_of
@@ -42,7 +43,7 @@ def test_files_have_the_asked_counts_and_share_no_problem(
     tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     out = tmp_path / "deep" / "data"
-    assert tool.main([name, "--out", str(out), "--seed", "3", *COUNTS]) == 0
+    assert status_of(tool.main, [name, "--out", str(out), "--seed", "3", *COUNTS]) == 0
     assert sorted(path.name for path in out.iterdir()) == sorted(f"{f}.jsonl" for f in FILES)
     found = {stem: prompts(name, out / f"{stem}.jsonl") for stem in FILES}
     assert [len(found[stem]) for stem in FILES] == [30, 7, 5, 20]
@@ -57,7 +58,7 @@ def test_demonstrations_come_from_the_train_split_and_follow_the_noise(
 ) -> None:
     for noise in ("0", "1"):
         argv = ["sudoku", "--out", str(tmp_path), "--demonstrations", "60", "--noise", noise]
-        assert tool.main(argv) == 0
+        assert status_of(tool.main, argv) == 0
         assert [path.name for path in tmp_path.iterdir()] == ["demonstrations.jsonl"]
         lines = [json.loads(line) for line in (tmp_path / "demonstrations.jsonl").open()]
         assert all(line.keys() == {"prompt", "completion"} for line in lines)
@@ -80,14 +81,14 @@ def test_seed_decides_every_byte(tool: ModuleType, tmp_path: Path) -> None:
 def test_failure_leaves_earlier_files_as_they_were(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert tool.main(["sudoku", "--out", str(tmp_path), *COUNTS]) == 0
+    assert status_of(tool.main, ["sudoku", "--out", str(tmp_path), *COUNTS]) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*_: object) -> str:
         raise UserError("demonstration failed")
 
     monkeypatch.setattr(BUILT_IN["sudoku"], "demonstrate", fail)
-    assert tool.main(["sudoku", "--out", str(tmp_path), "--seed", "9", *COUNTS]) == 2
+    assert status_of(tool.main, ["sudoku", "--out", str(tmp_path), "--seed", "9", *COUNTS]) == 2
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -96,10 +97,10 @@ def test_check_counts_a_good_file_and_names_the_bad_line(
 ) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text('{"numbers": [44, 19, 35], "target": 98}\n' * 3)
-    assert tool.main(["countdown", "--check", str(path)]) == 0
+    assert status_of(tool.main, ["countdown", "--check", str(path)]) == 0
     assert capsys.readouterr().out == f"{path}: 3 examples of countdown\n"
     path.write_text('{"numbers": [44, 19, 35], "target": 98}\n{"numbers": [44]}\n')
-    assert tool.main(["countdown", "--check", str(path)]) == 2
+    assert status_of(tool.main, ["countdown", "--check", str(path)]) == 2
     assert f"{path}:2: key 'target' is missing" in capsys.readouterr().err
 
 
@@ -140,11 +141,11 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "plain_task", raising=False)
     before = sorted(tmp_path.iterdir())
-    assert tool.main([argument.replace("OUT", str(tmp_path)) for argument in argv]) == 2
+    assert status_of(tool.main, [argument.replace("OUT", str(tmp_path)) for argument in argv]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
-    assert captured.err.startswith("prepare_data.py: ")
+    assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
     assert [p for p in sorted(tmp_path.iterdir()) if p.name != "__pycache__"] == before
 
@@ -179,20 +180,20 @@ def test_published_files_are_checked_split_and_counted(
     (source / "train.jsonl").write_text("\n".join(lines[:30] + lines[38:] + ['{"question": "x"}']))
     (source / "test.jsonl").write_text("\n".join(lines[30:]))
     argv = ["gsm8k", "--source", str(source), "--out", str(out)]
-    assert tool.main([*argv, "--train", "20"]) == 0
+    assert status_of(tool.main, [*argv, "--train", "20"]) == 0
     # A test problem that is among the training problems stays in the test split alone.
     assert [len(prompts("gsm8k", out / f"{s}.jsonl")) for s in ("train", "test")] == [20, 10]
     assert "1 unusable, 2 repeated left out" in capsys.readouterr().out
     (source / "train.jsonl").rename(source / "all.jsonl")
     (source / "test.jsonl").unlink()
-    assert tool.main(argv) == 0
+    assert status_of(tool.main, argv) == 0
     found = [prompts("gsm8k", out / f"{s}.jsonl") for s in ("train", "validation", "test")]
     assert sum(map(len, found)) == 32 and len(found[0]) > 20
 
 
 def test_chat_style_reaches_problems_and_demonstrations(tool: ModuleType, tmp_path: Path) -> None:
     argv = ["sudoku", "--out", str(tmp_path), "--train", "2", "--demonstrations", "2"]
-    assert tool.main([*argv, "--style", "chat", "--noise", "0"]) == 0
+    assert status_of(tool.main, [*argv, "--style", "chat", "--noise", "0"]) == 0
     assert all(not isinstance(p, str) for p in prompts("sudoku", tmp_path / "train.jsonl"))
     lines = [json.loads(line) for line in (tmp_path / "demonstrations.jsonl").open()]
     assert all(line["messages"][-1]["content"].startswith("<answer>") for line in lines)
@@ -210,14 +211,14 @@ def test_without_the_hub_a_download_is_a_clear_error(
         raise OSError("no route to the hub")
 
     monkeypatch.setattr(hub, "snapshot_download", refuse)
-    assert tool.main(["gsm8k", "--source", "hub", "--out", str(tmp_path / "o")]) == 2
+    assert status_of(tool.main, ["gsm8k", "--source", "hub", "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
     assert "--source openai/gsm8k: cannot be downloaded (no route to the hub)" in error
     monkeypatch.setattr(hub, "snapshot_download", lambda *_, local_files_only=False, **__: (
         str(tmp_path / "cache") if local_files_only else refuse()))  # fmt: skip
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "test.jsonl").write_text('{"question": "1+1?", "answer": "2"}\n')
-    assert tool.main(["gsm8k", "--source", "hub", "--out", str(tmp_path / "o")]) == 0
+    assert status_of(tool.main, ["gsm8k", "--source", "hub", "--out", str(tmp_path / "o")]) == 0
     assert "using the copy in" in capsys.readouterr().out
 
 
@@ -239,5 +240,5 @@ def test_bad_source_is_one_sentence(
 ) -> None:
     (tmp_path / "empty").mkdir()
     argv = [argument.replace("EMPTY", str(tmp_path / "empty")) for argument in argv]
-    assert tool.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert status_of(tool.main, [*argv, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
