@@ -43,7 +43,6 @@ from megatron_espo.startup.argument_checks import (
     check_backend,
     check_layout,
     check_precision,
-    check_schedule,
 )
 from megatron_espo.startup.help import arrange_help
 
@@ -227,7 +226,6 @@ def _validate(args: argparse.Namespace) -> None:
     check_layout(args)
     if args.transformer_impl != "transformer_engine" and not _has_fused_gradients():
         args.gradient_accumulation_fusion = False
-    check_schedule(args)
     if args.save is not None and args.save_interval is None:
         args.save_interval = args.train_iters or sys.maxsize
     if args.vocab_size is not None:

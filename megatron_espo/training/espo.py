@@ -33,6 +33,7 @@ from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state
 from megatron_espo.rl.trainer import Trainer, train
+from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments
 from megatron_espo.startup.setup import (
     diffusion_model,
@@ -114,6 +115,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     args.global_batch_size = espo.completions_per_rollout
     args.espo_rows_per_batch, args.micro_batch_size = args.micro_batch_size, 1
     args.train_iters = espo.num_rollouts * espo.updates_per_rollout
+    check_schedule(args)
     # Megatron's re-run machinery drives Megatron's own loop; without it a NaN gradient is an error.
     args.rerun_mode = "disabled"
     if args.async_save:

@@ -28,6 +28,7 @@ from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.monitor.training_lines import training_line
+from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments
 from megatron_espo.startup.setup import (
     initialize_process_groups,
@@ -74,6 +75,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.eval_iters = 0
     if args.eval_interval is None:
         args.eval_interval = max(args.train_iters or 1, 1)
+    check_schedule(args)
 
 
 def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = None) -> Datasets:

@@ -42,7 +42,7 @@ SHAPE = (
     "--num-layers 3 --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
     "--normalization RMSNorm --attention-dropout 0 --hidden-dropout 0 --seq-length 64 "
     "--max-position-embeddings 64 --make-vocab-size-divisible-by 8 --init-method-std 0.3 "
-    "--micro-batch-size 1 --train-iters 1 "
+    "--micro-batch-size 1 --train-iters 1 --lr 1e-3 "
 )
 ROPE = "--position-embedding-type rope --disable-bias-linear "
 LLAMA = f"{ROPE} --swiglu --untie-embeddings-and-output-weights "
@@ -366,7 +366,7 @@ def fresh() -> None:
 def test_a_checkpoint_decides_every_setting_of_the_model(tokenizer: str, checkpoint: str) -> None:
     stored = stored_arguments(f"{checkpoint}/release")
     run = f"--use-checkpoint-args --load {checkpoint} --tokenizer-model {tokenizer} --seq-length 64"
-    flags = f"{run} --micro-batch-size 1 --train-iters 1 --glu-linear-offset 9".split()
+    flags = f"{run} --micro-batch-size 1 --train-iters 1 --lr 1e-3 --glu-linear-offset 9".split()
     args = initialize_arguments(flags, pretrain.prepare_arguments)
     for name in supported.MODEL:
         assert getattr(args, name) == getattr(stored, name), name
