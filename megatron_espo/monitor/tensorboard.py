@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from megatron_espo.console import say
+from megatron_espo.monitor.lost_events import remove_lost_events
+
 Chart = tuple[str, list[str]]
 
 # The tab "custom scalars": what belongs together in one chart. A Multiline chart takes regular
@@ -60,25 +63,44 @@ LAYOUT: dict[str, dict[str, Chart]] = {
     },
 }
 
+# Megatron writes its curves twice, the second time against samples, under names that end so.
+VERSUS_SAMPLES = " vs samples"
+
 # Equal bins between the ends: TensorBoard's own grow by a tenth and show nothing of ratios near 1.
 _BINS = 30
 
 
-def begin_events(writer: Any, step: int) -> None:
-    """Mark the start of a run, or of its continuation after a checkpoint.
+def begin_events(writer: Any, step: int, samples: int | None = None) -> None:
+    """Make ready for the events of a run, or of its continuation after a checkpoint.
 
     A run that was killed may have written events after its last checkpoint, or without ever
-    reaching one; the mark tells TensorBoard to drop those, since they will be written again.
+    reaching one, and will write them again. They are taken out of their files; where a TensorBoard
+    has read them already, a mark tells it to drop them.
 
     Args:
         writer: a SummaryWriter, or None.
         step: optimizer steps done.
+        samples: samples that these steps have taken, where the run has curves against them
+            (``TAG vs samples``), too. Then there is no mark: it would drop those.
     """
     if writer is None:
         return
-    start = SessionLog(status=SessionLog.START)
     # What belongs to step 0, the evaluation before training, is done again after a start.
-    writer.file_writer.add_event(Event(session_log=start), step + 1 if step else 0)
+    first, first_sample = (done + 1 if done else 0 for done in (step, samples or 0))
+
+    def is_lost(tag: str, at: int) -> bool:
+        by_samples = samples is not None and tag.endswith(VERSUS_SAMPLES)
+        return at >= (first_sample if by_samples else first)
+
+    kept = remove_lost_events(writer.log_dir, is_lost)
+    if kept:
+        say(
+            f"TensorBoard: {len(kept)} event files held points after step {step}; the files as "
+            f"they were are {kept[0].parent}/*lost*."
+        )
+    if samples is None:
+        mark = Event(session_log=SessionLog(status=SessionLog.START))
+        writer.file_writer.add_event(mark, first)
 
 
 def write_layout(writer: Any) -> None:

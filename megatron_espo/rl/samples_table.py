@@ -1,5 +1,6 @@
 """A few completions of a rollout as a table for TensorBoard."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,5 +34,28 @@ def write_samples(
 
 
 def _cell(text: str) -> str:
-    escaped = text.replace("|", "\\|").replace("\n", "⏎")
-    return f"`{escaped}`" if escaped else "*(empty)*"
+    """Write text as a cell that Markdown shows as it is, its lines and indentation included.
+
+    A code span would not do: readers of tables disagree about the bars and backslashes in it.
+    """
+    if not text:
+        return "*(empty)*"
+    lines = text.expandtabs(4).split("\n")
+    return "<br>".join("".join(map(_inert, _SPACES.sub(_unbreakable, line))) for line in lines)
+
+
+# HTML shows none of them at the ends of a line, and one of several in a row.
+_SPACES = re.compile(r"^ +| +$| {2,}")
+
+
+def _unbreakable(spaces: re.Match[str]) -> str:
+    return "\xa0" * len(spaces[0])
+
+
+def _inert(character: str) -> str:
+    """Write a character so that it means nothing to Markdown and HTML."""
+    if character in " \xa0" or character.isalnum():
+        return character
+    if not character.isprintable():
+        return "\ufffd"
+    return f"&#{ord(character)};" if character.isascii() else character

@@ -14,7 +14,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import pretrain
 
-from megatron_espo.checkpoint.tracker import has_checkpoint, latest_checkpoint
+from megatron_espo.checkpoint.tracker import checkpoint_folder, has_checkpoint, latest_checkpoint
 from megatron_espo.config import SftConfig
 from megatron_espo.console import captured
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
@@ -26,10 +26,10 @@ from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import before_each_save
 from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
-from megatron_espo.monitor.tensorboard import begin_events
+from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
 from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.startup.argument_checks import check_schedule
-from megatron_espo.startup.arguments import config_from_args, initialize_arguments
+from megatron_espo.startup.arguments import config_from_args, initialize_arguments, stored_arguments
 from megatron_espo.startup.setup import (
     initialize_process_groups,
     keep_log,
@@ -161,15 +161,23 @@ def _continue_events(args: argparse.Namespace) -> None:
     writer = get_tensorboard_writer()
     if writer is None:
         return
-    if not args.rampup_batch_size:
+    step = args.ckpt_step
+    if step is None and has_checkpoint(args.load):
+        mark = latest_checkpoint(args.load)
+        step = int(mark) if mark.isdigit() else None
+    step = 0 if step is None or args.finetune else step
+    samples = None
+    if args.rampup_batch_size:
+        stored = stored_arguments(checkpoint_folder(args.load, step)) if step else None
+        samples = 0 if stored is None else stored.consumed_train_samples
+    else:
         # TensorBoard drops everything beyond the step where a run goes on. Megatron's second copy
         # of each curve, against samples, lies beyond it; with one batch size it says nothing more.
         add_scalar = writer.add_scalar
         writer.add_scalar = lambda tag, *values, **named: (
-            None if tag.endswith(" vs samples") else add_scalar(tag, *values, **named)
+            None if tag.endswith(VERSUS_SAMPLES) else add_scalar(tag, *values, **named)
         )
-        mark = latest_checkpoint(args.load) if has_checkpoint(args.load) else ""
-        begin_events(writer, int(mark) if mark.isdigit() and not args.finetune else 0)
+    begin_events(writer, step, samples)
     # What the checkpoint has seen must not be lost with a process that is killed.
     before_each_save(writer.flush)
 
