@@ -83,6 +83,21 @@ def latest_checkpoint(root: str) -> str:
     return Path(root, TRACKER).read_text().strip()
 
 
+def resumed_iteration(args: argparse.Namespace) -> int:
+    """Find the iteration that a run goes on from.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        The iteration of --load, or 0 for a run that starts.
+    """
+    if not has_checkpoint(args.load) or args.finetune:
+        return 0
+    mark = str(args.ckpt_step or latest_checkpoint(args.load))
+    return int(mark) if mark.isdigit() else 0
+
+
 def repair_tracker(root: str) -> None:
     """Mend a tracker file that was cut short when the run was killed, or the disk was full.
 

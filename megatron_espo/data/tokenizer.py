@@ -6,6 +6,7 @@ value), then the special tokens, then merges, so a byte tokenizer is the beginni
 trained one.
 """
 
+import hashlib
 import itertools
 import json
 import shutil
@@ -259,6 +260,12 @@ def special_ids(tokenizer: FastTokenizer, mask_token_id: int | None = None) -> S
             f"--mask-token-id {mask} pads or ends a text of {name}; give an id of its own"
         )
     return SpecialIds(mask, eos, pad, stops)
+
+
+def vocabulary_digest(tokenizer: FastTokenizer) -> str:
+    """Recognise a vocabulary, added tokens included, by a digest of which text has which id."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    return hashlib.sha256(repr(entries).encode()).hexdigest()
 
 
 def encode(tokenizer: FastTokenizer, text: str) -> list[int]:

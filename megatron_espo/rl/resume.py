@@ -2,7 +2,7 @@
 
 The record lists the completions of the whole rollout in their global order, so it does not depend
 on how they were split over data-parallel ranks. Prompts and masks are not in it: they are functions
-of the run's seed and the rollout's number.
+of the run's seed and the rollout's number. A digest of the prompts is, see rl.provenance.
 """
 
 from collections.abc import Sequence
@@ -28,12 +28,13 @@ RolloutRecord = dict[str, Any]
 _SAMPLING = ("num_evaluations", "num_committed", "mean_confidence", "work")
 
 
-def record_rollout(prepared: PreparedRollout, layout: Layout) -> RolloutRecord:
+def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> RolloutRecord:
     """Gather a rollout from the data-parallel ranks.
 
     Args:
         prepared: this rank's share; its first update has been made.
         layout: process groups.
+        prompts: digest of the prompts of all ranks.
 
     Returns:
         Tensors and plain values, the same on every rank.
@@ -52,7 +53,7 @@ def record_rollout(prepared: PreparedRollout, layout: Layout) -> RolloutRecord:
     if layout.dp_size > 1:
         shares = [None] * layout.dp_size
         dist.all_gather_object(shares, share, group=layout.dp)
-    record: RolloutRecord = {}
+    record: RolloutRecord = {"prompts": prompts}
     for name in ("rewards", "correct", "metrics"):
         record[name] = [value for part in shares for value in part[name]]
     for name in ("completions", *_SAMPLING):

@@ -18,10 +18,10 @@ from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
 
 from megatron_espo.checkpoint.tracker import espo_folder, reference_folder
-from megatron_espo.config import EspoConfig
 from megatron_espo.device import current_device
 from megatron_espo.errors import UserError
 from megatron_espo.parallel.layout import Layout, any_over_samples
+from megatron_espo.rl.provenance import Settings
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.trainer import RunState
 from megatron_espo.startup.setup import inference_mode
@@ -36,7 +36,7 @@ class Checkpoints:
         optimizer: Any,
         scheduler: Any,
         reference: ReferencePolicy | None,
-        espo: EspoConfig,
+        made_with: Settings,
         writer: Any,
     ) -> None:
         """Remember the parts.
@@ -46,11 +46,11 @@ class Checkpoints:
             optimizer: Megatron's optimizer.
             scheduler: Megatron's scheduler.
             reference: the reference policy, or None.
-            espo: the run's settings.
+            made_with: what a rollout in hand depends on.
             writer: TensorBoard writer or None.
         """
         self._parts = (list(chunks), optimizer, scheduler)
-        self._reference, self._espo, self._writer = reference, espo, writer
+        self._reference, self._made_with, self._writer = reference, made_with, writer
         self._saved = get_args().iteration
 
     def is_due(self, step: int) -> bool:
@@ -86,7 +86,7 @@ class Checkpoints:
                 "evaluation_due": position.evaluation_due,
                 "rollout": position.rollout,
                 "watch": position.watch,
-                **_shape(self._espo),
+                "made_with": self._made_with,
             }
             torch.save(state, os.path.join(folder, "state.pt"))
         # With overlapped parameter gathers, this rank holds the others' shards only in here.
@@ -97,53 +97,49 @@ class Checkpoints:
         self._saved = step
 
 
-def load_run_state(
-    root: str | None, step: int, espo: EspoConfig, reference: ReferencePolicy | None
-) -> RunState:
-    """Read ESPO's part of the checkpoint that Megatron has just loaded.
+def read_state(root: str, step: int) -> dict[str, Any]:
+    """Read ESPO's part of a checkpoint, apart from the reference policy.
 
     Args:
         root: the --load folder.
-        step: the iteration that was loaded; 0 for a run that starts.
-        espo: the run's settings.
-        reference: takes the saved reference policy's weights, or None.
+        step: the iteration.
 
     Returns:
-        Where the run goes on.
+        What :meth:`Checkpoints.save` wrote.
 
     Raises:
-        UserError: The checkpoint is not of an ESPO run, or of one with other settings.
+        UserError: The checkpoint is not of an ESPO run.
     """
-    if step == 0 or root is None:
-        return RunState(0)
     path = os.path.join(espo_folder(root, step), "state.pt")
     if not os.path.isfile(path):
         raise UserError(
             f"--load {root}: iteration {step} was not written by an ESPO run; pass that folder "
             "with --pretrained-checkpoint and another one with --load and --save."
         )
-    state = torch.load(path, weights_only=True)
-    for name, ours in _shape(espo).items():
-        matters = name == "updates_per_rollout" or state["rollout"] is not None
-        if matters and state[name] != ours:
-            raise UserError(
-                f"--load {root}: the run was saved with --espo-{name.replace('_', '-')} "
-                f"{state[name]}, here it is {ours}; keep the run's value."
-            )
+    state: dict[str, Any] = torch.load(path, weights_only=True)
+    return state
+
+
+def load_run_state(root: str | None, step: int, reference: ReferencePolicy | None) -> RunState:
+    """Take up ESPO's part of the checkpoint that Megatron has just loaded.
+
+    Args:
+        root: the --load folder.
+        step: the iteration that was loaded; 0 for a run that starts.
+        reference: takes the saved reference policy's weights, or None.
+
+    Returns:
+        Where the run goes on.
+
+    Raises:
+        UserError: The checkpoint is not of an ESPO run, or has no reference policy.
+    """
+    if step == 0 or root is None:
+        return RunState(0)
+    state = read_state(root, step)
     if reference is not None:
         reference.load(reference_folder(root, step))
     return RunState(step, state["rollout"], state["evaluation_due"], state.get("watch"))
-
-
-def _shape(espo: EspoConfig) -> dict[str, int | str]:
-    """The settings that a rollout in hand was made with."""
-    return {
-        "updates_per_rollout": espo.updates_per_rollout,
-        "prompts_per_rollout": espo.prompts_per_rollout,
-        "group_size": espo.group_size,
-        "num_mc": espo.num_mc,
-        "elbo_estimator": espo.elbo_estimator,
-    }
 
 
 class StopRequest:

@@ -29,6 +29,7 @@ from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.objective import espo_terms
 from megatron_espo.rl.prompts import prompts_of_rollout
+from megatron_espo.rl.provenance import prompts_digest
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.resume import RolloutRecord, record_rollout, restore_rollout
 from megatron_espo.rl.rollout import (
@@ -141,7 +142,8 @@ def train(trainer: Trainer, start: RunState) -> None:
     for number in range(start.step // mu, espo.num_rollouts):
         clock = Clock()
         first = max(start.step - number * mu, 0)
-        prompts = _prompts(trainer, number)
+        every = _prompts(trainer, number)
+        prompts = local_share(every, trainer.model.layout)
         if record is None:
             rollout = _make_rollout(trainer, prompts, clock)
             if rollout is None:
@@ -165,7 +167,10 @@ def train(trainer: Trainer, start: RunState) -> None:
                 position = RunState(done, evaluation_due=stop)
                 stop = stop or trainer.should_stop(done)
             if stop or trainer.is_due(done):
-                inside = record_rollout(prepared, trainer.model.layout) if place + 1 < mu else None
+                inside = None
+                if place + 1 < mu:
+                    digest = prompts_digest(every)
+                    inside = record_rollout(prepared, trainer.model.layout, digest)
                 watch = trainer.dashboard.watch.state()
                 trainer.save(replace(position, rollout=inside, watch=watch))
             if stop:
@@ -173,12 +178,11 @@ def train(trainer: Trainer, start: RunState) -> None:
 
 
 def _prompts(trainer: Trainer, number: int) -> list[Prompt]:
-    """This rank's prompts of a rollout."""
+    """The prompts of a rollout, of all ranks."""
     data = trainer.train_data
-    prompts = prompts_of_rollout(
+    return prompts_of_rollout(
         number, trainer.espo.prompts_per_rollout, data.examples, data.encoded, trainer.seed
     )
-    return local_share(prompts, trainer.model.layout)
 
 
 def _fp8(trainer: Trainer, phase: Phase) -> AbstractContextManager[None]:

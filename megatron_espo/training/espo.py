@@ -13,6 +13,7 @@ from megatron.core.utils import get_model_config
 from megatron.training import get_args, get_tensorboard_writer
 from megatron.training import training as megatron_training
 
+from megatron_espo.checkpoint.tracker import resumed_iteration
 from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
 from megatron_espo.console import captured, say
 from megatron_espo.data.tokenizer import load_tokenizer
@@ -30,8 +31,9 @@ from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.monitor.watch import Watch
 from megatron_espo.rewards.workers import RewardWorkers
+from megatron_espo.rl.provenance import check_provenance, settings_of
 from megatron_espo.rl.reference import ReferencePolicy
-from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state
+from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments
@@ -153,6 +155,10 @@ def run(args: argparse.Namespace) -> None:
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
+    made_with = settings_of(espo, args.seed, tokenizer)
+    if step := resumed_iteration(args):
+        state, source = read_state(args.load, step), f"--load {args.load}"
+        check_provenance(state, step, source, espo, args.seed, tokenizer, train_data)
     # With clipping, the loop looks at the norm of the whole gradient, which the host reads anyway;
     # Megatron waits for each bucket's.
     check_gradient = args.check_for_nan_in_loss_and_grad
@@ -169,11 +175,11 @@ def run(args: argparse.Namespace) -> None:
     for chunk in chunks:
         chunk.train()
     reference = ReferencePolicy(chunks) if espo.kl_coef > 0.0 else None
-    start = load_run_state(args.load, args.iteration, espo, reference)
+    start = load_run_state(args.load, args.iteration, reference)
     writer = get_tensorboard_writer()
     begin_events(writer, start.step)
     write_layout(writer)
-    checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, espo, writer)
+    checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, made_with, writer)
     model = diffusion_model(chunks)
     if model.layout.is_reporter and (line := start_line(task)):
         say(line)

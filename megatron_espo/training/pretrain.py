@@ -14,7 +14,7 @@ from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import pretrain
 
-from megatron_espo.checkpoint.tracker import checkpoint_folder, has_checkpoint, latest_checkpoint
+from megatron_espo.checkpoint.tracker import checkpoint_folder, resumed_iteration
 from megatron_espo.config import SftConfig
 from megatron_espo.console import captured
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
@@ -161,11 +161,7 @@ def _continue_events(args: argparse.Namespace) -> None:
     writer = get_tensorboard_writer()
     if writer is None:
         return
-    step = args.ckpt_step
-    if step is None and has_checkpoint(args.load):
-        mark = latest_checkpoint(args.load)
-        step = int(mark) if mark.isdigit() else None
-    step = 0 if step is None or args.finetune else step
+    step = resumed_iteration(args)
     samples = None
     if args.rampup_batch_size:
         stored = stored_arguments(checkpoint_folder(args.load, step)) if step else None

@@ -81,7 +81,7 @@ def two_steps(built: Built, folder: str) -> Outcome:
             elbo = elbo_of_views(model, batches, views)
         assert len(gathers) == len(chunks) * built.args.overlap_param_gather
     built.args.save, built.args.global_batch_size = folder, N
-    checkpoints = Checkpoints(chunks, built.optimizer, built.scheduler, reference, ESPO, None)
+    checkpoints = Checkpoints(chunks, built.optimizer, built.scheduler, reference, {}, None)
     # Another step, so that what this rank holds of the others' shards is old when it saves.
     step("joint")
     checkpoints.save(RunState(3))

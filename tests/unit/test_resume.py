@@ -1,6 +1,7 @@
 """What a checkpoint inside a rollout holds, and files that a kill left behind."""
 
 import time
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,21 +15,29 @@ from megatron_espo.checkpoint.tracker import (
     has_checkpoint,
     iteration_folder,
     repair_tracker,
+    resumed_iteration,
 )
 from megatron_espo.config import EspoConfig
 from megatron_espo.data.tokenizer import byte_tokenizer
+from megatron_espo.errors import UserError
+from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.scoring import decode_completions
 from megatron_espo.generation.sampler import Generation
 from megatron_espo.monitor.curves import read_scalars
 from megatron_espo.monitor.tensorboard import begin_events
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.rl import resume, state
+from megatron_espo.rl.prompts import prompts_of_rollout
+from megatron_espo.rl.provenance import check_provenance, prompts_digest, settings_of
 from megatron_espo.rl.rollout import assemble_rollout
 from megatron_espo.rl.types import PreparedRollout, Prompt
 from megatron_espo.tasks.base import Example, Score
 
 ESPO = EspoConfig(prompts_per_rollout=4, group_size=3, updates_per_rollout=2, num_mc=2)
 TOKENIZER = byte_tokenizer()
+OTHER_TOKENIZER = byte_tokenizer()
+OTHER_TOKENIZER.add_tokens(["ab"])
+DATA = TaskData([Example("A" * i, {}) for i in range(6)], [(65,) * (i + 1) for i in range(6)])
 N, LENGTH = ESPO.completions_per_rollout, 5
 
 
@@ -94,10 +103,11 @@ def test_a_rollout_in_hand_moves_to_any_number_of_data_parallel_ranks(
     for rank, share in enumerate(shares):
         if saved > 1:
             with pytest.raises(TypeError):
-                resume.record_rollout(share, model(rank, saved).layout)
+                resume.record_rollout(share, model(rank, saved).layout, "digest")
     monkeypatch.setattr(resume.dist, "all_gather_object", gather)
     records = [
-        resume.record_rollout(share, model(rank, saved).layout) for rank, share in enumerate(shares)
+        resume.record_rollout(share, model(rank, saved).layout, "digest")
+        for rank, share in enumerate(shares)
     ]
     torch.save(records[-1], tmp_path / "record.pt")
     record = torch.load(tmp_path / "record.pt", weights_only=True)
@@ -119,7 +129,7 @@ def test_a_checkpoint_that_is_there_is_not_written_again(
     monkeypatch.setattr(state, "get_args", lambda: args)
     monkeypatch.setattr(state.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(state, "save_checkpoint", lambda step, *_: written.append(step))
-    checkpoints = state.Checkpoints([], None, None, None, ESPO, None)
+    checkpoints = state.Checkpoints([], None, None, None, {}, None)
     assert [checkpoints.is_due(step) for step in (7, 8, 20)] == [False, True, True]
     checkpoints.save(state.RunState(6))  # loaded at this step
     assert written == [] and not list(tmp_path.iterdir())
@@ -186,30 +196,78 @@ def test_broken_tracker_without_a_checkpoint_is_named(tmp_path: Path) -> None:
         repair_tracker(str(tmp_path))
 
 
-@pytest.mark.parametrize("in_hand", [True, False])
-@pytest.mark.parametrize(
-    ("name", "value", "always"),
-    [
-        ("updates_per_rollout", 3, True),
-        ("prompts_per_rollout", 8, False),
-        ("group_size", 6, False),
-        ("num_mc", 1, False),
-        ("elbo_estimator", "bernoulli", False),
-    ],
-)
-def test_a_rollout_in_hand_keeps_the_settings_it_was_made_with(
-    tmp_path: Path, in_hand: bool, name: str, value: int | str, always: bool
-) -> None:
-    folder = tmp_path / "iter_0000003" / "espo"
+RIGHT = {"espo": ESPO, "seed": 1, "tokenizer": TOKENIZER, "data": DATA}
+OTHER_PROMPTS = TaskData(DATA.examples, [(*ids, 66) for ids in DATA.encoded])
+
+
+def checkpoint_at(step: int, root: Path) -> str:
+    """ESPO's part of a checkpoint: after step 3 a rollout of two updates is in hand."""
+    digest = prompts_digest(prompts_of_rollout(step // 2, 4, DATA.examples, DATA.encoded, 1))
+    rollout = {"prompts": digest} if step % 2 else None
+    folder = Path(espo_folder(str(root), step))
     folder.mkdir(parents=True)
-    rollout = {"completions": torch.zeros(1)} if in_hand else None
-    saved = {"evaluation_due": False, "rollout": rollout, **state._shape(ESPO)}
+    made_with = settings_of(ESPO, 1, TOKENIZER)
+    saved = {"evaluation_due": False, "rollout": rollout, "made_with": made_with}
     torch.save(saved, folder / "state.pt")
-    changed = replace(ESPO, **{name: value})
-    assert state.load_run_state(str(tmp_path), 3, ESPO, None).step == 3
-    if in_hand or always:
-        flag = f"--espo-{name.replace('_', '-')} {getattr(ESPO, name)}, here it is {value}"
-        with pytest.raises(ValueError, match=flag):
-            state.load_run_state(str(tmp_path), 3, changed, None)
+    return str(root)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize(
+    ("changed", "said", "always"),
+    [
+        ({"espo": replace(ESPO, updates_per_rollout=3)}, "--espo-updates-per-rollout 2.* 3", True),
+        ({"tokenizer": OTHER_TOKENIZER}, "another vocabulary.*--tokenizer-model", True),
+        ({"seed": 7}, "--seed 1, here it is 7", False),
+        ({"espo": replace(ESPO, task="math")}, "--espo-task sudoku, here it is math", False),
+        ({"espo": replace(ESPO, prompts_per_rollout=8)}, "--espo-prompts-per-rollout 4", False),
+        ({"espo": replace(ESPO, group_size=6)}, "--espo-group-size 3, here it is 6", False),
+        ({"espo": replace(ESPO, num_mc=1)}, "--espo-num-mc 2, here it is 1", False),
+        ({"espo": replace(ESPO, elbo_estimator="bernoulli")}, "--espo-elbo-estimator", False),
+        ({"espo": replace(ESPO, kl_estimator="k2_unbiased")}, "--espo-kl-estimator k2", False),
+        ({"data": OTHER_PROMPTS}, "--espo-train-data", False),
+    ],
+    ids=lambda value: value.split(",")[0] if isinstance(value, str) else "",
+)
+def test_what_a_rollout_in_hand_was_made_with_stays(
+    tmp_path: Path, step: int, changed: dict, said: str, always: bool
+) -> None:
+    root = checkpoint_at(step, tmp_path)
+    saved = state.read_state(root, step)
+    check_provenance(saved, step, f"--load {root}", **RIGHT)
+    if always or step == 3:
+        with pytest.raises(UserError, match=f"--load {root}: .*{said}"):
+            check_provenance(saved, step, f"--load {root}", **(RIGHT | changed))
     else:
-        assert state.load_run_state(str(tmp_path), 3, changed, None).rollout is None
+        check_provenance(saved, step, f"--load {root}", **(RIGHT | changed))
+        assert state.load_run_state(root, step, None).rollout is None
+
+
+@pytest.mark.parametrize(
+    "changed", [{"kl_estimator": "k3"}, {"kl_coef": 0.0}, {"clip_eps_low": 0.1}, {"task": "sudoku"}]
+)
+def test_what_a_rollout_in_hand_does_not_depend_on_may_change(
+    tmp_path: Path, changed: dict
+) -> None:
+    saved = state.read_state(checkpoint_at(3, tmp_path), 3)
+    check_provenance(saved, 3, "", **(RIGHT | {"espo": replace(ESPO, **changed)}))
+
+
+def test_a_checkpoint_of_another_kind_is_named(tmp_path: Path) -> None:
+    (tmp_path / "iter_0000003").mkdir()
+    with pytest.raises(UserError, match="iteration 3 was not written by an ESPO run"):
+        state.read_state(str(tmp_path), 3)
+
+
+@pytest.mark.parametrize(
+    ("mark", "flags", "iteration"),
+    [
+        ("12", {}, 12), ("release", {}, 0), ("12", {"finetune": True}, 0),
+        ("12", {"ckpt_step": 4}, 4), (None, {}, 0),
+    ],
+)  # fmt: skip
+def test_where_a_run_goes_on(tmp_path: Path, mark: str | None, flags: dict, iteration: int) -> None:
+    if mark is not None:
+        (tmp_path / TRACKER).write_text(mark)
+    args = {"load": str(tmp_path), "finetune": False, "ckpt_step": None}
+    assert resumed_iteration(Namespace(**(args | flags))) == iteration
