@@ -97,6 +97,7 @@ def prepare() -> None:
     megatron_patches.repair_distributed_optimizer()
     megatron_patches.repair_strict_loading()
     megatron_patches.expect_parts_of_checkpoints()
+    megatron_patches.repair_changed_rates()
     # Its attention keeps a compiled graph for every shape; the passes that go through PyTorch's
     # kernels (caches, the last layer's rows) have as many as there are steps.
     torch.backends.cuda.enable_cudnn_sdp(False)

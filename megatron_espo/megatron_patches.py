@@ -239,3 +239,82 @@ def repair_strict_loading() -> None:
         return load(self, checkpoint_dir, metadata)
 
     _part(module, "TorchDistLoadShardedStrategy").load_tensors_metadata = load_without_strides
+
+
+# What tells parameter groups apart but is of the schedule, which a run may change.
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
+
+
+def repair_changed_rates() -> None:
+    """Let an optimizer's state be loaded by a run with another learning rate.
+
+    Megatron finds a group's saved counterpart by all that was set for the group, the rates of the
+    schedule among it: with another --lr or --min-lr it finds none. And of what it loads a group
+    keeps the rates, so that the schedule would go on with the saved ones.
+    """
+    plain, sharded = (
+        "megatron.core.optimizer.optimizer",
+        "megatron.core.optimizer.distrib_optimizer",
+    )
+    keys = _part(plain, "param_group_identifier_keys")
+    pair = _part(plain, "MegatronOptimizer._filter_and_reorder_param_groups")
+    load = _part(sharded, "DistributedOptimizer.load_state_dict")
+    if hasattr(pair, "__wrapped__"):
+        return
+    names = [name for name in keys if name not in _RATES]
+
+    def identifier(group: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(group.get(name, group.get(f"pre_{name}")) for name in names)
+
+    def with_own_rates(ours: list[Any], saved: list[Any]) -> list[Any]:
+        found = {identifier(group): group for group in ours}
+        if len(found) < len(ours):
+            return saved  # groups that nothing but their rates tells apart: Megatron's own way
+        return [
+            {k: v for k, v in group.items() if k not in _RATES}
+            | {k: v for k, v in found.get(identifier(group), group).items() if k in _RATES}
+            for group in saved
+        ]
+
+    @functools.wraps(pair)
+    def pair_by_what_stays(current_groups: list[Any], state_dict_groups: list[Any]) -> Any:
+        return pair(current_groups, with_own_rates(current_groups, state_dict_groups))
+
+    @functools.wraps(load)
+    def load_with_own_rates(self: Any, state_dict: dict[str, Any]) -> None:
+        inner = state_dict.get("optimizer")
+        if isinstance(inner, dict) and "param_groups" in inner:
+            groups = with_own_rates(self.optimizer.param_groups, inner["param_groups"])
+            state_dict = state_dict | {"optimizer": inner | {"param_groups": groups}}
+        load(self, state_dict)
+
+    _part(plain, "MegatronOptimizer")._filter_and_reorder_param_groups = staticmethod(
+        pair_by_what_stays
+    )
+    _part(sharded, "DistributedOptimizer").load_state_dict = load_with_own_rates
+
+
+def rescale_schedule(old: int, new: int) -> None:
+    """Let the schedule go on at the same step after the number of samples in a step has changed.
+
+    Args:
+        old: samples of a step in the checkpoint to load.
+        new: samples of a step from now on.
+    """
+    module = "megatron.training.training"
+    build = _part(module, "get_optimizer_param_scheduler")
+    if old == new:
+        return
+
+    @functools.wraps(build)
+    def build_rescaled(optimizer: Any) -> Any:
+        scheduler = build(optimizer)
+        load = scheduler.load_state_dict
+
+        def load_rescaled(state: dict[str, Any]) -> None:
+            load({**state, "num_steps": state["num_steps"] * new // old})
+
+        scheduler.load_state_dict = load_rescaled
+        return scheduler
+
+    _replace(module, "get_optimizer_param_scheduler", build_rescaled)
