@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_espo.checkpoint.fingerprint import folder_fingerprint
 from megatron_espo.checkpoint.tracker import checkpoint_folder
 from megatron_espo.command_line import Parser
 from megatron_espo.commands.inference import (
@@ -20,6 +21,7 @@ from megatron_espo.commands.inference import (
     prepare_arguments,
 )
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.data.tokenizer import vocabulary_digest
 from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.dry_run.simulation import simulate_inference
 from megatron_espo.evaluation.protocol import Protocol, add_protocol_arguments, read_protocol
@@ -66,7 +68,13 @@ def main(argv: Sequence[str]) -> None:
     model, args = load_model([*checkpoint_flags(options), *rest], prepare)
     task, tokenizer, data = load_eval_problems(args)
     assert protocol is not None
-    settings = _settings(options, args, protocol)
+    settings = _settings(options, args, protocol) | {
+        "tokenizer": vocabulary_digest(tokenizer),
+        "prompts": {
+            number: hashlib.sha256(repr(ids).encode()).hexdigest()[:12]
+            for number, ids in enumerate(data.encoded)
+        },
+    }
     summaries = evaluate(
         model,
         task,
@@ -90,10 +98,18 @@ def _settings(
         str(length): {k: v for k, v in asdict(config).items() if k not in _SPEED}
         for length, config in protocol.configs.items()
     }
+    if options.hf:
+        path = os.path.realpath(options.hf) if os.path.isdir(options.hf) else options.hf
+        model = Path(args.load).name  # it has the folder's fingerprint in it
+    else:
+        path = os.path.realpath(checkpoint_folder(args.load, args.ckpt_step))
+        model = folder_fingerprint(path)
     return {
-        "checkpoint": os.path.realpath(options.hf)
-        if options.hf and os.path.isdir(options.hf)
-        else options.hf or os.path.realpath(checkpoint_folder(args.load, args.ckpt_step)),
+        "checkpoint": path,
+        "model": model,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "fp8": args.fp8 and f"{args.fp8} {args.fp8_recipe}",
+        "stop_token_ids": args.stop_token_ids,
         "task": espo.task,
         "data": hashlib.sha256(Path(str(espo.eval_data)).read_bytes()).hexdigest(),
         "seed": args.seed,

@@ -1,12 +1,12 @@
 """Runs from a Hugging Face folder: converted once, kept, and loaded in any layout."""
 
 import fcntl
-import hashlib
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+from megatron_espo.checkpoint.fingerprint import folder_fingerprint
 from megatron_espo.checkpoint.tracker import has_checkpoint
 from megatron_espo.conversion.hugging_face import resolve_folder
 from megatron_espo.errors import UserError
@@ -47,7 +47,7 @@ def converted_checkpoint(hf: str, cache: str | Path | None = None) -> str:
     """
     source = resolve_folder(hf, "--hf")
     root = default_cache() if cache is None else Path(cache)
-    target = root / f"{source.resolve().name}-{_fingerprint(source)}"
+    target = root / f"{source.resolve().name}-{folder_fingerprint(source)}"
     root.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -55,14 +55,6 @@ def converted_checkpoint(hf: str, cache: str | Path | None = None) -> str:
             print(f"converting {hf} to {target} (once)", file=sys.stderr, flush=True)
             _convert(source, target)
     return str(target)
-
-
-def _fingerprint(folder: Path) -> str:
-    """Recognise a model by its files' names, sizes and times, and the content of config.json."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    content = (folder / "config.json").read_bytes()
-    return hashlib.sha256(repr((stats, content)).encode()).hexdigest()[:12]
 
 
 def _convert(source: Path, target: Path) -> None:

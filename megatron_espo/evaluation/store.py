@@ -29,8 +29,8 @@ class CompletionStore:
 
         Args:
             folder: the folder.
-            settings: what the completions depend on: JSON values. ``"lengths"`` is a mapping and
-                may gain keys from run to run; all else must be what it was.
+            settings: what the completions depend on: JSON values. Mappings (``"lengths"``,
+                ``"prompts"``) may gain keys from run to run; all else must be what it was.
 
         Raises:
             UserError: the folder holds another evaluation, a broken line, or is in use.
@@ -65,22 +65,15 @@ class CompletionStore:
         settings = json.loads(json.dumps(settings))
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))
-            lengths = before.pop("lengths", {}), settings.pop("lengths", {})
-            shared = lengths[0].keys() & lengths[1].keys()
-            differing = [
-                *(name for name in before.keys() | settings.keys()
-                  if before.get(name) != settings.get(name)),
-                *(f"{name} of length {length}" for length in sorted(shared, key=int)
-                  for name in lengths[0][length].keys() | lengths[1][length].keys()
-                  if lengths[0][length].get(name) != lengths[1][length].get(name)),
-            ]  # fmt: skip
-            if differing:
-                name = min(differing)
-                raise UserError(
-                    f"--out {self._folder}: holds an evaluation with another {name}"
-                    f"{_both(before, settings, name)}; choose another folder."
-                )
-            settings["lengths"] = lengths[0] | lengths[1]
+            for name in sorted(before.keys() | settings.keys()):
+                differing = _difference(name, before.get(name), settings.get(name))
+                if differing:
+                    raise UserError(
+                        f"--out {self._folder}: holds an evaluation with another {differing}"
+                        f"{_both(before, settings, name)}; choose another folder."
+                    )
+                if isinstance(before.get(name), dict):
+                    settings[name] = before[name] | settings[name]
         partial = path.with_suffix(".tmp")
         partial.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         partial.replace(path)
@@ -102,7 +95,28 @@ class CompletionStore:
         return records
 
 
+# What the keys of a setting are that is a mapping.
+_KEYS = {"lengths": "length", "prompts": "problem"}
+
+
+def _difference(name: str, before: Any, now: Any) -> str | None:
+    """Name what of a setting is not what it was."""
+    if before == now:
+        return None
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return name
+    for key in sorted(before.keys() & now.keys(), key=int):
+        of = f"of {_KEYS.get(name, name)} {key}"
+        if isinstance(before[key], dict):
+            fields = sorted(before[key].keys() | now[key].keys())
+            changed = [field for field in fields if before[key].get(field) != now[key].get(field)]
+            if changed:
+                return f"{changed[0]} {of}"
+        elif before[key] != now[key]:
+            return f"{name.removesuffix('s')} {of}"
+    return None
+
+
 def _both(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> str:
-    if name not in before or name not in now:
-        return ""
-    return f" ({before[name]} there, {now[name]} here)"
+    plain = all(isinstance(part.get(name), str | int) for part in (before, now))
+    return f" ({before[name]} there, {now[name]} here)" if plain else ""

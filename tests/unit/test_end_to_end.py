@@ -389,13 +389,15 @@ def test_killed_run_is_the_same_run(tmp_path: Path) -> None:
     assert printed.count("\nkill ") == 3 and "tensors" in printed
 
 
-def evaluate(folder: Path, *flags: str, launch: Sequence[str] = ()) -> tuple[str, list[dict]]:
+def evaluate(
+    folder: Path, *flags: str, launch: Sequence[str] = (), fails: bool = False
+) -> tuple[str, list[dict]]:
     """Evaluate the undisturbed run; what was printed and the finished completions."""
     printed = run(
         *launch, "tools/evaluate.py", "--load", str(folder / "whole"),
         "--tokenizer-model", str(folder / "tokenizer"), "--seq-length", "32", *SAMPLING,
         "--espo-eval-data", str(folder / "data/test.jsonl"), "--out", str(folder / "evaluation"),
-        *flags,
+        *flags, fails=fails,
     )  # fmt: skip
     lines = (folder / "evaluation/completions.jsonl").read_text().splitlines()
     return printed, [json.loads(line) for line in lines]
@@ -419,6 +421,13 @@ def test_evaluation_of_the_checkpoint_gives_the_runs_number_and_resumes(
     assert json.loads((folder / "evaluation/results.json").read_text())[0]["reward"] == (
         pytest.approx(result["reward"])
     )
+    # Another run's checkpoint of the same step at the same path.
+    weights = next((folder / "whole" / "iter_0000008").glob("*.distcp"))
+    kept = weights.read_bytes(), weights.stat().st_mtime_ns
+    weights.write_bytes(kept[0])
+    printed, after = evaluate(folder, fails=True)
+    assert "holds an evaluation with another model" in printed and after == again
+    os.utime(weights, ns=(kept[1], kept[1]))
 
 
 def test_checkpoint_of_another_model_is_refused_on_all_ranks(folder: Path) -> None:

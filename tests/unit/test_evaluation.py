@@ -4,6 +4,8 @@ import argparse
 import itertools
 import json
 import math
+import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_espo.checkpoint.fingerprint import folder_fingerprint
 from megatron_espo.config import RolloutConfig
 from megatron_espo.evaluation import run as evaluation_run
 from megatron_espo.evaluation.completing import Scored
@@ -120,9 +123,34 @@ def test_store_refuses_other_settings_and_takes_more_lengths(tmp_path: Path) -> 
     CompletionStore(tmp_path, SETTINGS).close()
     lengths = json.loads((tmp_path / "settings.json").read_text())["lengths"]
     assert lengths == {**SETTINGS["lengths"], "32": {}}
+    with pytest.raises(ValueError, match="another model"):
+        CompletionStore(tmp_path, {**SETTINGS, "model": "e5"})
     (tmp_path / "completions.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"completions\.jsonl:1: is no completion"):
         CompletionStore(tmp_path, SETTINGS)
+
+
+def test_store_takes_more_problems_and_refuses_other_prompts(tmp_path: Path) -> None:
+    CompletionStore(tmp_path, {"prompts": {"0": "a", "10": "b"}}).close()
+    CompletionStore(tmp_path, {"prompts": {"0": "a", "2": "c"}}).close()
+    with pytest.raises(ValueError, match="another prompt of problem 10; choose another folder"):
+        CompletionStore(tmp_path, {"prompts": {"0": "a", "2": "c", "10": "d"}})
+    kept = json.loads((tmp_path / "settings.json").read_text())["prompts"]
+    assert kept == {"0": "a", "2": "c", "10": "b"}
+
+
+def test_a_folder_that_was_written_anew_is_another_model(tmp_path: Path) -> None:
+    for name, content in (("config.json", b"{}"), ("__0_0.distcp", b"weights")):
+        (tmp_path / name).write_bytes(content)
+    first = folder_fingerprint(tmp_path)
+    # What lies in folders is not the model: ESPO's state, the reference policy.
+    (tmp_path / "espo").mkdir()
+    (tmp_path / "espo" / "state.pt").write_bytes(b"state")
+    shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+    assert folder_fingerprint(tmp_path) == first == folder_fingerprint(tmp_path.with_name("copy"))
+    time.sleep(0.02)
+    (tmp_path / "__0_0.distcp").write_bytes(b"WEIGHTS")
+    assert folder_fingerprint(tmp_path) != first
 
 
 def read(flags: str) -> Protocol:
