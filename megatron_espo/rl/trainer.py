@@ -137,10 +137,9 @@ def train(trainer: Trainer, start: RunState) -> None:
     espo, mu = trainer.espo, trainer.espo.updates_per_rollout
     progress = Progress(start.step, espo.num_rollouts * mu)
     if start.step >= espo.num_rollouts * mu and trainer.model.layout.is_reporter:
-        print(
+        say(
             f"The run has made all steps of its {espo.num_rollouts} rollouts; raise "
-            "--espo-num-rollouts to go on.",
-            flush=True,
+            "--espo-num-rollouts to go on."
         )
     if (start.step == 0 or start.evaluation_due) and _evaluate(trainer, start.step):
         return

@@ -23,6 +23,7 @@ from megatron_espo.checkpoint.tracker import (
     checkpoint_folder,
     has_checkpoint,
     repair_tracker,
+    resumed_iteration,
     stored_tokenizer,
 )
 from megatron_espo.config import (
@@ -45,6 +46,8 @@ from megatron_espo.startup.argument_checks import (
     check_precision,
 )
 from megatron_espo.startup.help import arrange_help
+from megatron_espo.startup.save_folder import check_writable
+from megatron_espo.startup.schedule import settle_schedule
 
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
 _PREFIXES: dict[type, str] = {
@@ -167,9 +170,16 @@ def initialize_arguments(
             "tokenizer (tools/make_tokenizer.py makes one)."
         )
     _validate(args)
+    if args.tensorboard_dir is not None:
+        check_writable("--tensorboard-dir", args.tensorboard_dir, args.rank)
     set_global_variables(args)
     _complete_from_tokenizer(args)
     _check_checkpoint(args)
+    if args.save is not None:
+        check_writable("--save", args.save, args.rank)
+    if resumed_iteration(args) and not args.no_load_optim:
+        stored = stored_arguments(checkpoint_folder(args.load, resumed_iteration(args)))
+        settle_schedule(args, stored, f"--load {args.load}")
     return args
 
 

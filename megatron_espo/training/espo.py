@@ -16,11 +16,11 @@ from megatron.training import training as megatron_training
 from megatron_espo.checkpoint.tracker import resumed_iteration
 from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
 from megatron_espo.console import captured, say
-from megatron_espo.data.tokenizer import load_tokenizer
+from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.dry_run.command import dry_run
 from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.errors import UserError
-from megatron_espo.evaluation.problems import load_task_data, load_workers
+from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.fp8 import check_policy_arguments
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.dashboard import Dashboard
@@ -37,6 +37,7 @@ from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, rea
 from megatron_espo.rl.trainer import Trainer, train
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments
+from megatron_espo.startup.save_folder import own_save_folder
 from megatron_espo.startup.setup import (
     diffusion_model,
     inference_mode,
@@ -45,7 +46,7 @@ from megatron_espo.startup.setup import (
     pad_multiple,
     run_entry_point,
 )
-from megatron_espo.tasks.base import start_line
+from megatron_espo.tasks.base import Task, start_line
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -144,21 +145,33 @@ def main(argv: Sequence[str]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Set up a run and train.
+    """Read and check what the run needs, and train.
 
     Args:
         args: Megatron's arguments, checked.
     """
-    espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
+    espo = config_from_args(EspoConfig, args)
     task = load_workers(espo)
     tokenizer = load_tokenizer(args.tokenizer_model)
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
-    made_with = settings_of(espo, args.seed, tokenizer)
     if step := resumed_iteration(args):
         state, source = read_state(args.load, step), f"--load {args.load}"
         check_provenance(state, step, source, espo, args.seed, tokenizer, train_data)
+    with own_save_folder(args):
+        _train(args, task, tokenizer, train_data, eval_data)
+
+
+def _train(
+    args: argparse.Namespace,
+    task: Task,
+    tokenizer: FastTokenizer,
+    train_data: TaskData,
+    eval_data: TaskData | None,
+) -> None:
+    """Build everything, with all ranks together from here on, and run ESPO."""
+    espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     # With clipping, the loop looks at the norm of the whole gradient, which the host reads anyway;
     # Megatron waits for each bucket's.
     check_gradient = args.check_for_nan_in_loss_and_grad
@@ -179,6 +192,7 @@ def run(args: argparse.Namespace) -> None:
     writer = get_tensorboard_writer()
     begin_events(writer, start.step)
     write_layout(writer)
+    made_with = settings_of(espo, args.seed, tokenizer)
     checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, made_with, writer)
     model = diffusion_model(chunks)
     if model.layout.is_reporter and (line := start_line(task)):

@@ -30,6 +30,7 @@ from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
 from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments, stored_arguments
+from megatron_espo.startup.save_folder import own_save_folder
 from megatron_espo.startup.setup import (
     initialize_process_groups,
     keep_log,
@@ -144,16 +145,17 @@ def run(args: argparse.Namespace) -> None:
     """
     _check_data(args)
     _continue_events(args)
-    store = initialize_process_groups(args)
-    config: Any = pretrain_cfg_container_from_args(args)
-    pretrain(
-        config,
-        build_datasets,
-        ModelType.encoder_or_decoder,
-        forward_step,
-        model_provider,
-        store=store,
-    )
+    with own_save_folder(args):
+        store = initialize_process_groups(args)
+        config: Any = pretrain_cfg_container_from_args(args)
+        pretrain(
+            config,
+            build_datasets,
+            ModelType.encoder_or_decoder,
+            forward_step,
+            model_provider,
+            store=store,
+        )
 
 
 def _continue_events(args: argparse.Namespace) -> None:
