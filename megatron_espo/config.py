@@ -152,6 +152,19 @@ class DiffusionConfig:
             )
 
 
+SpelledTokens = Literal["refuse", "text", "keep"]
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How prompts become tokens."""
+
+    special_tokens: SpelledTokens = "refuse"
+    """What to do with a special token that a prompt spells: refuse it; text takes it as ordinary
+    text; keep takes it as the token, the mask token excepted. Of chat messages that is any special
+    token, of plain text the mask token and the stop tokens."""
+
+
 @dataclass(frozen=True)
 class SftConfig:
     """Supervised fine-tuning data."""

@@ -20,12 +20,8 @@ from megatron_espo.commands.inference import (
     prepare_arguments,
 )
 from megatron_espo.config import RolloutConfig
-from megatron_espo.data.tokenizer import (
-    FastTokenizer,
-    decode_completion,
-    encode_prompt,
-    load_tokenizer,
-)
+from megatron_espo.data.encoding import PromptEncoder, decode_completion
+from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.dry_run.simulation import simulate_inference
 from megatron_espo.errors import UserError
@@ -86,9 +82,13 @@ def main(argv: Sequence[str]) -> None:
         simulate_inference("megatron_espo.commands.generate", argv, rest, prepare_arguments)
         return
     model, args = load_model([*checkpoint_flags(options), *rest])
+    tokenizer = load_tokenizer(args.tokenizer_model)
     session = Session(
         model,
-        load_tokenizer(args.tokenizer_model),
+        tokenizer,
+        PromptEncoder(
+            tokenizer, args.prompt_special_tokens, args.mask_token_id, args.stop_token_ids
+        ),
         config_from_args(RolloutConfig, args),
         args.seed,
         args.seq_length,
@@ -101,6 +101,14 @@ def main(argv: Sequence[str]) -> None:
         session.converse()
 
 
+def _from_first_rank[Value](value: Value) -> Value:
+    """Give what rank 0 has to all ranks."""
+    box = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
 @dataclass
 class Session:
     """A model, a terminal and what was said so far.
@@ -108,6 +116,7 @@ class Session:
     Attributes:
         model: the model.
         tokenizer: its tokenizer.
+        encoder: makes ids of prompts.
         config: sampling settings.
         seed: of the run.
         seq_length: most tokens of prompt and completion.
@@ -119,6 +128,7 @@ class Session:
 
     model: DiffusionModel
     tokenizer: FastTokenizer
+    encoder: PromptEncoder
     config: RolloutConfig
     seed: int
     seq_length: int
@@ -144,12 +154,13 @@ class Session:
             prompts: texts.
 
         Raises:
-            UserError: one does not fit.
+            UserError: one does not fit, is empty where the model wants none that is, or spells a
+                special token that it may not.
         """
-        chats = [[{"role": "user", "content": p}] if self.options.chat else p for p in prompts]
-        encoded = [encode_prompt(self.tokenizer, chat) for chat in chats]
         room = self.seq_length - self.config.completion_length
-        for number, ids in enumerate(encoded, start=1):
+        encoded = []
+        for number, prompt in enumerate(prompts, start=1):
+            encoded.append(ids := self._encode(prompt, f"--prompt {number}"))
             if len(ids) > room:
                 raise UserError(
                     f"--prompt {number} has {len(ids)} tokens and {room} fit; raise --seq-length "
@@ -163,7 +174,7 @@ class Session:
 
     def converse(self) -> None:
         """Answer what is typed in, or the lines of a pipe, until its end."""
-        typed = sys.stdin.isatty()
+        typed = _from_first_rank(sys.stdin.isatty())
         if self._shows and typed:
             what = "a message" if self.options.chat else "a text to go on from"
             self.console.print(Text(f"Type {what}. {_HELP}", style="dim"))
@@ -176,16 +187,22 @@ class Session:
             if not line.strip():
                 continue
             try:
-                self._answer(line)
+                self._answer(line, typed)
             except KeyboardInterrupt:
                 if dist.get_world_size() > 1:
                     raise  # the other ranks wait in the middle of a step
                 self.console.print(Text("(broken off)", style="dim"))
 
-    def _answer(self, line: str) -> None:
+    def _answer(self, line: str, typed: bool) -> None:
         if self.options.chat:
             self.messages.append({"role": "user", "content": line})
-        prompt = self._fitting(line)
+        try:
+            prompt = self._fitting(line)
+        except UserError as error:
+            if not typed:
+                raise  # of a pipe no line is left out
+            self._refuse(str(error))
+            return
         if prompt is None:
             return
         try:
@@ -204,18 +221,39 @@ class Session:
         """Encode what is to be completed; a chat that is too long loses its oldest turns."""
         room = self.seq_length - self.config.completion_length
         while True:
-            ids = encode_prompt(self.tokenizer, self.messages if self.options.chat else line)
+            ids = self._encode(line, "this line")
             if len(ids) <= room:
                 return ids
             if len(self.messages) < 3:
-                if self._shows:
-                    self.console.print(f"{len(ids)} tokens are too long: {room} fit.", style="red")
-                if self.options.chat:
-                    self.messages.pop()
+                self._refuse(f"{len(ids)} tokens are too long: {room} fit.")
                 return None
             del self.messages[:2]
             if self._shows:
                 self.console.print(Text("(the oldest turn no longer fits)", style="dim"))
+
+    def _encode(self, text: str, name: str) -> list[int]:
+        """Encode a prompt: a text to go on from, a message, or in a conversation its turns."""
+        try:
+            if self.options.chat:
+                turns = self.messages or [{"role": "user", "content": text}]
+                ids = self.encoder.encode(turns)
+            else:
+                ids = self.encoder.encode(text)
+        except UserError as error:
+            raise UserError(f"{name} {error}.") from error
+        if not ids and self.model.logit_shift:
+            raise UserError(
+                f"{name} is empty, and a model with --logit-shift predicts each token from the "
+                "position before it; give at least one token."
+            )
+        return ids
+
+    def _refuse(self, why: str) -> None:
+        """Say why a line is not answered, and forget it."""
+        if self._shows:
+            self.console.print(Text(why, style="red"))
+        if self.options.chat:
+            self.messages.pop()
 
     def _read(self, typed: bool) -> str | None:
         """Read a line on rank 0 and give it to all; None at the end."""
@@ -225,11 +263,7 @@ class Session:
                 import readline  # noqa: F401  (arrow keys and history)
             with contextlib.suppress(EOFError, KeyboardInterrupt):
                 line = input("> ") if typed else input()
-        if dist.get_world_size() > 1:
-            box = [line]
-            dist.broadcast_object_list(box, 0)
-            line = box[0]
-        return line
+        return _from_first_rank(line)
 
     def _sample(self, encoded: Sequence[Sequence[int]], shown: Sequence[str]) -> list[str]:
         """Sample a completion for each prompt, drawing it where there is a terminal."""

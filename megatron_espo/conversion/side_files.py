@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from megatron_espo.conversion.families import Family
-from megatron_espo.data.tokenizer import FastTokenizer
+from megatron_espo.data.tokenizer import FastTokenizer, write_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.model.shape import Config, ModelShape
 
@@ -33,7 +33,7 @@ def write_side_files(
     fields = family.write_config(shape)
     if again := _differing(shape, family.read_config(Config(fields, "config.json"))):
         raise UserError(f"a {family.architecture} cannot have {again}.")
-    tokenizer.save_pretrained(str(folder))
+    write_tokenizer(tokenizer, folder)
     fields["torch_dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
     tokens = {"eos_token_id": shape.eos_token_id, "pad_token_id": shape.eos_token_id}

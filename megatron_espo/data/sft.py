@@ -18,15 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_espo.config import SpelledTokens
+from megatron_espo.data.encoding import PromptEncoder, encode, encode_prompt, render_chat
 from megatron_espo.data.jsonl import read_jsonl
-from megatron_espo.data.tokenizer import (
-    TURN_ENDS,
-    FastTokenizer,
-    SpecialIds,
-    encode,
-    encode_prompt,
-    render_chat,
-)
+from megatron_espo.data.tokenizer import TURN_ENDS, FastTokenizer, SpecialIds
 from megatron_espo.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +54,7 @@ class SftDataset(Dataset[dict[str, Tensor]]):
         shuffle: bool = True,
         skip_long: bool = False,
         split: "Split | None" = None,
+        spelled: SpelledTokens = "refuse",
     ) -> None:
         """Read and tokenize a file.
 
@@ -73,6 +69,7 @@ class SftDataset(Dataset[dict[str, Tensor]]):
             shuffle: whether to shuffle at all; the file's order otherwise.
             skip_long: whether to leave out examples that do not fit instead of refusing the file.
             split: what the rows are for; Megatron's data loader picks its batch size by it.
+            spelled: what to do with special tokens that messages spell; see PromptConfig.
 
         Raises:
             UserError: a line is not an example or does not fit.
@@ -87,7 +84,7 @@ class SftDataset(Dataset[dict[str, Tensor]]):
         self.num_skipped = 0
         # One flat array: Python lists would be copied page by page into every loader process.
         tokens, starts, prompts = array("i"), array("q", [0]), array("q")
-        for example in read_examples(path, tokenizer, ids):
+        for example in read_examples(path, tokenizer, ids, spelled):
             if len(example.completion) - 1 == completion_length:
                 # It fills the fixed length: there is no room for an end of sequence, and no need.
                 example = replace(example, completion=example.completion[:-1])
@@ -170,17 +167,19 @@ def epoch_order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def read_examples(
-    path: str | Path, tokenizer: FastTokenizer, ids: SpecialIds
+    path: str | Path, tokenizer: FastTokenizer, ids: SpecialIds, spelled: SpelledTokens = "refuse"
 ) -> Iterator[SftExample]:
     """Yield the tokenized examples of a JSONL file.
 
     A line is {"prompt": text, "completion": text}, taken as it is, or {"messages": [...]} in chat
-    form: the last message, the assistant's, is the completion, its end of turn included.
+    form: the last message, the assistant's, is the completion, its end of turn included. Text may
+    write the special tokens of a format by hand, messages may not.
 
     Args:
         path: the file.
         tokenizer: the tokenizer.
         ids: its special ids.
+        spelled: what to do with special tokens that messages spell; see PromptConfig.
 
     Yields:
         The examples in the order of the file, of any length.
@@ -188,9 +187,10 @@ def read_examples(
     Raises:
         UserError: naming file and line, when a line is not an example.
     """
+    encoder = PromptEncoder(tokenizer, spelled, ids.mask_token_id, ids.stop_token_ids)
     for number, record in read_jsonl(path):
         try:
-            prompt, completion = _tokenize(record, tokenizer)
+            prompt, completion = _tokenize(record, tokenizer, encoder)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
         if ids.mask_token_id in prompt or ids.mask_token_id in completion:
@@ -200,11 +200,13 @@ def read_examples(
         yield SftExample(number, prompt, completion)
 
 
-def _tokenize(record: Mapping[str, Any], tokenizer: FastTokenizer) -> tuple[list[int], list[int]]:
+def _tokenize(
+    record: Mapping[str, Any], tokenizer: FastTokenizer, encoder: PromptEncoder
+) -> tuple[list[int], list[int]]:
     """Return the ids of the prompt and of the completion of one line."""
     messages = record.get("messages")
     if messages is not None:
-        return _tokenize_chat(messages, tokenizer)
+        return _tokenize_chat(messages, tokenizer, encoder)
     prompt, completion = record.get("prompt"), record.get("completion")
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise UserError('needs the texts "prompt" and "completion", or "messages"; add them')
@@ -213,12 +215,15 @@ def _tokenize(record: Mapping[str, Any], tokenizer: FastTokenizer) -> tuple[list
     return encode_prompt(tokenizer, prompt), encode(tokenizer, completion)
 
 
-def _tokenize_chat(messages: object, tokenizer: FastTokenizer) -> tuple[list[int], list[int]]:
+def _tokenize_chat(
+    messages: object, tokenizer: FastTokenizer, encoder: PromptEncoder
+) -> tuple[list[int], list[int]]:
     """Return the ids of a conversation's prompt and of its last turn."""
     if not isinstance(messages, Sequence) or not all(isinstance(m, Mapping) for m in messages):
         raise UserError('"messages" must be a list of {"role", "content"}; correct it')
     if len(messages) < 2 or messages[-1].get("role") != "assistant":
         raise UserError('"messages" must hold a prompt and end with an assistant message; add it')
+    messages, names = encoder.mark_messages(messages)
     whole = render_chat(tokenizer, messages, generation_header=False)
     prompt = render_chat(tokenizer, messages[:-1], generation_header=True)
     if not whole.startswith(prompt):
@@ -227,7 +232,8 @@ def _tokenize_chat(messages: object, tokenizer: FastTokenizer) -> tuple[list[int
             "that does not"
         )
     # Apart, as when the model answers.
-    return encode(tokenizer, prompt), encode(tokenizer, _answer(whole[len(prompt) :]))
+    answer = _answer(whole[len(prompt) :])
+    return encoder.encode_marked(prompt, names), encoder.encode_marked(answer, names)
 
 
 def _answer(rest: str) -> str:

@@ -11,7 +11,7 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,7 +162,32 @@ def save_tokenizer(tokenizer: FastTokenizer, folder: str | Path) -> None:
         UserError: the folder holds something already.
     """
     with atomic_folder(folder) as partial:
-        tokenizer.save_pretrained(str(partial))
+        write_tokenizer(tokenizer, partial)
+
+
+def write_tokenizer(tokenizer: FastTokenizer, folder: str | Path) -> None:
+    """Write a tokenizer's files so that transformers 4.46 and later load them.
+
+    transformers 5 names a class that version 4 does not have, and lists tokens under a name of
+    which version 4 wants a mapping; versions before 4.49 do not look for chat_template.jinja.
+    Version 5 reads the older names, too.
+
+    Args:
+        tokenizer: the tokenizer.
+        folder: an existing folder.
+    """
+    tokenizer.save_pretrained(str(folder))
+    path = Path(folder, "tokenizer_config.json")
+    config = json.loads(read_text(path))
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):  # how it was loaded, not what it is
+        config.pop(name, None)
+    if isinstance(tokenizer.chat_template, str):
+        config["chat_template"] = tokenizer.chat_template
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path, tokenizer_class: str | None = None) -> None:
@@ -266,89 +291,3 @@ def vocabulary_digest(tokenizer: FastTokenizer) -> str:
     """Recognise a vocabulary, added tokens included, by a digest of which text has which id."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     return hashlib.sha256(repr(entries).encode()).hexdigest()
-
-
-def encode(tokenizer: FastTokenizer, text: str) -> list[int]:
-    """Return the ids of a text; special tokens written in the text count, none is added."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def render_chat(
-    tokenizer: FastTokenizer,
-    messages: Sequence[Mapping[str, str]],
-    *,
-    generation_header: bool,
-) -> str:
-    """Write a conversation in the tokenizer's own chat format.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        messages: the turns, each with "role" and "content".
-        generation_header: whether to end with the header of the assistant's next turn.
-
-    Returns:
-        The text, special tokens included.
-
-    Raises:
-        UserError: there is no message or no chat template, or the template refuses the messages.
-    """
-    import jinja2
-
-    if not messages:
-        raise UserError("the conversation has no message; give at least one")
-    for message in messages:
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise UserError(f'the message {dict(message)!r} needs a text "role" and "content"')
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"--tokenizer-model {tokenizer.name_or_path} has no chat template; give prompts as "
-            "plain text or add a chat_template.jinja to the folder"
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            tokenize=False,
-            add_generation_prompt=generation_header,
-        )
-    except jinja2.TemplateError as error:
-        raise UserError(
-            f"the chat template refuses the conversation ({error}); change its messages"
-        ) from error
-    return str(text)
-
-
-def encode_prompt(tokenizer: FastTokenizer, prompt: str | Sequence[Mapping[str, str]]) -> list[int]:
-    """Turn a prompt into ids.
-
-    Args:
-        tokenizer: the tokenizer.
-        prompt: text, taken as it is; or chat messages ("role", "content"), written in the
-            tokenizer's chat format with the header of the assistant's turn at the end.
-
-    Returns:
-        The token ids, without special tokens that the text or the format does not write itself.
-
-    Raises:
-        UserError: the messages cannot be written in the chat format.
-    """
-    if isinstance(prompt, str):
-        return encode(tokenizer, prompt)
-    return encode(tokenizer, render_chat(tokenizer, prompt, generation_header=True))
-
-
-def decode_completion(
-    tokenizer: FastTokenizer, ids: Sequence[int], eos_ids: Collection[int]
-) -> str:
-    """Return the text of a completion, as rewards see it.
-
-    Args:
-        tokenizer: the tokenizer.
-        ids: the token ids of the completion.
-        eos_ids: ids that end it (``SpecialIds.stop_token_ids``); what follows is not part of it.
-
-    Returns:
-        The text before the first end, special tokens left out.
-    """
-    kept = list(itertools.takewhile(lambda token: token not in eos_ids, map(int, ids)))
-    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.data.tokenizer import FastTokenizer, encode_prompt
+from megatron_espo.data.encoding import PromptEncoder
 from megatron_espo.errors import UserError
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.tasks import Task, load_task
@@ -67,16 +67,19 @@ def load_task_data(
     examples = read_examples(task, path)
     examples = examples[:count] if count else examples
     room = args.seq_length - args.rollout_completion_length
-    return TaskData(examples, encode_examples(tokenizer, examples, room, path))
+    encoder = PromptEncoder(
+        tokenizer, args.prompt_special_tokens, args.mask_token_id, args.stop_token_ids
+    )
+    return TaskData(examples, encode_examples(encoder, examples, room, path))
 
 
 def encode_examples(
-    tokenizer: FastTokenizer, examples: Sequence[Example], room: int, source: str
+    encoder: PromptEncoder, examples: Sequence[Example], room: int, source: str
 ) -> list[tuple[int, ...]]:
     """Tokenize the prompts of a data set.
 
     Args:
-        tokenizer: the tokenizer.
+        encoder: makes ids of prompts.
         examples: the problems.
         room: most tokens a prompt may have.
         source: where they come from, for the error message.
@@ -85,10 +88,16 @@ def encode_examples(
         Token ids per example.
 
     Raises:
-        UserError: for a prompt that is empty or does not fit; prompts are never cut.
+        UserError: for a prompt that is empty, does not fit (prompts are never cut) or spells a
+            special token that it may not.
     """
-    encoded = [tuple(encode_prompt(tokenizer, example.prompt)) for example in examples]
-    for number, ids in enumerate(encoded, start=1):
+    encoded: list[tuple[int, ...]] = []
+    for number, example in enumerate(examples, start=1):
+        try:
+            ids = tuple(encoder.encode(example.prompt))
+        except UserError as error:
+            raise UserError(f"{source}: the prompt of problem {number} {error}.") from error
+        encoded.append(ids)
         if not 0 < len(ids) <= room:
             raise UserError(
                 f"{source}: the prompt of problem {number} has {len(ids)} tokens but 1 to {room} "

@@ -6,7 +6,8 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from megatron_espo.data.tokenizer import FastTokenizer, decode_completion
+from megatron_espo.data.encoding import decode_completion
+from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rewards.workers import RewardWorkers, collect
 from megatron_espo.tasks.base import Example, Score, Task

@@ -31,6 +31,7 @@ from megatron_espo.config import (
     EspoConfig,
     LaunchConfig,
     MonitorConfig,
+    PromptConfig,
     RolloutConfig,
     SftConfig,
     SimulateConfig,
@@ -53,6 +54,7 @@ from megatron_espo.startup.schedule import settle_schedule
 _PREFIXES: dict[type, str] = {
     LaunchConfig: "",
     DiffusionConfig: "",
+    PromptConfig: "prompt",
     SftConfig: "sft",
     RolloutConfig: "rollout",
     EspoConfig: "espo",

@@ -109,6 +109,7 @@ def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = Non
             shuffle=split is Split.train,
             skip_long=sft.skip_long,
             split=split,
+            spelled=args.prompt_special_tokens,
         )
 
     return (

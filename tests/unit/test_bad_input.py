@@ -124,7 +124,10 @@ def test_malformed_line_and_long_prompt_are_named(tmp_path: Path, tokenizer: str
     record = {"puzzle": "3102200002100320", "solution": "3142243142131324", "style": "bare"}
     good = json.dumps(record)
     path.write_text(good + "\n{broken\n")
-    args = Namespace(seq_length=32, rollout_completion_length=16)
+    args = Namespace(
+        seq_length=32, rollout_completion_length=16, prompt_special_tokens="refuse",
+        mask_token_id=256, stop_token_ids=[257, 261],
+    )  # fmt: skip
     task, loaded = load_task("sudoku"), load_tokenizer(tokenizer)
     with pytest.raises(ValueError, match=r"train\.jsonl:2"):
         load_task_data(task, str(path), loaded, args)

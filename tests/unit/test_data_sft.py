@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from megatron_espo.data.encoding import encode_prompt
 from megatron_espo.data.jsonl import read_jsonl
 from megatron_espo.data.sft import SftDataset, epoch_order, read_examples
-from megatron_espo.data.tokenizer import byte_tokenizer, encode_prompt, special_ids
+from megatron_espo.data.tokenizer import byte_tokenizer, special_ids
 
 TOKENIZER = byte_tokenizer()
 IDS = special_ids(TOKENIZER)

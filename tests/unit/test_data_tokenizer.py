@@ -12,11 +12,10 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.data import tokenizer as data_tokenizer
+from megatron_espo.data.encoding import decode_completion, encode_prompt
 from megatron_espo.data.tokenizer import (
     SPECIAL_TOKENS,
     byte_tokenizer,
-    decode_completion,
-    encode_prompt,
     load_tokenizer,
     save_tokenizer,
     special_ids,
@@ -106,6 +105,23 @@ def test_training_refuses_sizes_it_cannot_reach(corpus: Path, tmp_path: Path) ->
     broken.write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin\.txt: byte 3 is not UTF-8"):
         train_tokenizer([broken], 270)
+
+
+def test_saved_folder_names_what_every_version_of_transformers_knows(tmp_path: Path) -> None:
+    # Seen to load in transformers 4.46.3, 4.57.6 and 5.23.0, with equal ids, special tokens and
+    # chats. The class and the list's name are transformers 5's own, and 4.46 reads chat templates
+    # from this file alone.
+    save_tokenizer(BYTES, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in config
+    assert config["additional_special_tokens"] == list(SPECIAL_TOKENS[3:])
+    assert config["chat_template"] == BYTES.chat_template
+    # A folder that is loaded and written again keeps them.
+    data_tokenizer.copy_tokenizer(tmp_path / "a", tmp_path / "b")
+    assert json.loads((tmp_path / "b" / "tokenizer_config.json").read_text()) == config
+    loaded = load_tokenizer(tmp_path / "b")
+    assert sorted(loaded.all_special_tokens) == sorted(BYTES.all_special_tokens)
 
 
 def test_saved_folder_loads_with_the_same_ids_tokens_and_template(
