@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_espo.command_line import Parser
-from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion import dream, illada, llada
 from megatron_espo.conversion.convert import DTYPES
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.random_model import write_random_model
@@ -18,7 +18,11 @@ from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.model.shape import ModelShape
 from megatron_espo.startup.setup import run_entry_point
 
-PUBLISHED = {"llada": llada.PUBLISHED, "dream": dream.PUBLISHED}
+PUBLISHED = {
+    "llada": llada.PUBLISHED,
+    "dream": dream.PUBLISHED,
+    "illada": illada.PUBLISHED,
+}
 
 
 def tiny(shape: ModelShape) -> ModelShape:

@@ -87,6 +87,7 @@ def write_hugging_face(
     blocks: Sequence[Block],
     dtype: torch.dtype,
     files: Mapping[str, str] | None,
+    copies: Mapping[str, str],
 ) -> None:
     """Write a Hugging Face folder's weights from a torch_dist checkpoint.
 
@@ -96,13 +97,16 @@ def write_hugging_face(
         blocks: the model's blocks.
         dtype: type to write; bits are kept where it is the source's.
         files: which file takes which tensor; None splits them anew.
+        copies: tensors that are written where ``files`` has them -> what they are copies of.
     """
     home = {name: block for block in blocks for name in block.sources}
     tensors = {name: (block.sources[name], dtype) for name, block in home.items()}
+    tensors.update({copy: tensors[name] for copy, name in copies.items() if copy in (files or ())})
     parts: dict[str, Tensor] = {}
     with _progress("to Hugging Face", blocks, dtype) as bar:
 
         def read(name: str) -> Tensor:
+            name = copies.get(name, name)
             if name not in parts:
                 # What is left of the block before goes: its tensors lie in other files, and
                 # reading twice is cheaper than keeping all of them.

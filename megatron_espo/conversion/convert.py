@@ -30,7 +30,13 @@ from megatron_espo.conversion.hugging_face import (
     weight_map,
 )
 from megatron_espo.conversion.lora import MergedWeights
-from megatron_espo.conversion.mapping import Block, Names, extra_states, model_blocks
+from megatron_espo.conversion.mapping import (
+    Block,
+    Names,
+    extra_states,
+    model_blocks,
+    tied_copies,
+)
 from megatron_espo.conversion.side_files import write_side_files
 from megatron_espo.conversion.torch_dist import CheckpointReader
 from megatron_espo.conversion.verification import quiet, verify
@@ -64,6 +70,11 @@ class _Model:
     def sources(self) -> dict[str, tuple[int, ...]]:
         """Hugging Face names and shapes."""
         return {name: size for block in self.blocks for name, size in block.sources.items()}
+
+    @property
+    def copies(self) -> dict[str, str]:
+        """Tensors that a folder may hold besides -> what they are copies of."""
+        return tied_copies(self.shape, self.family.names)
 
     @property
     def num_parameters(self) -> int:
@@ -104,7 +115,7 @@ def convert_to_megatron(
     """
     model = _read_model(resolve_folder(hf, "--hf"))
     weights = HuggingFaceWeights(model.folder) if lora is None else _merged_weights(model, lora)
-    weights.check(model.sources)
+    weights.check(model.sources, model.copies)
     kept = weights.dtype(convert=dtype is not None)
     kept = DTYPES[dtype] if dtype else kept
     with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
@@ -121,7 +132,7 @@ def convert_to_megatron(
         write_megatron(weights, release, model.blocks, kept, extra_states(model.shape), common)
         (partial / TRACKER).write_text("release")
         if check_logits:
-            verify(release, weights, args.logit_shift)
+            verify(release, weights, args.logit_shift, model.shape.mask_token_id)
     print(
         f"{out}: {model.describe(kept)}. Pass it with --load or --pretrained-checkpoint, and "
         "--use-checkpoint-args."
@@ -176,14 +187,14 @@ def convert_to_hugging_face(
         files = _files(model)
         with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
             copy_other_files(model.folder, partial)
-            write_hugging_face(reader, partial, model.blocks, kept, files)
+            write_hugging_face(reader, partial, model.blocks, kept, files, model.copies)
             written = HuggingFaceWeights(partial)
-            written.check(model.sources)
+            written.check(model.sources, model.copies)
             if check_logits:
                 copied = Path(scratch, "tokenizer")
                 copy_tokenizer(model.folder, copied, model.family.tokenizer_class)
                 shift = _initialize_megatron(model, copied).logit_shift
-                verify(Path(folder), written, shift)
+                verify(Path(folder), written, shift, model.shape.mask_token_id)
         print(f"{out}: {model.describe(kept)}.")
         named = read_json(model.folder / "config.json").get("torch_dtype")
     if named is not None and named != _name(kept):
@@ -257,8 +268,8 @@ def _linear_names(names: Names) -> list[str]:
 def _files(model: _Model) -> dict[str, str] | None:
     """Take over how the template's tensors are split into files."""
     files = weight_map(model.folder)
-    if files is not None and set(files) != set(model.sources):
-        name = min(set(files) ^ set(model.sources))
+    if files is not None and files.keys() - model.copies.keys() != model.sources.keys():
+        name = min((files.keys() - model.copies.keys()) ^ model.sources.keys())
         missing = "has no entry for" if name in model.sources else "has an entry too many for"
         raise UserError(
             f"--hf-template {model.folder}: its index {missing} {name}; correct or remove it."
@@ -270,6 +281,12 @@ def _initialize_megatron(model: _Model, tokenizer: Path) -> argparse.Namespace:
     """Set Megatron's arguments to this model, in float32, and the groups to this process."""
     shape = model.shape
     named = load_tokenizer(tokenizer)
+    if len(named) > shape.vocab_size:
+        raise UserError(
+            f"{model.folder}: the tokenizer has {len(named)} tokens, more than the "
+            f"{shape.vocab_size} of config.json; correct one, or pass the model's own "
+            "--tokenizer-model."
+        )
     if named.mask_token_id not in (None, shape.mask_token_id):
         raise UserError(
             f"{model.folder}: the tokenizer's mask token is {named.mask_token_id}, config.json "

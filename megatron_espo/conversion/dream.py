@@ -23,6 +23,17 @@ NAMES = Names(
     down="mlp.down_proj",
 )
 
+# What Dream's published code (configuration_dream.py) takes for fields that a file does not have.
+DEFAULTS: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+}
+
 PUBLISHED = ModelShape(
     num_layers=28,
     hidden_size=3584,
@@ -53,11 +64,10 @@ def read_config(config: Config) -> ModelShape:
     Raises:
         UserError: naming the field that is missing, broken or not supported.
     """
+    config = config.with_defaults(DEFAULTS)
     config.require("hidden_act", "silu")
-    config.require("rope_scaling", None)
     config.require("use_sliding_window", False)
     config.require("use_mrope", False)
-    config.require("tie_word_embeddings", False)
     config.require("attention_dropout", 0.0, 0)
     config.require("quantization_config", None)
     vocab_size = config.number("vocab_size", int)
@@ -72,12 +82,13 @@ def read_config(config: Config) -> ModelShape:
         num_query_groups=config.number("num_key_value_heads", int),
         vocab_size=vocab_size,
         max_position_embeddings=config.number("max_position_embeddings", int),
-        rotary_base=config.number("rope_theta", float),
+        rotary_base=config.rotary_base(),
         norm_epsilon=config.number("rms_norm_eps", float),
         qkv_bias=True,
         logit_shift=True,
         mask_token_id=config.token("mask_token_id", vocab_size),
         eos_token_id=config.token("eos_token_id", vocab_size),
+        tied_embeddings=config.switch("tie_word_embeddings"),
     )
     return check_heads(
         shape, config.source, "num_attention_heads", "num_key_value_heads", "hidden_size"
@@ -112,7 +123,7 @@ def write_config(shape: ModelShape) -> dict[str, Any]:
         "rope_scaling": None,
         "rope_theta": float(shape.rotary_base),
         "sliding_window": None,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": shape.tied_embeddings,
         "use_mrope": False,
         "use_sliding_window": False,
         "vocab_size": shape.vocab_size,

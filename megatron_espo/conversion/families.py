@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion import dream, illada, llada
 from megatron_espo.conversion.mapping import Names
 from megatron_espo.errors import UserError
 from megatron_espo.model.shape import Config, ModelShape
@@ -35,6 +35,7 @@ FAMILIES = {
     "dream": Family(
         dream.ARCHITECTURE, dream.NAMES, dream.read_config, dream.write_config, "Qwen2Tokenizer"
     ),
+    "illada": Family(illada.ARCHITECTURE, illada.NAMES, illada.read_config, illada.write_config),
 }
 
 

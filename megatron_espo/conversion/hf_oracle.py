@@ -55,9 +55,9 @@ class HfOracle:
         Raises:
             UserError: names of weights and model differ.
         """
-        llada = "d_model" in fields
-        config = _llada_config(fields) if llada else _dream_config(fields)
-        biased = not llada or fields.get("include_qkv_bias", False)
+        llada, dream = "d_model" in fields, fields["architectures"] == ["DreamModel"]
+        biased = dream or fields.get("include_qkv_bias", False)
+        config = _llada_config(fields) if llada else _llama_config(fields, biased)
         with torch.device("meta"):
             model: PreTrainedModel = (Qwen2ForCausalLM if biased else LlamaForCausalLM)(config)
         model = model.to(dtype).eval()
@@ -65,6 +65,8 @@ class HfOracle:
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         rename = _llada_name if llada else str
         home = {rename(name): name for name in weights.tensors}
+        if fields.get("weight_tying" if llada else "tie_word_embeddings", not dream):
+            home["lm_head.weight"] = home["model.embed_tokens.weight"]
         if unequal := home.keys() ^ dict(model.named_parameters()).keys():
             raise UserError(f"{weights.folder}: transformers' model differs in {min(unequal)}.")
         stream_weights(
@@ -72,7 +74,7 @@ class HfOracle:
             ["model.embed_tokens", "model.layers.*", "model.norm", "lm_head"],
             lambda names: {name: weights.read(home[name]).to(dtype) for name in names},
         )
-        self._model, self._shift = model, not llada
+        self._model, self._shift = model, dream
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -101,7 +103,9 @@ def _llada_name(name: str) -> str:
 
 
 def _rotary(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": fields["rope_theta"]}
+    # transformers 4 writes the base beside a scaling, version 5 both into one field.
+    plain = {"rope_type": "default", "rope_theta": fields.get("rope_theta", 10000.0)}
+    return {**plain, **(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})}
 
 
 def _llada_config(fields: Mapping[str, Any]) -> LlamaConfig | Qwen2Config:
@@ -109,25 +113,28 @@ def _llada_config(fields: Mapping[str, Any]) -> LlamaConfig | Qwen2Config:
     return (Qwen2Config if biased else LlamaConfig)(
         vocab_size=fields["vocab_size"],
         hidden_size=fields["d_model"],
-        intermediate_size=fields.get("mlp_hidden_size") or fields["mlp_ratio"] * fields["d_model"],
+        intermediate_size=fields.get("mlp_hidden_size")
+        or fields.get("mlp_ratio", 4) * fields["d_model"],
         num_hidden_layers=fields["n_layers"],
         num_attention_heads=fields["n_heads"],
         num_key_value_heads=fields.get("n_kv_heads") or fields["n_heads"],
-        max_position_embeddings=fields["max_sequence_length"],
-        rms_norm_eps=fields["rms_norm_eps"],
+        max_position_embeddings=fields.get("max_sequence_length", 1024),
+        rms_norm_eps=fields.get("rms_norm_eps", 1e-5),
         rope_parameters=_rotary(fields),
         tie_word_embeddings=False,
         attn_implementation="eager",
     )
 
 
-def _dream_config(fields: Mapping[str, Any]) -> Qwen2Config:
+def _llama_config(fields: Mapping[str, Any], biased: bool) -> LlamaConfig | Qwen2Config:
     same = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads max_position_embeddings rms_norm_eps"
+        "num_key_value_heads"
     ).split()
-    return Qwen2Config(
+    return (Qwen2Config if biased else LlamaConfig)(
         **{name: fields[name] for name in same},
+        max_position_embeddings=fields.get("max_position_embeddings", 32768),
+        rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
         rope_parameters=_rotary(fields),
         tie_word_embeddings=False,
         attn_implementation="eager",

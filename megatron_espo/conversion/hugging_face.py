@@ -114,6 +114,20 @@ def weight_map(folder: Path) -> dict[str, str] | None:
     return None
 
 
+def _no_safetensors(folder: Path) -> str:
+    """Say what a folder without safetensors holds instead."""
+    others = sorted(
+        path.name for path in folder.iterdir() if path.suffix.removeprefix(".") in _OTHER_FORMATS
+    )
+    if not others:
+        return f"{folder}: holds neither {INDEX} nor {SINGLE}; weights must be safetensors."
+    named = others[0] + (f" and {len(others) - 1} more" if len(others) > 1 else "")
+    return (
+        f"{folder}: its weights are in {named}, and only safetensors are read (other files may run "
+        "code); load the model with transformers and write it with save_pretrained."
+    )
+
+
 def read_headers(path: Path) -> dict[str, StoredTensor]:
     """Read what a file holds, and check that it is as long as it should be.
 
@@ -163,9 +177,7 @@ class HuggingFaceWeights:
         self.folder = folder
         files = weight_map(folder)
         if files is None:
-            raise UserError(
-                f"{folder}: holds neither {INDEX} nor {SINGLE}; weights must be safetensors."
-            )
+            raise UserError(_no_safetensors(folder))
         self.tensors: dict[str, StoredTensor] = {}
         for file in sorted(set(files.values())):
             path = folder / file
@@ -184,15 +196,19 @@ class HuggingFaceWeights:
         """Read a tensor (see :func:`read_tensor`)."""
         return read_tensor(self.folder / self.tensors[name].file, name)
 
-    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    def check(
+        self, wanted: Mapping[str, tuple[int, ...]], copies: Mapping[str, str] | None = None
+    ) -> None:
         """Compare with the tensors that a model has.
 
         Args:
             wanted: name -> shape.
+            copies: tensors that there may be besides -> those that they must be equal to.
 
         Raises:
-            UserError: a tensor is missing, left over, or has another shape.
+            UserError: a tensor is missing, left over, has another shape, or is no copy.
         """
+        copies = copies or {}
         for name, shape in wanted.items():
             if name not in self.tensors:
                 raise UserError(f"{self.folder}: the tensor {name} is missing.")
@@ -203,7 +219,13 @@ class HuggingFaceWeights:
                     f"{list(found)}, config.json asks for {list(shape)}."
                 )
         for name, stored in self.tensors.items():
-            if name not in wanted:
+            if name in copies:
+                if not torch.equal(self.read(name), self.read(copies[name])):
+                    raise UserError(
+                        f"{self.folder / stored.file}: {name} differs from {copies[name]}, which "
+                        "config.json ties it to; correct the file or untie them."
+                    )
+            elif name not in wanted:
                 raise UserError(
                     f"{self.folder / stored.file}: the tensor {name} has no place in a model of "
                     "this config.json."

@@ -11,6 +11,7 @@ def stream_weights(
     model: Module,
     parts: Sequence[str],
     load: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    kept: Sequence[str] = (),
 ) -> None:
     """Give each part of a model its weights before its forward pass and take them back after.
 
@@ -18,6 +19,7 @@ def stream_weights(
         model: a model on the meta device.
         parts: paths of the parts, where ``*`` stands for a number; every parameter must be in one.
         load: reads parameters by name.
+        kept: parts that keep their weights, because others use them, too.
     """
     parameters = dict(model.named_parameters())
     covered: set[str] = set()
@@ -40,7 +42,8 @@ def stream_weights(
                 _replace(model, name, parameters[name])
 
         module.register_forward_pre_hook(fill)
-        module.register_forward_hook(empty)
+        if path not in kept:
+            module.register_forward_hook(empty)
     assert covered == parameters.keys(), sorted(parameters.keys() - covered)
 
 

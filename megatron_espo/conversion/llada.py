@@ -25,6 +25,41 @@ NAMES = Names(
     down="ff_out",
 )
 
+DEFAULTS: dict[str, Any] = {
+    "activation_type": "swiglu",
+    "alibi": False,
+    "attention_dropout": 0.1,
+    "attention_layer_norm": False,
+    "bias_for_layer_norm": None,
+    "block_group_size": 1,
+    "block_type": "sequential",
+    "d_model": 768,
+    "embedding_dropout": 0.1,
+    "embedding_size": 50304,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "input_emb_norm": False,
+    "layer_norm_type": "default",
+    "layer_norm_with_affine": True,
+    "max_sequence_length": 1024,
+    "mlp_hidden_size": None,
+    "mlp_ratio": 4,
+    "multi_query_attention": None,
+    "n_heads": 12,
+    "n_kv_heads": None,
+    "n_layers": 12,
+    "residual_dropout": 0.1,
+    "rms_norm_eps": 1e-5,
+    "rope": False,
+    "rope_theta": 10000.0,
+    "scale_logits": False,
+    "vocab_size": 50257,
+    "weight_tying": True,
+}
+"""What LLaDA's published code (configuration_llada.py) takes for fields that a file does not have:
+a GPT-2, of which little can be converted. Token ids are not among them: a wrong one would do no
+harm that shows."""
+
 PUBLISHED = ModelShape(
     num_layers=32,
     hidden_size=4096,
@@ -55,6 +90,7 @@ def read_config(config: Config) -> ModelShape:
     Raises:
         UserError: naming the field that is missing, broken or not supported.
     """
+    config = config.with_defaults(DEFAULTS)
     config.require("block_type", "llama")
     config.require("block_group_size", 1)
     config.require("activation_type", "silu")
@@ -64,16 +100,14 @@ def read_config(config: Config) -> ModelShape:
     for name in (
         "alibi",
         "attention_layer_norm",
-        "bias_for_layer_norm",
         "include_bias",
         "input_emb_norm",
         "scale_logits",
-        "weight_tying",
     ):
         config.require(name, False)
+    config.require("bias_for_layer_norm", False, None)
     config.require("multi_query_attention", None, False)
     config.require("clip_qkv", None)
-    config.require("rope_scaling", None)
     config.require("quantization_config", None)
     for name in ("attention_dropout", "embedding_dropout", "residual_dropout"):
         config.require(name, 0.0, 0)
@@ -87,7 +121,6 @@ def read_config(config: Config) -> ModelShape:
         ffn_hidden_size = config.number("mlp_ratio", int) * hidden_size
     else:
         ffn_hidden_size = config.number("mlp_hidden_size", int)
-    config.require("include_qkv_bias", False, True)
     shape = ModelShape(
         num_layers=config.number("n_layers", int),
         hidden_size=hidden_size,
@@ -96,12 +129,13 @@ def read_config(config: Config) -> ModelShape:
         num_query_groups=groups,
         vocab_size=vocab_size,
         max_position_embeddings=config.number("max_sequence_length", int),
-        rotary_base=config.number("rope_theta", float),
+        rotary_base=config.rotary_base(),
         norm_epsilon=config.number("rms_norm_eps", float),
-        qkv_bias=bool(fields.get("include_qkv_bias", False)),
+        qkv_bias=config.switch("include_qkv_bias"),
         logit_shift=False,
         mask_token_id=config.token("mask_token_id", vocab_size),
         eos_token_id=config.token("eos_token_id", vocab_size),
+        tied_embeddings=config.switch("weight_tying"),
     )
     return check_heads(shape, config.source, "n_heads", "n_kv_heads", "d_model")
 
@@ -149,5 +183,5 @@ def write_config(shape: ModelShape) -> dict[str, Any]:
         "rope_theta": float(shape.rotary_base),
         "scale_logits": False,
         "vocab_size": shape.vocab_size,
-        "weight_tying": False,
+        "weight_tying": shape.tied_embeddings,
     }

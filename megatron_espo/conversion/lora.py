@@ -6,7 +6,7 @@ layer computes with W + scale * B A, where scale is lora_alpha / r (rank-stabili
 
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,9 +70,16 @@ class MergedWeights(HuggingFaceWeights):
         return weight if delta is None else (weight.float() + delta).to(weight.dtype)
 
     def unused_targets(self) -> list[str]:
-        """List the adapter's target modules that no weight of the model is called by."""
-        names = [name.removesuffix(".weight").split(".")[-1] for name in self.tensors]
-        return [target for target in self._adapter.targets if target not in names]
+        """List the adapter's target modules that no weight of the model is called by.
+
+        As PEFT reads them, a name is the end of a path. A pattern or "all-linear" names no module.
+        """
+        paths = [f".{name.removesuffix('.weight')}" for name in self.tensors]
+        return [
+            target
+            for target in self._adapter.targets
+            if not any(path.endswith(f".{target}") for path in paths)
+        ]
 
     @property
     def num_merged(self) -> int:
@@ -85,7 +92,7 @@ class Adapter:
 
     Attributes:
         modules: path of the adapted layer -> the names of its A and B, and their shapes.
-        targets: the names of layers that were to be adapted.
+        targets: the names of layers that were to be adapted; empty where a pattern said which.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,7 +108,7 @@ class Adapter:
         self._alpha = config.number("lora_alpha", float)
         self._rank_stabilized = bool(config.fields.get("use_rslora", False))
         targets = config.fields.get("target_modules") or []
-        self.targets = [targets] if isinstance(targets, str) else list(targets)
+        self.targets = [] if isinstance(targets, str) else list(targets)
         self._file = folder / WEIGHTS
         self.modules = _find_modules(self._file)
 
@@ -121,24 +128,37 @@ class Adapter:
         return torch.mm(b, a).mul_(self._alpha / (rank**0.5 if self._rank_stabilized else rank))
 
 
+# Fields of adapter_config.json that change nothing of what an adapter computes, or are read here.
+# Which layers it adapts is read from its file.
+_HARMLESS = frozenset(
+    """
+    auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode
+    layers_pattern layers_to_transform lora_alpha lora_dropout lora_ga_config megatron_config
+    megatron_core peft_version qalora_group_size r revision runtime_config target_modules task_type
+    use_rslora velora_config
+    """.split()
+)
+# What must be switched off, in each way that PEFT's versions write this.
+_OFF: tuple[Any, ...] = (None, False, [], {}, "")
+
+
 def _require_plain_lora(config: Config) -> None:
-    """Refuse adapters that compute something else than W + scale * B A."""
+    """Refuse adapters that compute something else than W + scale * B A.
+
+    PEFT has a new variant every few months, and each is a field: one that is not known here must be
+    off.
+    """
     config.require("peft_type", "LORA")
     config.require("bias", "none")
-    config.require("fan_in_fan_out", False)
-    for name in ("use_dora", "lora_bias", "use_qalora"):
-        config.require(name, False)
-    for name, empty in (
-        ("modules_to_save", []),
-        ("rank_pattern", {}),
-        ("alpha_pattern", {}),
-        ("layer_replication", []),
-        ("trainable_token_indices", []),
-        ("target_parameters", []),
-    ):
-        config.require(name, None, empty)
     # Other ways to start (PiSSA, OLoRA, LoftQ) change the base weights, too.
     config.require("init_lora_weights", True, False, "gaussian", "orthogonal")
+    known = {"peft_type", "bias", "init_lora_weights", *_HARMLESS}
+    for name, value in config.fields.items():
+        if name not in known and not any(value == off and type(value) is type(off) for off in _OFF):
+            raise UserError(
+                f'{config.source}: "{name}" is {value!r}, which is not supported; only plain LoRA '
+                "can be merged, and this field must be empty or off."
+            )
 
 
 def _find_modules(path: Path) -> dict[str, tuple[Side, Side]]:

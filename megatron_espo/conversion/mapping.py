@@ -116,22 +116,36 @@ def model_blocks(shape: ModelShape, names: Names) -> list[Block]:
         names: the Hugging Face names.
 
     Returns:
-        The blocks, embedding first, head last.
+        The blocks, embedding first, head last; tied embeddings have no head of their own.
     """
     hidden, vocab = shape.hidden_size, shape.vocab_size
     top = [
         ("embedding.word_embeddings.weight", names.embedding, (vocab, hidden)),
         ("decoder.final_layernorm.weight", names.final_norm, (hidden,)),
-        ("output_layer.weight", names.head, (vocab, hidden)),
     ]
-    embedding, norm, head = (
+    if not shape.tied_embeddings:
+        top.append(("output_layer.weight", names.head, (vocab, hidden)))
+    embedding, *last = (
         Block(key, size, (0,) * len(size), False, {f"{name}.weight": size})
         for key, name, size in top
     )
     layers = [
         block for layer in range(shape.num_layers) for block in _layer_blocks(shape, names, layer)
     ]
-    return [embedding, *layers, norm, head]
+    return [embedding, *layers, *last]
+
+
+def tied_copies(shape: ModelShape, names: Names) -> dict[str, str]:
+    """List the tensors that a folder may hold although they are copies of others.
+
+    Args:
+        shape: the model.
+        names: the Hugging Face names.
+
+    Returns:
+        Name of the copy -> name of what it is a copy of: with tied embeddings the output head's.
+    """
+    return {f"{names.head}.weight": f"{names.embedding}.weight"} if shape.tied_embeddings else {}
 
 
 def _layer_blocks(shape: ModelShape, names: Names, layer: int) -> list[Block]:

@@ -26,7 +26,9 @@ TOLERANCE = 1e-4
 _ROWS, _WIDTH = 3, 32
 
 
-def verify(checkpoint: Path, weights: HuggingFaceWeights, logit_shift: bool) -> None:
+def verify(
+    checkpoint: Path, weights: HuggingFaceWeights, logit_shift: bool, mask_token_id: int
+) -> None:
     """Compare the logits of both sides on random tokens, some of them masked, a row padded.
 
     One side is Megatron's model, with the blocks of the checkpoint that it asks for itself, the
@@ -38,6 +40,7 @@ def verify(checkpoint: Path, weights: HuggingFaceWeights, logit_shift: bool) -> 
             describe, in float32.
         weights: the Hugging Face side.
         logit_shift: whether position i is predicted from the hidden state at i - 1.
+        mask_token_id: the mask token, which some of the tokens are.
 
     Raises:
         UserError: they differ by more than rounding does.
@@ -45,7 +48,7 @@ def verify(checkpoint: Path, weights: HuggingFaceWeights, logit_shift: bool) -> 
     # On a GPU TF32 is far from the tolerance, and NVIDIA's images turn it on.
     torch.set_float32_matmul_precision("highest")
     fields = read_json(weights.folder / "config.json")
-    tokens, lengths = _random_tokens(fields["vocab_size"], fields["mask_token_id"])
+    tokens, lengths = _random_tokens(fields["vocab_size"], mask_token_id)
     ours = _checkpoint_logits(checkpoint, tokens, lengths, logit_shift)
     theirs = HfOracle(fields, weights, torch.float32).logits(tokens, lengths)
     # The first position of a shifted model has no prediction.
@@ -91,6 +94,8 @@ def _checkpoint_logits(
             model,
             ["embedding", "decoder.layers.*", "decoder.final_layernorm", "output_layer"],
             read_part,
+            # The output head has its weights where they are tied.
+            kept=["embedding"] if model.share_embeddings_and_output_weights else [],
         )
         b, s = tokens.shape
         first = int(logit_shift)

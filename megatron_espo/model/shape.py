@@ -36,6 +36,8 @@ class ModelShape:
     """Position i is predicted from the hidden state at i - 1."""
     mask_token_id: int
     eos_token_id: int
+    tied_embeddings: bool = False
+    """The output head has the embedding's weights."""
 
     @property
     def head_dim(self) -> int:
@@ -67,6 +69,7 @@ class ModelShape:
             logit_shift=args.logit_shift,
             mask_token_id=args.mask_token_id,
             eos_token_id=eos_token_id,
+            tied_embeddings=not args.untie_embeddings_and_output_weights,
         )
 
     def flags(self) -> list[str]:
@@ -79,11 +82,12 @@ class ModelShape:
             f"--max-position-embeddings {self.max_position_embeddings} "
             f"--rotary-base {self.rotary_base:.0f} --norm-epsilon {self.norm_epsilon} "
             "--position-embedding-type rope --normalization RMSNorm --swiglu "
-            "--disable-bias-linear --untie-embeddings-and-output-weights "
-            "--attention-dropout 0.0 --hidden-dropout 0.0"
+            "--disable-bias-linear --attention-dropout 0.0 --hidden-dropout 0.0"
         ).split()
         if self.num_query_groups != self.num_attention_heads:
             flags += ["--group-query-attention", "--num-query-groups", str(self.num_query_groups)]
+        if not self.tied_embeddings:
+            flags.append("--untie-embeddings-and-output-weights")
         if self.qkv_bias:
             flags.append("--add-qkv-bias")
         if self.logit_shift:
@@ -125,7 +129,6 @@ _FIXED = {
     "activation_func_clamp_value": None,
     "add_bias_linear": False,
     "qk_layernorm": False,
-    "untie_embeddings_and_output_weights": True,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
@@ -136,14 +139,32 @@ _FIXED = {
 class Config:
     """A config.json that is read field by field; what was not understood can be told."""
 
-    def __init__(self, fields: Mapping[str, Any], source: str) -> None:
+    def __init__(
+        self,
+        fields: Mapping[str, Any],
+        source: str,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         """Wrap the fields.
 
         Args:
             fields: the parsed file.
             source: its path, for messages.
+            defaults: what the model's own code takes for fields that the file does not have.
         """
-        self.fields, self.source = fields, source
+        self.fields, self.source = {**(defaults or {}), **fields}, source
+        self._absent = self.fields.keys() - fields.keys()
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
+        """Return the same file, read with these defaults."""
+        return Config(self.fields, self.source, defaults)
+
+    def _says(self, name: str) -> str:
+        """Say what the file holds in a field, or what stands for it."""
+        said = f'"{name}" is {self.fields.get(name)!r}'
+        return (
+            f"{said} (the model's own default; the file has none)" if name in self._absent else said
+        )
 
     def number[Number: (int, float)](self, name: str, kind: type[Number]) -> Number:
         """Read a positive number.
@@ -153,9 +174,9 @@ class Config:
         """
         value = self.fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f'{self.source}: "{name}" is {value!r}; a positive number is needed.')
+            raise UserError(f"{self.source}: {self._says(name)}; a positive number is needed.")
         if kind is int and value != int(value):
-            raise UserError(f'{self.source}: "{name}" is {value!r}; a whole number is needed.')
+            raise UserError(f"{self.source}: {self._says(name)}; a whole number is needed.")
         return kind(value)
 
     def token(self, name: str, vocab_size: int) -> int:
@@ -167,9 +188,50 @@ class Config:
         value = self.fields.get(name)
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
             raise UserError(
-                f'{self.source}: "{name}" is {value!r}; a token id below {vocab_size} is needed.'
+                f"{self.source}: {self._says(name)}; a token id below {vocab_size} is needed."
             )
         return value
+
+    def switch(self, name: str) -> bool:
+        """Read a field that is true or false; one that is absent is false.
+
+        Raises:
+            UserError: naming the field.
+        """
+        self.require(name, False, True)
+        return bool(self.fields.get(name, False))
+
+    def rotary_base(self) -> float:
+        """Read the base of the rotary embedding, where transformers 4 and where version 5 write it.
+
+        Raises:
+            UserError: the frequencies are scaled, or the two places differ.
+        """
+        bases = set()
+        for name in ("rope_parameters", "rope_scaling"):
+            rope = self.fields.get(name)
+            if rope is None:
+                continue
+            plain = isinstance(rope, Mapping) and all(
+                key == "rope_theta" or (key, value) in _PLAIN_ROPE for key, value in rope.items()
+            )
+            if not plain:
+                raise UserError(
+                    f'{self.source}: "{name}" is {rope!r}, which is not supported; rotary '
+                    'embeddings must be of the type "default", without scaling.'
+                )
+            if "rope_theta" in rope:
+                bases.add(Config(rope, f'{self.source}: "{name}"').number("rope_theta", float))
+        # transformers 5 leaves the field itself out.
+        stated = "rope_theta" in self.fields and "rope_theta" not in self._absent
+        if stated or not bases:
+            bases.add(self.number("rope_theta", float))
+        if len(bases) > 1:
+            raise UserError(
+                f'{self.source}: "rope_theta" is {" and ".join(map(str, sorted(bases)))} in two '
+                "places; correct one."
+            )
+        return bases.pop()
 
     def require(self, name: str, *allowed: Any) -> None:
         """Refuse a value that changes what the model computes.
@@ -185,9 +247,17 @@ class Config:
         if not any(value == one and type(value) is type(one) for one in allowed):
             wanted = " or ".join(repr(one) for one in allowed)
             raise UserError(
-                f'{self.source}: "{name}" is {value!r}, which is not supported; it must be '
-                f"{wanted}."
+                f"{self.source}: {self._says(name)}, which is not supported; it must be {wanted}."
             )
+
+
+# What says no more than that nothing is scaled, in what either version of transformers writes.
+_PLAIN_ROPE = (
+    ("rope_type", "default"),
+    ("type", "default"),
+    ("factor", 1.0),
+    ("partial_rotary_factor", 1.0),
+)
 
 
 def check_heads(shape: ModelShape, source: str, heads: str, groups: str, hidden: str) -> ModelShape:

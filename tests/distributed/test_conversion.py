@@ -16,7 +16,7 @@ from conftest import Built, build_layout
 from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
 
-from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion import dream, illada, llada
 from megatron_espo.conversion.convert import convert_to_hugging_face
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.hf_oracle import HfOracle
@@ -39,16 +39,18 @@ TINY = {
     "eos_token_id": 257,
 }
 SHAPES = {
-    "llada": dataclasses.replace(llada.PUBLISHED, **TINY),
     "dream": dataclasses.replace(dream.PUBLISHED, **TINY),
+    # Tied embeddings, of which the last pipeline stage has a copy.
+    "illada": dataclasses.replace(illada.PUBLISHED, **TINY),
+    "dream-tied": dataclasses.replace(dream.PUBLISHED, **TINY, tied_embeddings=True),
     # What LLaDA's code can do and its published models do not use.
     "llada-qkv-bias": dataclasses.replace(llada.PUBLISHED, **TINY, qkv_bias=True),
 }
 SOURCES = {
-    "llada, float32": torch.float32,
+    "illada, float32": torch.float32,
     "dream, float32": torch.float32,
     "llada-qkv-bias, bfloat16": torch.bfloat16,
-    "dream, bfloat16": torch.bfloat16,
+    "dream-tied, bfloat16": torch.bfloat16,
 }
 # tp, pp; what is left of the four ranks is data parallel. (4, 2) needs eight: see
 # tests/unit/test_conversion.py.

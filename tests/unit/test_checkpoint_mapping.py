@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from megatron.training.arguments import add_megatron_arguments
 from transformers import LlamaForCausalLM, Qwen2ForCausalLM
 
-from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion import dream, illada, llada
 from megatron_espo.conversion.families import FAMILIES, family_of
-from megatron_espo.conversion.hf_oracle import _dream_config, _llada_config, _llada_name
-from megatron_espo.conversion.mapping import Block, model_blocks
+from megatron_espo.conversion.hf_oracle import _llada_config, _llada_name, _llama_config
+from megatron_espo.conversion.mapping import Block, model_blocks, tied_copies
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.model.shape import Config, ModelShape
 from megatron_espo.startup.arguments import add_arguments
@@ -46,10 +46,26 @@ DREAM_CONFIG = {
     "sliding_window": None, "tie_word_embeddings": False, "use_mrope": False,
     "use_sliding_window": False, "vocab_size": 152064,
 }  # fmt: skip
-CONFIGS: dict[str, dict[str, Any]] = {"llada": LLADA_CONFIG, "dream": DREAM_CONFIG}
+# As GSAI-ML/iLLaDA-8B-Base's model card and code have it; the config has no mask token, and leaves
+# out that embeddings are tied.
+ILLADA_CONFIG = {
+    "architectures": ["ILLaDAForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+    "layer_norm_eps": None, "max_position_embeddings": 8192, "mlp_bias": False,
+    "model_type": "illada", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None,
+    "rope_theta": 500000.0, "vocab_size": 155136,
+}  # fmt: skip
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llada": LLADA_CONFIG,
+    "dream": DREAM_CONFIG,
+    "illada": ILLADA_CONFIG,
+}
 PUBLISHED = {
     "llada": (llada.PUBLISHED, 291, 8_015_581_184),
     "dream": (dream.PUBLISHED, 339, 7_615_616_512),
+    # 291 tensors lie in the folder: one is a copy.
+    "illada": (illada.PUBLISHED, 290, 7_615_025_152),
 }
 
 
@@ -76,7 +92,10 @@ def test_published_config_gives_the_published_tensors_and_parameters(family: str
             theirs = LlamaForCausalLM(_llada_config(LLADA_CONFIG))
             sources = [(_llada_name(name), size) for name, size in sources]
         else:
-            theirs = Qwen2ForCausalLM(_dream_config(DREAM_CONFIG))
+            config = _llama_config(CONFIGS[family], family == "dream")
+            theirs = (Qwen2ForCausalLM if family == "dream" else LlamaForCausalLM)(config)
+    copies = tied_copies(shape, FAMILIES[family].names)
+    sources += [(copy, dict(sources)[name]) for copy, name in copies.items()]
     assert {name: tuple(p.shape) for name, p in theirs.named_parameters()} == dict(sources)
 
 
@@ -95,9 +114,12 @@ def test_blocks_tile_megatrons_tensors_without_gap_or_overlap(family: str) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_written_config_reads_as_the_same_shape(family: str) -> None:
-    shape = dataclasses.replace(PUBLISHED[family][0], num_layers=3, num_query_groups=2)
-    fields = json.loads(json.dumps(FAMILIES[family].write_config(shape)))
-    assert family_of(fields, "").read_config(Config(fields, "")) == shape
+    for tied in (False, True):
+        shape = dataclasses.replace(
+            PUBLISHED[family][0], num_layers=3, num_query_groups=2, tied_embeddings=tied
+        )
+        fields = json.loads(json.dumps(FAMILIES[family].write_config(shape)))
+        assert family_of(fields, "").read_config(Config(fields, "")) == shape
 
 
 @pytest.mark.parametrize(("family", "preset"), [("llada", "llada_8b"), ("dream", "dream_7b")])
@@ -153,7 +175,8 @@ def test_qkv_is_packed_by_group_and_unpacked(
         ("llada", "residual_dropout", 0.1),
         ("llada", "attention_dropout", 0.1),
         ("llada", "embedding_dropout", 0.1),
-        ("llada", "weight_tying", True),
+        ("llada", "weight_tying", 1),
+        ("llada", "rope_scaling", {"rope_type": "linear", "factor": 2.0}),
         ("llada", "include_bias", True),
         ("llada", "alibi", True),
         ("llada", "rope", False),
@@ -167,13 +190,23 @@ def test_qkv_is_packed_by_group_and_unpacked(
         ("llada", "eos_token_id", None),
         ("llada", "rope_theta", 0.5),
         ("dream", "hidden_act", "gelu"),
-        ("dream", "tie_word_embeddings", True),
+        ("dream", "tie_word_embeddings", None),
         ("dream", "use_sliding_window", True),
         ("dream", "rope_scaling", {"type": "yarn"}),
+        ("dream", "rope_parameters", {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}),
+        ("dream", "rope_parameters", {"rope_theta": 1e6, "factor": 4.0}),
+        ("dream", "rope_parameters", {"full_attention": {"rope_theta": 1e6}}),
+        ("dream", "rope_parameters", [1e6]),
         ("dream", "attention_dropout", 0.1),
         ("dream", "head_dim", 64),
         ("dream", "num_key_value_heads", 5),
         ("dream", "rms_norm_eps", 0),
+        ("illada", "layer_norm_eps", 1e-5),
+        ("illada", "attention_bias", True),
+        ("illada", "mlp_bias", True),
+        ("illada", "resid_pdrop", 0.1),
+        ("illada", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("illada", "eos_token_id", None),
     ],
 )
 def test_a_config_that_is_not_supported_is_refused_by_field(
@@ -191,14 +224,65 @@ def test_the_architecture_decides_not_the_model_type(architectures: Any) -> None
         read("llada", architectures=architectures)
 
 
-def test_defaults_of_older_configs_are_understood() -> None:
-    fields = {
-        name: value
-        for name, value in LLADA_CONFIG.items()
-        if name not in ("n_kv_heads", "mlp_hidden_size", "embedding_size", "include_qkv_bias")
-    }
-    shape = llada.read_config(Config(fields, ""))
-    assert shape == dataclasses.replace(llada.PUBLISHED, ffn_hidden_size=16384)
+# What LLaDA's published configuration_llada.py makes of a file without the field: the shape's
+# fields that differ then, or None where the model is another than can be converted.
+LLADA_WITHOUT: dict[str, dict[str, Any] | None] = {
+    "n_kv_heads": {},
+    "mlp_hidden_size": {"ffn_hidden_size": 16384},
+    "mlp_ratio": {},
+    "include_qkv_bias": {},
+    "include_bias": {},
+    "bias_for_layer_norm": {},
+    "scale_logits": {},
+    "block_group_size": {},
+    "rms_norm_eps": {},
+    "rope_theta": {"rotary_base": 10000},
+    "max_sequence_length": {"max_position_embeddings": 1024},
+    "weight_tying": {"tied_embeddings": True},
+    "n_layers": {"num_layers": 12},
+    "block_type": None,
+    "activation_type": None,
+    "layer_norm_type": None,
+    "rope": None,
+    "embedding_size": None,
+    "attention_dropout": None,
+    "residual_dropout": None,
+    "embedding_dropout": None,
+    "mask_token_id": None,
+    "eos_token_id": None,
+}
+
+
+@pytest.mark.parametrize("field", LLADA_WITHOUT)
+def test_a_field_that_is_absent_is_what_lladas_own_code_takes(field: str) -> None:
+    fields = {name: value for name, value in LLADA_CONFIG.items() if name != field}
+    changed = LLADA_WITHOUT[field]
+    if changed is None:
+        with pytest.raises(ValueError, match=rf'"{field}" is .*(own default|token id below)'):
+            llada.read_config(Config(fields, "config.json"))
+    else:
+        expected = dataclasses.replace(llada.PUBLISHED, **changed)
+        assert llada.read_config(Config(fields, "")) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rotary_base_is_found_where_transformers_5_writes_it(family: str) -> None:
+    fields = {name: value for name, value in CONFIGS[family].items() if name != "rope_theta"}
+    for rope in ({"rope_type": "default"}, {}, {"rope_type": "default", "factor": 1.0}):
+        changed = {**fields, "rope_parameters": {**rope, "rope_theta": 20000.0}}
+        shape = FAMILIES[family].read_config(Config(changed, ""))
+        assert shape.rotary_base == 20000
+    with pytest.raises(ValueError, match=r'"rope_theta" is 20000\.0 and 30000\.0 in two places'):
+        FAMILIES[family].read_config(Config({**changed, "rope_theta": 30000.0}, ""))
+
+
+def test_a_config_without_the_fact_of_tying_follows_its_family() -> None:
+    tied = {"llada": True, "dream": False, "illada": True}
+    for family, config in CONFIGS.items():
+        names = ("weight_tying", "tie_word_embeddings")
+        fields = {name: value for name, value in config.items() if name not in names}
+        shape = FAMILIES[family].read_config(Config(fields, ""))
+        assert shape.tied_embeddings == tied[family]
 
 
 def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:

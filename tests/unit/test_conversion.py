@@ -22,7 +22,7 @@ from test_end_to_end import ENVIRONMENT, ROOT, TORCHRUN, run
 from test_hugging_face_folder import truncate, write_adapter
 
 from megatron_espo.conversion import convert as conversion
-from megatron_espo.conversion import dream, llada
+from megatron_espo.conversion import dream, illada, llada
 from megatron_espo.conversion.convert import convert_to_hugging_face, convert_to_megatron
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.hugging_face import INDEX, HuggingFaceWeights, read_json
@@ -38,6 +38,9 @@ TINY = {
 SHAPES = {
     "llada": dataclasses.replace(llada.PUBLISHED, **TINY),
     "dream": dataclasses.replace(dream.PUBLISHED, **TINY),
+    "illada": dataclasses.replace(illada.PUBLISHED, **TINY),
+    "llada-tied": dataclasses.replace(llada.PUBLISHED, **TINY, tied_embeddings=True),
+    "dream-tied": dataclasses.replace(dream.PUBLISHED, **TINY, tied_embeddings=True),
 }
 TOOL = "tools/convert_hf.py"
 
@@ -48,9 +51,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     for name, shape in SHAPES.items():
         write_random_model(
-            root / name, FAMILIES[name], shape, torch.float32, byte_tokenizer(), std=0.2,
-            max_shard_size="100KB",
+            root / name, FAMILIES[name.split("-")[0]], shape, torch.float32, byte_tokenizer(),
+            std=0.2, max_shard_size="100KB",
         )  # fmt: skip
+    shutil.copytree(root / "dream", root / "dream-scaled")
+    fields = read_json(root / "dream" / "config.json")
+    # As transformers 5 writes it.
+    scaled = {"rope_type": "linear", "rope_theta": fields.pop("rope_theta"), "factor": 4.0}
+    text = json.dumps({**fields, "rope_parameters": scaled})
+    (root / "dream-scaled" / "config.json").write_text(text)
     return root
 
 
@@ -75,10 +84,16 @@ read = f.FAMILIES["dream"].read_config
 unshifted = lambda config: dataclasses.replace(read(config), logit_shift=False)
 f.FAMILIES["dream"] = dataclasses.replace(f.FAMILIES["dream"], read_config=unshifted)
 """,
+    "dream-scaled": """
+from megatron_espo.model.shape import Config
+Config.rotary_base = lambda config: 1000000
+""",
 }
 
 
-@pytest.mark.parametrize("family", WRONG, ids=["gate and up exchanged", "shift missing"])
+@pytest.mark.parametrize(
+    "family", WRONG, ids=["gate and up exchanged", "shift missing", "scaling not read"]
+)
 def test_verification_refuses_a_wrong_mapping(models: Path, tmp_path: Path, family: str) -> None:
     program = f"""
 import dataclasses, sys
@@ -239,8 +254,8 @@ def test_a_model_without_a_template_is_written_from_its_arguments(
     made, out = ["--out", str(tmp_path / "checkpoint")], tmp_path / "out"
     run(TOOL, "to-megatron", "--hf", str(models / family), *made)
     printed = run(
-        TOOL, "to-hf", "--megatron", str(tmp_path / "checkpoint"), "--family", family, "--out",
-        str(out), "--verify",
+        TOOL, "to-hf", "--megatron", str(tmp_path / "checkpoint"), "--family",
+        family.split("-")[0], "--out", str(out), "--verify",
     )  # fmt: skip
     assert "equal argmax at 100.00%" in printed
     before, after = HuggingFaceWeights(models / family), HuggingFaceWeights(out)
@@ -293,6 +308,62 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
             str(checkpoint), str(tmp_path / "out"), family="llada",
             tokenizer=str(tmp_path / "larger"),
         )  # fmt: skip
+
+
+def test_a_folder_whose_tokenizer_has_more_tokens_than_the_model_is_refused(
+    models: Path, tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"word{number}" for number in range(40)])
+    shutil.copytree(models / "llada", tmp_path / "model")
+    tokenizer.save_pretrained(str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"model: the tokenizer has 302 tokens, more than the 300"):
+        convert_to_megatron(str(tmp_path / "model"), str(tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def add_head(folder: Path, head: torch.Tensor) -> None:
+    """Keep the output head of tied embeddings, as iLLaDA's published folder does."""
+    save_file({HEAD: head}, folder / "head.safetensors", metadata={"format": "pt"})
+    index = read_json(folder / INDEX)
+    index["weight_map"][HEAD] = "head.safetensors"
+    index["weight_map"] = dict(sorted(index["weight_map"].items()))
+    index["metadata"]["total_size"] += head.nbytes
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def test_a_stored_copy_of_tied_embeddings_comes_back(models: Path, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(models / "illada", source)
+    embedding = HuggingFaceWeights(source).read(EMBEDDING).clone()
+    add_head(source, embedding)
+    # Neither the mask token nor that it is tied stands in the published config.
+    fields = read_json(source / "config.json")
+    del fields["tie_word_embeddings"]
+    (source / "config.json").write_text(json.dumps(fields))
+    convert_to_megatron(str(source), str(tmp_path / "checkpoint"))
+    args = stored_arguments(str(tmp_path / "checkpoint" / "release"))
+    assert not args.untie_embeddings_and_output_weights
+    convert_to_hugging_face(str(tmp_path / "checkpoint"), str(tmp_path / "out"), str(source))
+    names = sorted(path.name for path in source.iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert filecmp.cmpfiles(source, tmp_path / "out", names, shallow=False)[0] == names
+    # A head that is no copy is another model.
+    shutil.rmtree(source)
+    shutil.copytree(models / "illada", source)
+    add_head(source, embedding + 1)
+    with pytest.raises(ValueError, match=rf"{HEAD} differs from {EMBEDDING}, which config.json"):
+        convert_to_megatron(str(source), str(tmp_path / "other"))
+
+
+def test_scaled_rotary_embeddings_are_refused_where_transformers_5_writes_them(
+    models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r'"rope_parameters" is .* without scaling'):
+        convert_to_megatron(str(models / "dream-scaled"), str(tmp_path / "out"))
 
 
 def limit_file_size() -> None:

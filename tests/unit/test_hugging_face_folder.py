@@ -190,6 +190,14 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / INDEX).write_text("{"),
         rf"{INDEX}: cannot be read as JSON",
     ),
+    "weights of another format": (
+        lambda folder: (
+            [path.unlink() for path in folder.glob("model*")],
+            (folder / "pytorch_model-00001-of-00002.bin").touch(),
+            (folder / "pytorch_model-00002-of-00002.bin").touch(),
+        ),
+        r"weights are in pytorch_model-00001-of-00002\.bin and 1 more, and only safetensors are",
+    ),
     "no weights": (
         lambda folder: [path.unlink() for path in folder.glob("model*")],
         r"holds neither model\.safetensors\.index\.json nor model\.safetensors",
@@ -328,6 +336,20 @@ def drop(tensors: dict[str, Any], part: str) -> None:
         (id, {"rank_pattern": {"q_proj": 8}}, '"rank_pattern"'),
         (id, {"init_lora_weights": "pissa"}, '"init_lora_weights"'),
         (id, {"lora_alpha": None}, '"lora_alpha"'),
+        # Variants of plain LoRA, and one that PEFT does not have yet.
+        (id, {"alora_invocation_tokens": [1, 2]}, '"alora_invocation_tokens"'),
+        (id, {"use_bdlora": {"target_modules_bd_a": ["q_proj"]}}, '"use_bdlora"'),
+        (id, {"arrow_config": {"top_k": 2}}, '"arrow_config"'),
+        (id, {"kasa_config": {}, "monteclora_config": {"n": 1}}, '"monteclora_config"'),
+        (id, {"fan_in_fan_out": True}, '"fan_in_fan_out"'),
+        (id, {"layer_replication": [[0, 2]]}, '"layer_replication"'),
+        (id, {"trainable_token_indices": [3]}, '"trainable_token_indices"'),
+        (id, {"target_parameters": ["q"]}, '"target_parameters"'),
+        (id, {"lora_bias": True}, '"lora_bias"'),
+        (id, {"use_qalora": True}, '"use_qalora"'),
+        (id, {"alpha_pattern": {"q_proj": 8}}, '"alpha_pattern"'),
+        (id, {"loftq_config": {"loftq_bits": 4}}, '"loftq_config"'),
+        (id, {"use_variant_of_2027": 0.5}, '"use_variant_of_2027"'),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -336,3 +358,36 @@ def test_an_adapter_that_does_not_fit_is_refused(
     adapter = write_adapter(tmp_path / "lora", change=change, **config)
     with pytest.raises(ValueError, match=message):
         MergedWeights(made, adapter)
+
+
+# What PEFT 0.21 writes for a plain adapter.
+PEFT_WRITES = {
+    "alora_invocation_tokens": None, "alpha_pattern": {}, "arrow_config": None,
+    "auto_mapping": None, "base_model_name_or_path": "GSAI-ML/LLaDA-8B-Instruct",
+    "corda_config": None, "ensure_weight_tying": False, "eva_config": None,
+    "exclude_modules": None, "inference_mode": True, "kasa_config": None,
+    "layer_replication": None, "layers_pattern": None, "layers_to_transform": None,
+    "loftq_config": {}, "lora_bias": False, "lora_dropout": 0.05, "lora_ga_config": None,
+    "megatron_config": None, "megatron_core": "megatron.core", "monteclora_config": None,
+    "peft_version": "0.21.2", "qalora_group_size": 16, "rank_pattern": {}, "revision": None,
+    "target_parameters": None, "task_type": "CAUSAL_LM", "trainable_token_indices": None,
+    "use_bdlora": None, "use_dora": False, "use_qalora": False, "velora_config": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "unused"),
+    [
+        (["q_proj", "v_proj", "up_proj"], []),
+        (["blocks.1.q_proj", "1.ff_out", "transformer.ff_out"], []),
+        (["proj", "blocks.2.q_proj", "q_proj"], ["proj", "blocks.2.q_proj"]),
+        ("all-linear", []),
+        (r".*\.(q|k|v)_proj", []),
+        (None, []),
+    ],
+)
+def test_only_a_named_target_that_no_layer_has_is_told(
+    made: Path, tmp_path: Path, targets: Any, unused: list[str]
+) -> None:
+    adapter = write_adapter(tmp_path / "lora", **PEFT_WRITES, target_modules=targets)
+    assert MergedWeights(made, adapter).unused_targets() == unused
