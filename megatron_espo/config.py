@@ -135,6 +135,11 @@ class DiffusionConfig:
     random_length_probability: float = 0.01
     """Share of pre-training samples that are cut to a random length (tail masked out)."""
 
+    padding_embedding: Literal["train", "freeze"] = "train"
+    """Whether the padding token's row of the embedding is trained. freeze: looking it up gives no
+    gradient, as in Dream's published code, whose padding token is its end of text
+    (docs/conversion.md)."""
+
     def validate(self) -> None:
         """Check the values.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_espo.device import skip_interception
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
+from megatron_espo.model.padding_embedding import freeze_row
 from megatron_espo.model.weight_gradients import built_unfused, fuse_layers
 from megatron_espo.passes.state import current_pass
 
@@ -62,6 +63,9 @@ def model_provider(
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+    frozen = getattr(args, "frozen_embedding_id", None)
+    if pre_process and frozen is not None:
+        freeze_row(model.embedding.word_embeddings, frozen)
     if fused:
         fuse_layers(model.decoder)
     if post_process:

@@ -277,6 +277,7 @@ def _complete_from_tokenizer(args: argparse.Namespace) -> None:
 
     ids = special_ids(load_tokenizer(args.tokenizer_model), args.mask_token_id)
     args.mask_token_id = ids.mask_token_id
+    args.frozen_embedding_id = ids.pad_token_id if args.padding_embedding == "freeze" else None
     if args.stop_token_ids is None:
         args.stop_token_ids = list(ids.stop_token_ids)
     for flag, value in (
