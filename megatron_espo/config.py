@@ -6,7 +6,7 @@ repeated here. ``validate`` raises UserError with one sentence that names the fl
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from megatron_espo.errors import UserError
@@ -218,6 +218,14 @@ class RolloutConfig:
     micro_batch_size: int = 32
     """Completions per model pass."""
 
+    top_p: float = 1.0
+    """Nucleus sampling: tokens are drawn from the smallest set of most likely ones whose
+    probability, at --rollout-temperature, is at least this. 1 draws from all."""
+
+    top_k: int = 0
+    """Tokens are drawn from this many of the most likely ones; 0 draws from all. With
+    --rollout-top-p a token must be in both sets."""
+
     threshold: float | None = None
     """Parallel decoding (Fast-dLLM, arXiv 2505.22618): a step commits the most confident token and
     every other whose confidence is at least this. Above 1: one token per step. Default: off."""
@@ -268,6 +276,7 @@ class RolloutConfig:
                 f"--rollout-temperature {self.temperature} is no temperature; use 0 for greedy "
                 "sampling or a positive number."
             )
+        self._validate_kept_tokens()
         if not 0.0 <= self.guidance_scale < math.inf:
             raise UserError(
                 f"--rollout-guidance-scale {self.guidance_scale} must be 0 (none) or positive."
@@ -281,6 +290,22 @@ class RolloutConfig:
             raise UserError("--rollout-micro-batch-size must be at least 1.")
         self._validate_parallel_decoding()
         self._validate_cache(logit_shift, window_multiple)
+
+    def _validate_kept_tokens(self) -> None:
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(
+                f"--rollout-top-p {self.top_p} must lie above 0 and be at most 1 (all tokens)."
+            )
+        if self.top_k < 0:
+            raise UserError(f"--rollout-top-k {self.top_k} must be 0 (all tokens) or positive.")
+        if self.temperature == 0.0 and self.keeps_likeliest:
+            flag = f"--rollout-top-p {self.top_p}" if self.top_p < 1.0 else ""
+            flag = flag or f"--rollout-top-k {self.top_k}"
+            raise UserError(
+                f"{flag} has no effect on greedy sampling, which always takes the most likely "
+                "token; set --rollout-temperature above 0, or --rollout-top-p 1 and "
+                "--rollout-top-k 0."
+            )
 
     def _validate_steps(self, blocks: int) -> None:
         if self.denoising_steps < blocks or self.denoising_steps % blocks:
@@ -351,6 +376,15 @@ class RolloutConfig:
                 f"layout (--sequence-parallel, FP8) wants in multiples of {window_multiple}; "
                 f"change --rollout-block-length {self.block_length} or leave them out."
             )
+
+    @property
+    def keeps_likeliest(self) -> bool:
+        """Whether tokens are drawn from the most likely ones only."""
+        return self.top_p < 1.0 or self.top_k > 0
+
+    def greedy(self) -> "RolloutConfig":
+        """Return these settings at temperature 0, where top-p and top-k have no meaning."""
+        return replace(self, temperature=0.0, top_p=1.0, top_k=0)
 
     @property
     def is_parallel(self) -> bool:

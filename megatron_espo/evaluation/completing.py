@@ -1,7 +1,7 @@
 """Held-out accuracy of a policy on a task."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -147,7 +147,7 @@ def evaluate_task(
         examples: held-out problems, the same on every rank; split over data-parallel ranks.
         encoded: their prompts.
         tokenizer: the tokenizer.
-        config: sampling settings; the temperature is taken as 0.
+        config: sampling settings; taken at temperature 0.
         seed: seed of orders that are random.
         on_step: see generation.sampler.
 
@@ -156,7 +156,7 @@ def evaluate_task(
     """
     layout = model.layout
     mine = [(i, 0) for i in range(layout.dp_rank, len(examples), layout.dp_size)]
-    greedy = replace(config, temperature=0.0)
+    greedy = config.greedy()
     sums = torch.zeros(8, dtype=torch.float64)
     try:
         scored = complete_problems(

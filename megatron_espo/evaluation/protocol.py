@@ -75,6 +75,12 @@ def read_protocol(
             "--rollout-temperature has no effect here: an evaluation is greedy unless "
             "--eval-temperature says otherwise."
         )
+    for flag in ("--rollout-top-p", "--rollout-top-k"):
+        if flag in flags and not options.eval_temperature > 0.0:
+            raise UserError(
+                f"{flag} has no effect on a greedy evaluation; set --eval-temperature above 0 or "
+                "leave it out."
+            )
     for flag in ("--rollout-completion-length", "--rollout-denoising-steps"):
         if options.eval_lengths is not None and flag in flags:
             raise UserError(f"{flag} follows from --eval-lengths; leave one of them out.")
@@ -93,7 +99,8 @@ def read_protocol(
                 f"--eval-pass-at-k {k} needs {k} samples per problem; raise --eval-num-samples "
                 f"{samples}."
             )
-    rollout = replace(rollout, temperature=temperature)
+    # A recipe's top-p is for its rollouts.
+    rollout = replace(rollout, temperature=temperature) if temperature else rollout.greedy()
     if options.eval_lengths is None:
         configs = {rollout.completion_length: rollout}
     else:

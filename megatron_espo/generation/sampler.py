@@ -347,6 +347,8 @@ def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: Rollo
         model.vocab_size,
         model.mask_token_id,
         model.layout.tp,
+        top_p=config.top_p,
+        top_k=config.top_k,
         margin=config.remasking == "topk_margin",
         entropy=config.remasking == "entropy",
     )

@@ -128,6 +128,15 @@ def any_over_samples(vote: bool, layout: Layout, device: torch.device) -> bool:
     return bool(votes.item())
 
 
+def stack_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Stack the ranks' small tensors in rank order: ``[ranks, ...]``, equal on all of them."""
+    if group.size() == 1:
+        return values[None]
+    gathered = [torch.empty_like(values) for _ in range(group.size())]
+    dist.all_gather(gathered, values, group=group)
+    return torch.stack(gathered)
+
+
 def sum_over_data_parallel(values: Tensor, layout: Layout) -> Tensor:
     """Add float64 sums over the data-parallel group, in place."""
     if layout.dp_size > 1:

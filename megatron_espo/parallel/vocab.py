@@ -13,6 +13,9 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from megatron_espo.parallel.layout import stack_over_ranks
+from megatron_espo.parallel.nucleus import keep_likeliest
+
 _BLOCK = 512
 
 
@@ -22,7 +25,8 @@ class TokenDraw(NamedTuple):
     Attributes:
         tokens: int64 ``[r]``.
         log_confidence: float32 ``[r]``, log-probability of the token before temperature.
-        log_tempered: float32 ``[r]``, log-probability of the token in the sampled distribution.
+        log_tempered: float32 ``[r]``, log-probability of the token in the sampled distribution:
+            of the allowed tokens, those that top-k and top-p keep.
         margin: float32 ``[r]``, difference of the two largest sampled-distribution probabilities;
             None unless asked for.
         negative_entropy: float32 ``[r]``, of the sampled distribution; None unless asked for.
@@ -73,13 +77,15 @@ def draw_tokens(
     forbidden: int,
     group: dist.ProcessGroup,
     *,
+    top_p: float = 1.0,
+    top_k: int = 0,
     margin: bool = False,
     entropy: bool = False,
 ) -> TokenDraw:
     """Choose one token per row, greedily or by inverse CDF from one uniform number per row.
 
     Works in place: beside the logits there is no other tensor of their size, except for the
-    entropy and for a temperature other than 0 and 1.
+    entropy, for a temperature other than 0 and 1, and for top-k and top-p.
 
     Args:
         logits: float ``[r, n]``; used up.
@@ -89,6 +95,9 @@ def draw_tokens(
         forbidden: a token id that is never chosen (the mask token: a row that "fills in" a mask
             would stay masked). It keeps its share in ``log_confidence``.
         group: tensor-parallel group.
+        top_p: probability of the most likely tokens that are drawn from; 1 draws from all. Not
+            read when ``temperature`` is 0, and neither is ``top_k``.
+        top_k: number of the most likely tokens that are drawn from; 0 draws from all.
         margin: whether to compute the draw's ``margin``.
         entropy: whether to compute its ``negative_entropy``.
 
@@ -102,27 +111,34 @@ def draw_tokens(
         hidden = logits[:, forbidden - start].clone()
         logits[:, forbidden - start] = float("-inf")
     divisor = temperature or 1.0
+    plain_log = None
+    if temperature and (top_p < 1.0 or top_k):
+        plain_log = logits.logsumexp(dim=-1).double()
+        keep_likeliest(logits, temperature, top_p, top_k, group)
     top, place = _largest(logits)
     second = logits.topk(2, dim=-1).values[:, 1] if margin else top
     # A shard without any allowed token: its weights become 0, not NaN.
     top = top.clamp(min=torch.finfo(torch.float32).min)
     logits -= top[:, None]
-    plain_mass = None if divisor == 1.0 else logits.exp().sum(dim=-1)
-    if plain_mass is not None:
+    plain_mass = None
+    if divisor != 1.0:
+        plain_mass = logits.exp().sum(dim=-1) if plain_log is None else None
         logits /= divisor
     moment = _moment(logits) if entropy else top
     weights = logits.exp_()
     mass = weights.sum(dim=-1)
-    plain_mass = mass if plain_mass is None else plain_mass
+    if plain_log is None:
+        plain_mass = mass if plain_mass is None else plain_mass
+        plain_log = top.double() + plain_mass.double().log()
 
     # What the other shards need to know of this one, gathered to [tp, r] each.
-    own = (top, place + start, second, mass, plain_mass, hidden, moment)
-    gathered = _all_gather(torch.stack([part.double() for part in own]), group)
-    tops, places, seconds, masses, plain_masses, hiddens, moments = gathered.unbind(1)
+    own = (top, place + start, second, mass, plain_log, hidden, moment)
+    gathered = stack_over_ranks(torch.stack([part.double() for part in own]), group)
+    tops, places, seconds, masses, plain_logs, hiddens, moments = gathered.unbind(1)
     lse = tops / divisor + masses.log()
     total = lse.logsumexp(dim=0)
     # The forbidden token takes part in the untempered distribution.
-    plain_total = torch.cat((tops + plain_masses.log(), hiddens)).logsumexp(dim=0)
+    plain_total = torch.cat((plain_logs, hiddens)).logsumexp(dim=0)
     if temperature == 0.0:
         best, owner = tops.max(dim=0)
         tokens, scaled = places.gather(0, owner[None])[0], best
@@ -204,15 +220,6 @@ def _draw_by_inverse_cdf(
     if group.size() > 1:
         dist.all_reduce(chosen, group=group)
     return chosen[0], chosen[1]
-
-
-def _all_gather(values: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Stack the ranks' small tensors in rank order: ``[tp, ...]``."""
-    if group.size() == 1:
-        return values[None]
-    gathered = [torch.empty_like(values) for _ in range(group.size())]
-    dist.all_gather(gathered, values, group=group)
-    return torch.stack(gathered)
 
 
 def _inverse_cdf(weights: Tensor, fraction: Tensor) -> Tensor:

@@ -195,7 +195,11 @@ def rollout_memory(
     _, rows = micro_batches(passes.sampled_rows, sampling.micro_batch_size, pp)
     rows *= 2 if sampling.guidance_scale > 0.0 else 1
     # In float32, and a copy where more is read from them than one distribution.
-    copied = sampling.temperature not in (0.0, 1.0) or sampling.remasking == "entropy"
+    copied = (
+        sampling.temperature not in (0.0, 1.0)
+        or sampling.remasking == "entropy"
+        or sampling.keeps_likeliest
+    )
     entry = 4 * (2 if copied or sampling.guidance_scale > 0.0 else 1)
     logits = rows * sampling.block_length * (sizes.vocabulary * entry + sizes.hidden * sizes.width)
     layer = activations.forward_memory(sizes, rows * passes.positions / cp)

@@ -160,6 +160,12 @@ SAMPLERS = {
     "origin": RolloutConfig(16, 16, 8, 1.0, "origin", micro_batch_size=2),
     "entropy": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=4),
     "topk_margin": RolloutConfig(16, 16, 8, 0.9, "topk_margin", micro_batch_size=4),
+    "entropy, top-p": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=4, top_p=0.8),
+    "topk_margin, top-k": RolloutConfig(16, 8, 8, 1.2, "topk_margin", top_k=9),
+    "guidance, top-p": RolloutConfig(16, 8, 4, 1.0, "low_confidence", 1.5, top_p=0.7),
+    "prefix, top-p": RolloutConfig(
+        16, 8, 8, cache="prefix", micro_batch_size=2, top_p=0.6, top_k=30
+    ),
     "maskgit_plus": RolloutConfig(16, 16, 8, 0.9, "maskgit_plus", micro_batch_size=4),
     "threshold": RolloutConfig(16, 8, threshold=0.5, early_stop=True, micro_batch_size=2),
     "prefix": RolloutConfig(16, 8, 8, cache="prefix", early_stop=True, micro_batch_size=2),

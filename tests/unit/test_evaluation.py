@@ -180,6 +180,8 @@ def test_published_protocol_is_greedy_with_blocks_of_32_and_a_step_for_two_token
         ("--eval-num-samples 0", "at least 1"),
         ("--eval-pass-at-k 3", "raise --eval-num-samples"),
         ("--rollout-temperature 1", "--eval-temperature"),
+        ("--rollout-top-p 0.9", "--rollout-top-p has no effect on a greedy evaluation"),
+        ("--rollout-top-k=5 --eval-temperature 0", "--rollout-top-k"),
         ("--eval-lengths 32 --rollout-denoising-steps=8", "--rollout-denoising-steps follows"),
     ],
 )

@@ -106,6 +106,23 @@ def test_a_recipe_replaces_another_of_its_kind_completely(names: tuple[str, ...]
     assert len({frozenset(flags_of(name)) for name in names}) == 1
 
 
+def test_a_models_recipe_samples_as_its_published_runs_in_any_order(
+    parser: argparse.ArgumentParser,
+) -> None:
+    published = {
+        "llada_8b": (32, "low_confidence", 1.0, "train"),
+        "dream_7b": (256, "entropy", 0.95, "freeze"),
+    }
+    for model, wanted in published.items():
+        for recipes in ((model, "gsm8k"), ("gsm8k", model)):
+            args = parse(parser, *(word for name in recipes for word in ("--recipe", name)))
+            config_from_args(RolloutConfig, args).validate(args.logit_shift)
+            assert wanted == (
+                args.rollout_block_length, args.rollout_remasking, args.rollout_top_p,
+                args.padding_embedding,
+            )  # fmt: skip
+
+
 def test_the_command_line_wins_over_recipes(parser: argparse.ArgumentParser) -> None:
     args = parse(parser, "--recipe", "sudoku", "--recipe=dream_7b", "--espo-group-size", "4")
     assert (args.espo_task, args.espo_group_size, args.preset) == ("sudoku", 4, "dream_7b")

@@ -158,6 +158,18 @@ def number_to_commit(scores: list[float], step: int, config: RolloutConfig, leas
     )
 
 
+def kept_tokens(logits: Tensor, config: RolloutConfig) -> Tensor:
+    """Leave out what top-p and top-k do not draw from: the most likely token, then the next one,
+    as long as those before it have less than top-p and are fewer than top-k."""
+    kept, total = torch.full_like(logits, -math.inf), 0.0
+    for number, token in enumerate(logits.argsort(descending=True).tolist()):
+        if total >= config.top_p or (config.top_k and number >= config.top_k):
+            break
+        kept[token] = logits[token]
+        total += float((logits[token] - logits.logsumexp(0)).exp())
+    return kept
+
+
 def sample_by_the_rules(
     llama: LlamaForCausalLM, prompt: list[int], row: int, config: RolloutConfig, seed: int,
     shift: int = 0, stop: int = -1, end_of_sequence: int = -1,
@@ -198,7 +210,7 @@ def sample_by_the_rules(
                 if config.temperature == 0:
                     token = int(allowed.argmax())
                 else:
-                    cdf = (allowed / config.temperature).softmax(0).cumsum(0)
+                    cdf = kept_tokens(allowed / config.temperature, config).softmax(0).cumsum(0)
                     token = int((cdf <= noise[step, 0, i]).sum())
                 if config.remasking == "random":
                     score = float(noise[step, 1, i])
@@ -228,6 +240,12 @@ CONFIGS = {
     "cold": RolloutConfig(12, 6, 12, 0.3),
     "random": RolloutConfig(12, 4, 6, 1.0, "random"),
     "guidance": RolloutConfig(8, 4, 4, 1.0, "low_confidence", 0.7),
+    "top-p": RolloutConfig(12, 4, 6, 1.0, top_p=0.6),
+    "top-k": RolloutConfig(12, 4, 12, 1.5, top_k=3),
+    "top-p and top-k, random": RolloutConfig(12, 4, 6, 0.8, "random", top_p=0.9, top_k=40),
+    "guidance, top-p": RolloutConfig(8, 4, 4, 1.0, "low_confidence", 0.7, top_p=0.7),
+    "dual, top-p": RolloutConfig(12, 4, 12, cache="dual", top_p=0.8),
+    "prefix, factor, top-k": RolloutConfig(12, 6, factor=1.2, cache="prefix", top_k=5),
     "threshold": RolloutConfig(12, 6, threshold=0.5),
     "factor": RolloutConfig(12, 6, temperature=0.5, factor=1.2),
     "guided threshold": RolloutConfig(8, 4, guidance_scale=0.7, threshold=0.6),
@@ -266,7 +284,9 @@ def test_sampler_follows_the_written_rules(
     assert MASK not in result.completions
 
 
-@pytest.mark.parametrize("name", ["blocks", "threshold", "prefix", "dual, threshold"])
+@pytest.mark.parametrize(
+    "name", ["blocks", "top-p", "dual, top-p", "threshold", "prefix", "dual, threshold"]
+)
 def test_shifted_logits_read_the_state_before_the_block(
     model: DiffusionModel, llama: LlamaForCausalLM, name: str
 ) -> None:

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_espo.parallel import nucleus
+from megatron_espo.parallel.nucleus import keep_likeliest
 from megatron_espo.parallel.vocab import TokenDraw, _inverse_cdf, cross_entropy, draw_tokens
 
 # (vocabulary, columns): within one block of the running sums, at its edge, across three blocks.
@@ -214,6 +216,95 @@ def test_drawn_tokens_follow_the_tempered_distribution(one_rank, temperature: fl
         wrong = n * log_probabilities(row, vocab_size, forbidden, other)[1][0].exp()
         wrong, seen = (torch.cat((c[:forbidden], c[forbidden + 1 : 20])) for c in (wrong, counts))
         assert ((seen - wrong) ** 2 / wrong).sum() > 100.0
+
+
+# No share of equal tokens is just one of these, which rounding would put on either side.
+LIMITS = [(0.93, 0), (0.33, 0), (1e-9, 0), (1.0, 1), (1.0, 7), (0.83, 5), (0.43, 600), (1.0, 5000)]
+
+
+def likeliest(tempered: Tensor, top_p: float, top_k: int) -> Tensor:
+    """float64 log-probabilities of the sampled distribution after top-k and top-p, by sorting."""
+    # The most likely first, of equals the smallest id.
+    values, order = tempered.sort(dim=-1, descending=True, stable=True)
+    before = values.exp().cumsum(-1) - values.exp()
+    kept = torch.ones_like(before, dtype=torch.bool)
+    if top_p < 1.0:
+        kept &= before < top_p
+        kept[:, 0] = True
+    if top_k:
+        kept[:, top_k:] = False
+    kept &= values > float("-inf")
+    dropped = torch.empty_like(kept).scatter(1, order, ~kept)
+    return tempered.masked_fill(dropped, float("-inf")).log_softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize(("top_p", "top_k"), LIMITS)
+@pytest.mark.parametrize(
+    ("vocab_size", "widths"), [(1300, [1408]), (1300, [704] * 2), (1030, [512] * 3), (11, [4] * 3)]
+)
+def test_tokens_come_from_the_likeliest_by_an_oracle_that_sorts(
+    one_rank, on_shards, vocab_size: int, widths: list[int], top_p: float, top_k: int, temperature
+) -> None:
+    n, forbidden = 60, 9
+    logits = with_loud_padding(n, vocab_size, sum(widths))
+    logits[:5] = logits[:5].bfloat16().float()  # many tokens with equal logits, as in training
+    logits[5:8] = 0.25
+    logits[8, : vocab_size // 2] = -300.0  # their weights are 0 in float32
+    numbers = uniforms(n)
+    plain, tempered = log_probabilities(logits, vocab_size, forbidden, temperature)
+    sampled = likeliest(tempered, top_p, top_k)
+
+    def work(part: Tensor, group: Any) -> TokenDraw:
+        return draw_tokens(
+            part.clone(), numbers, temperature, vocab_size, forbidden, group,
+            top_p=top_p, top_k=top_k, **ALL_SCORES,
+        )  # fmt: skip
+
+    draws = [work(logits, one_rank)]
+    if len(widths) > 1:
+        draws += on_shards(logits.split(widths, dim=1), work)
+    distance = (sampled.exp().cumsum(1) - numbers[:, None]).abs().amin(1)
+    clear = distance > 1e-6
+    chosen = (sampled.exp().cumsum(1) <= numbers[:, None]).sum(1).clamp(max=vocab_size - 1)
+    assert clear.float().mean() > 0.9
+    top = sampled.exp().topk(2, dim=-1).values
+    expected = TokenDraw(
+        tokens=chosen,
+        log_confidence=plain.gather(1, chosen[:, None])[:, 0],
+        log_tempered=sampled.gather(1, chosen[:, None])[:, 0],
+        margin=top[:, 0] - top[:, 1],
+        negative_entropy=(sampled.exp() * sampled.clamp(min=-1e9)).sum(-1),
+    )
+    for draw in draws:
+        assert torch.equal(draw.tokens[clear], expected.tokens[clear])
+        for name in TokenDraw._fields[1:]:
+            found, want = getattr(draw, name).double()[clear], getattr(expected, name)[clear]
+            assert torch.allclose(found, want, rtol=1e-4, atol=1e-4), name
+    for draw in draws[2:]:
+        assert all(torch.equal(a, b) for a, b in zip(draw, draws[1], strict=True))
+    if top_k == 1:
+        assert torch.equal(draws[0].tokens, tempered.argmax(-1))  # the greedy token, and its ties
+
+
+def test_kept_tokens_are_found_for_logits_of_any_size(one_rank) -> None:
+    tiny, huge = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max / 4
+    for values in ([0.0, -0.0, tiny, -tiny], [huge, -huge, 0.0, 1.0], [-3e-44, 3e-44, 0.0, -1.0]):
+        logits = torch.tensor([values])
+        for count in (1, 2, 3):
+            kept = logits.clone()
+            keep_likeliest(kept, 1.0, 1.0, count, one_rank)
+            order = sorted(range(4), key=lambda i: (-values[i], i))[:count]
+            assert sorted((kept[0] > -torch.inf).nonzero()[:, 0].tolist()) == sorted(order)
+
+
+def test_rows_that_are_cut_into_parts_keep_the_same_tokens(one_rank, monkeypatch) -> None:
+    logits = random_logits(50, 300)
+    whole, parts = logits.clone(), logits.clone()
+    keep_likeliest(whole, 0.8, 0.7, 40, one_rank)
+    monkeypatch.setattr(nucleus, "_ENTRIES", 2000)
+    keep_likeliest(parts, 0.8, 0.7, 40, one_rank)
+    assert torch.equal(whole, parts) and whole.isinf().any()
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])
