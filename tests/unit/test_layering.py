@@ -10,7 +10,8 @@ PACKAGE = Path(__file__).parents[2] / "megatron_espo"
 # The rooms and single files from the bottom up. Each imports only from those before it.
 FLOORS = (
     # What needs neither Megatron nor, most of it, torch.
-    "errors", "console", "command_line", "environment", "random", "transfer", "recipes", "config",
+    "errors", "console", "command_line", "environment", "random", "transfer", "recipes",
+    "rollout_config", "config",
     # The machine, and what Megatron needs to run on it.
     "megatron_patches", "device",
     "diffusion", "parallel", "data", "passes", "model", "generation",
@@ -28,7 +29,8 @@ ALONE = {
     "random": {"errors"},
     "transfer": {"errors"},
     "recipes": {"errors"},
-    "config": {"errors"},
+    "rollout_config": {"errors"},
+    "config": {"rollout_config", "errors"},
     "device": {"environment", "megatron_patches", "errors"},
     "diffusion": {"random", "errors"},
     "sandbox": {"errors"},
