@@ -22,7 +22,9 @@ COMMON = (
 LOCAL = "--transformer-impl local --no-rope-fusion"
 SELECTIVE = "--recompute-granularity selective --recompute-modules mlp layernorm"
 FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers"
-DREAM = "--recipe dream_7b --num-layers 4"
+# Simulated with the sampling of the tasks' recipes.
+PLAIN = "--rollout-block-length 32 --rollout-remasking low_confidence --rollout-top-p 1"
+DREAM = f"--recipe dream_7b --num-layers 4 {PLAIN}"
 PP2 = "--pipeline-model-parallel-size 2"
 VP2 = f"{PP2} --num-virtual-stages-per-pipeline-rank 2"
 NO_SP = "--sequence-parallel"
