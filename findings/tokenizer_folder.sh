@@ -5,7 +5,8 @@
 # version 4 cannot read, although the tokenizer.json beside it is one that both understand:
 #
 #   "tokenizer_class": "TokenizersBackend"   4: Tokenizer class TokenizersBackend does not exist
-#   "extra_special_tokens": [...]            4: 'list' object has no attribute 'keys'
+#   "extra_special_tokens": [...]            4 wants a mapping; it then takes the file for one of
+#                                            SentencePiece and asks for protobuf
 #
 # With "PreTrainedTokenizerFast" and "additional_special_tokens" in their places both versions load the
 # folder, with equal ids and special tokens. It matters where a model's published code asks for version 4.
@@ -43,7 +44,7 @@ def load() -> str:
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:70]}"
     return f"loaded: {tokenizer('<x>')['input_ids']} {sorted(tokenizer.all_special_tokens)}"
 
 
@@ -60,7 +61,8 @@ for changed, result in zip(("as written", "other class", "other class and list")
     print(f"transformers {transformers.__version__}, {changed}: {result}")
 loads = "loaded: [2] ['<x>', '[END]']"
 if transformers.__version__.startswith("4."):
-    assert "TokenizersBackend" in results[0] and "keys" in results[1], "the behaviour has changed"
+    assert "TokenizersBackend" in results[0], "the behaviour has changed"
+    assert results[1].startswith("ImportError"), "the behaviour has changed"
     assert results[2] == loads, "the behaviour has changed"
 else:
     assert results == [loads] * 3, "the behaviour has changed"
