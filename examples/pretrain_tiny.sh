@@ -20,7 +20,11 @@ done
 ((${#text[@]})) || text=(README.md docs megatron_espo)
 python=${PYTHON:-python3}
 export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
-rm -rf "$out" && mkdir -p "$out"
+if [[ -e $out || -L $out ]] && [[ ! -d $out || (-n $(ls -A "$out") && ! -e $out/.pretrain-tiny) ]]; then
+  echo "error: --out $out is not empty and holds no earlier run of this script; choose another." >&2
+  exit 2
+fi
+rm -rf "$out" && mkdir -p "$out" && touch "$out/.pretrain-tiny"
 
 "$python" tools/make_tokenizer.py --out "$out/tokenizer"
 "$python" tools/preprocess_data.py --input "${text[@]}" --ext .md .txt .py \

@@ -28,7 +28,7 @@ done
 out=${out:-runs/$task-seed$seed}
 python=${PYTHON:-python3} ranks=${RANKS:-2}
 export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
-if [[ -n $(ls -A "$out" 2>/dev/null) && ! -e $out/.demo ]]; then
+if [[ -e $out || -L $out ]] && [[ ! -d $out || (-n $(ls -A "$out") && ! -e $out/.demo) ]]; then
   echo "error: --out $out is not empty and holds no earlier run of this script; choose another." >&2
   exit 2
 fi

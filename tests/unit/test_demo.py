@@ -68,3 +68,31 @@ def test_demo_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 2 and message in done.stderr
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["pretrain_tiny.sh", "run_espo_tiny.sh"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_script_leaves_what_it_has_not_made(tmp_path: Path, script: str, kind: str) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    out = {"folder": folder, "file": folder / "thesis.txt", "link": tmp_path / "link"}[kind]
+    if kind == "link":
+        out.symlink_to(folder)
+    done = subprocess.run(
+        ["bash", f"examples/{script}", "--out", str(out)], cwd=ROOT,
+        env={**ENVIRONMENT, "PYTHON": "/bin/false"}, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and f"error: --out {out} is not empty and" in done.stderr
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("script", ["pretrain_tiny.sh", "run_espo_tiny.sh"])
+def test_a_script_replaces_what_it_made(tmp_path: Path, script: str) -> None:
+    """Python is a program that fails: it comes no further than to its folder."""
+    command = ["bash", f"examples/{script}", "--out", str(tmp_path / "out")]
+    environment = {**ENVIRONMENT, "PYTHON": "/bin/false"}
+    for _ in range(2):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
+        assert done.returncode == 1 and not (tmp_path / "out" / "left").exists()
+        (tmp_path / "out" / "left").touch()
