@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from tokenizers import Tokenizer
 
 from megatron_espo.data.jsonl import parse_line, read_lines, read_text
@@ -174,6 +174,27 @@ def _encode_all(
         pool.shutdown(cancel_futures=True)
 
 
+def check_ids(ids: NDArray[np.integer], dtype: DTypeLike) -> None:
+    """Check that token ids survive the type that they are written in, before they are.
+
+    Megatron's builder casts, and an id that does not fit wraps around to another one.
+
+    Args:
+        ids: token ids of a document.
+        dtype: what they are written in.
+
+    Raises:
+        UserError: naming the id.
+    """
+    limits = np.iinfo(np.dtype(dtype))
+    for found in (int(ids.min()), int(ids.max())):
+        if not limits.min <= found <= limits.max:
+            raise UserError(
+                f"--tokenizer-model: token id {found} does not fit {limits.dtype}, in which "
+                "its vocabulary's ids are written; mend the ids in its tokenizer.json"
+            )
+
+
 def preprocess(
     inputs: Sequence[str | Path],
     output_prefix: str | Path,
@@ -229,11 +250,15 @@ def preprocess(
     final["bin"].parent.mkdir(parents=True, exist_ok=True)
     made = {kind: path.with_name(f".{path.name}.{os.getpid()}.tmp") for kind, path in final.items()}
     try:
-        builder = IndexedDatasetBuilder(str(made["bin"]), dtype=DType.optimal_dtype(len(tokenizer)))
+        # Ids need not be dense: an added token may lie far beyond the number of tokens.
+        largest = max(tokenizer.get_vocab().values())
+        dtype = DType.optimal_dtype(largest + 1)
+        builder = IndexedDatasetBuilder(str(made["bin"]), dtype=dtype)
         try:
             documents, tokens, empty = 0, 0, 0
             for ids in _encode_all(read_sources(files), encoder, workers):
                 if len(ids):
+                    check_ids(ids, dtype)
                     builder.add_document(ids, [len(ids)])
                 documents, empty = documents + (len(ids) > 0), empty + (len(ids) == 0)
                 tokens += len(ids)

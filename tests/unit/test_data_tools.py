@@ -11,10 +11,14 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.tokenizers import MegatronTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.data import preprocess as data_preprocess
 from megatron_espo.data.indexed import build_pretrain_datasets
-from megatron_espo.data.preprocess import find_files, preprocess
+from megatron_espo.data.preprocess import check_ids, find_files, preprocess
 from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
 from megatron_espo.errors import UserError
 
@@ -235,3 +239,30 @@ def test_tools_end_with_one_line_on_a_wrong_use(
         run("make_tokenizer", ["--out", Path(__file__).parent])
     with pytest.raises(UserError, match="go together"):
         run("make_tokenizer", ["--out", tmp_path / "new", "--vocab-size", 300])
+
+
+@pytest.mark.parametrize("far", [300, 65499, 65535, 70000])
+def test_ids_far_beyond_the_number_of_tokens_are_written_as_they_are(
+    far: int, tmp_path: Path
+) -> None:
+    """Three tokens, one of them with a large id: 70000 is 4464 in 16 bits."""
+    vocabulary = {"<|endoftext|>": 0, "cat": 1, "dog": far}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<|endoftext|>"))
+    words.pre_tokenizer = Whitespace()
+    save_tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>"),
+        tmp_path / "tokenizer",
+    )
+    (tmp_path / "text.txt").write_text("dog cat dog")
+    preprocess([tmp_path / "text.txt"], tmp_path / "out", tmp_path / "tokenizer")
+    assert read(tmp_path / "out") == [[far, 1, far, 0]]
+
+
+@pytest.mark.parametrize(
+    ("ids", "dtype", "named"),
+    [([1, 65536], np.uint16, 65536), ([-1, 2], np.uint16, -1), ([0, 2**31], np.int32, 2**31)],
+)
+def test_an_id_that_would_wrap_around_is_refused(ids: list[int], dtype: type, named: int) -> None:
+    with pytest.raises(UserError, match=f"token id {named} does not fit"):
+        check_ids(np.array(ids, np.int64), dtype)
+    check_ids(np.array([0, np.iinfo(dtype).max]), dtype)
