@@ -10,7 +10,7 @@ from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.console import say
 from megatron_espo.monitor.flops import ModelDimensions, passed_flops, rollout_flops
 from megatron_espo.monitor.hardware import GpuMonitor, gather_hardware, local_hardware
-from megatron_espo.monitor.tensorboard import write_histograms, write_scalars
+from megatron_espo.monitor.tensorboard import log_histograms, write_histograms, write_scalars
 from megatron_espo.monitor.throughput import throughput_scalars
 from megatron_espo.monitor.watch import Watch
 
@@ -21,6 +21,7 @@ class Dashboard:
 
     Attributes:
         writer: a SummaryWriter on the reporting rank, else None.
+        wandb: the module wandb on the reporting rank with --wandb-project, else None.
         is_reporter: whether this rank prints.
         watch: notices what is wrong.
         gpu: this rank's GPU, or None.
@@ -30,6 +31,7 @@ class Dashboard:
     """
 
     writer: Any = None
+    wandb: Any = None
     is_reporter: bool = False
     watch: Watch = field(default_factory=Watch)
     gpu: GpuMonitor | None = None
@@ -45,7 +47,10 @@ class Dashboard:
             step: optimizer steps done.
         """
         warnings = self.watch.look(scalars)
-        write_scalars(self.writer, {**scalars, **warnings.scalars}, step)
+        numbers = {**scalars, **warnings.scalars}
+        write_scalars(self.writer, numbers, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
         for name, message in warnings.messages.items():
             if self.writer is not None:
                 self.writer.add_text(f"warnings/{name}", message, step)
@@ -55,6 +60,8 @@ class Dashboard:
     def histograms(self, columns: Mapping[str, ArrayLike], step: int) -> None:
         """Write distributions."""
         write_histograms(self.writer, columns, step)
+        if self.wandb is not None:
+            log_histograms(self.wandb, columns, step)
 
     def hardware(self) -> dict[str, float]:
         """Read the hardware of all ranks since the last call; all ranks call this together."""

@@ -142,3 +142,19 @@ def write_histograms(writer: Any, columns: Mapping[str, ArrayLike], step: int) -
         array = array[np.isfinite(array)]
         if array.size:
             writer.add_histogram(name, array, step, bins=_BINS)
+
+
+def log_histograms(wandb: Any, columns: Mapping[str, ArrayLike], step: int) -> None:
+    """Write the distributions of named columns to Weights & Biases, in the same bins.
+
+    Args:
+        wandb: the module, with a run that has been started.
+        columns: values by name.
+        step: optimizer steps done.
+    """
+    for name, values in columns.items():
+        array = np.asarray(values, np.float64)
+        array = array[np.isfinite(array)]
+        if array.size:
+            counts = np.histogram(array, bins=_BINS)
+            wandb.log({f"histograms/{name}": wandb.Histogram(np_histogram=counts)}, step=step)

@@ -5,6 +5,7 @@ sentence.
 """
 
 import argparse
+import importlib.util
 import math
 
 import torch
@@ -107,6 +108,25 @@ def check_schedule(args: argparse.Namespace) -> None:
             f"--lr-warmup-iters {args.lr_warmup_iters} must be fewer than the {steps} steps of the "
             "learning-rate schedule."
         )
+
+
+def check_wandb(args: argparse.Namespace) -> None:
+    """Check what Weights & Biases needs, which Megatron finds out on the last rank alone.
+
+    Args:
+        args: parsed arguments.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if not args.wandb_project:
+        return
+    if not args.wandb_exp_name:
+        raise UserError("--wandb-project needs --wandb-exp-name, the name of the run; pass it.")
+    if not (args.wandb_save_dir or args.save):
+        raise UserError("--wandb-project writes to --wandb-save-dir or --save; pass one of them.")
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("--wandb-project: the package wandb is missing; pip install wandb.")
 
 
 def check_backend(args: argparse.Namespace) -> None:

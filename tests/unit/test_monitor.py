@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
+from megatron_espo.errors import UserError
 from megatron_espo.monitor import hardware
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.flops import ModelDimensions, RolloutFlops, forward_flops, rollout_flops
@@ -30,6 +32,7 @@ from megatron_espo.monitor.throughput import own_peak_tflops, peak_tflops, throu
 from megatron_espo.monitor.watch import RULES, Watch
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.scalars import first_ratio_scalars
+from megatron_espo.startup.argument_checks import check_wandb
 
 
 class NvmlError(Exception):
@@ -291,3 +294,44 @@ def test_a_resumed_run_shows_every_point_once(tmp_path: Path) -> None:
     assert [c.title for c in layout.category] == [
         "Reward", "Policy", "ELBO", "Rollout", "Performance", "Hardware"
     ]  # fmt: skip
+
+
+class Wandb:
+    """Keeps what the module wandb would be given."""
+
+    def __init__(self) -> None:
+        self.logged: list[tuple[int, dict[str, Any]]] = []
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append((step, values))
+
+    def Histogram(self, np_histogram: tuple[Any, Any]) -> tuple[Any, Any]:
+        return np_histogram
+
+
+def test_weights_and_biases_gets_what_tensorboard_gets() -> None:
+    wandb = Wandb()
+    board = Dashboard(wandb=wandb)
+    board.report({"policy/grad_norm": 0.5, "reward/mean": 0.25}, 3)
+    board.histograms({"reward": np.array([0.0, 1.0, 1.0, np.nan]), "none": np.array([])}, 4)
+    (step, numbers), (later, histograms) = wandb.logged
+    assert (step, later) == (3, 4)
+    assert numbers["policy/grad_norm"] == 0.5 and numbers["reward/mean"] == 0.25
+    assert any(name.startswith("warnings/") for name in numbers)
+    counts, edges = histograms.pop("histograms/reward")
+    assert counts.sum() == 3 and counts[-1] == 2 and (edges[0], edges[-1]) == (0.0, 1.0)
+    assert not histograms
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, "--wandb-project needs --wandb-exp-name"),
+        ({"wandb_exp_name": "a"}, "--wandb-save-dir or --save; pass one"),
+    ],
+)
+def test_what_weights_and_biases_needs_is_named(flags: dict[str, str], said: str) -> None:
+    known = {"wandb_project": "p", "wandb_exp_name": "", "wandb_save_dir": "", "save": None}
+    with pytest.raises(UserError, match=said):
+        check_wandb(Namespace(**(known | flags)))
+    check_wandb(Namespace(**(known | {"wandb_project": ""})))
