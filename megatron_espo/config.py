@@ -211,6 +211,30 @@ class MonitorConfig:
 
 
 @dataclass(frozen=True)
+class CheckpointConfig:
+    """Which checkpoints of a run stay."""
+
+    keep_last: int = 0
+    """Newest checkpoints that stay; older ones are removed after each save, apart from multiples of
+    --save-retain-interval and the best. 0 keeps all, or just one with --save-retain-interval."""
+
+    keep_best: bool = False
+    """ESPO: save after each evaluation with the highest held-out accuracy so far, and keep that
+    checkpoint; SAVE/best_checkpoint.json names it."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        if self.keep_last < 0:
+            raise UserError(
+                f"--save-keep-last {self.keep_last} must be a number of checkpoints, or 0 for all."
+            )
+
+
+@dataclass(frozen=True)
 class EspoConfig:
     """ESPO: ELBO-based sequence-level policy optimization (arXiv 2512.03759)."""
 

@@ -11,6 +11,7 @@ import logging
 import queue
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,20 +119,20 @@ def _says_nothing_of_parts(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Overwriting old incomplete")
 
 
-def before_each_save(action: Callable[[], None]) -> None:
-    """Do something before each checkpoint that Megatron's training loop writes.
+def around_each_save(context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Write each checkpoint of Megatron's training loop inside a context.
 
     Args:
-        action: what to do.
+        context: makes it.
     """
     save = _part("megatron.training.training", "save_checkpoint")
 
     @functools.wraps(save)
-    def act_and_save(*positional: Any, **named: Any) -> Any:
-        action()
-        return save(*positional, **named)
+    def save_inside(*positional: Any, **named: Any) -> Any:
+        with context():
+            return save(*positional, **named)
 
-    _replace("megatron.training.training", "save_checkpoint", act_and_save)
+    _replace("megatron.training.training", "save_checkpoint", save_inside)
 
 
 def run_without_cuda() -> None:

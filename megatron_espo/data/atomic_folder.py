@@ -54,6 +54,28 @@ def atomic_folder(out: str | Path, needed: int = 0) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def full_disk_named(what: str) -> Iterator[None]:
+    """Say in one sentence that a disk is full, where something is written inside the context.
+
+    Args:
+        what: the flag and its folder.
+
+    Raises:
+        UserError: there is no space left.
+    """
+    try:
+        yield
+    # torch.distributed.checkpoint's own error is no Exception.
+    except BaseException as error:
+        if isinstance(error, UserError) or not is_disk_full(error):
+            raise
+        raise UserError(
+            f"{what}: no space left on its disk; make room, and the same command goes on from what "
+            "was finished."
+        ) from error
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Say whether an error means that no more can be written."""
     cause: BaseException | None = error

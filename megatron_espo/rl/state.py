@@ -17,7 +17,9 @@ from megatron.training import get_args, get_signal_handler
 from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
 
+from megatron_espo.checkpoint.retention import Keeper
 from megatron_espo.checkpoint.tracker import espo_folder, reference_folder
+from megatron_espo.data.atomic_folder import full_disk_named
 from megatron_espo.device import current_device
 from megatron_espo.errors import UserError
 from megatron_espo.parallel.layout import Layout, any_over_samples
@@ -38,6 +40,7 @@ class Checkpoints:
         reference: ReferencePolicy | None,
         made_with: Settings,
         writer: Any,
+        keeper: Keeper | None = None,
     ) -> None:
         """Remember the parts.
 
@@ -48,18 +51,33 @@ class Checkpoints:
             reference: the reference policy, or None.
             made_with: what a rollout in hand depends on.
             writer: TensorBoard writer or None.
+            keeper: decides which checkpoints stay; None keeps all.
         """
         self._parts = (list(chunks), optimizer, scheduler)
         self._reference, self._made_with, self._writer = reference, made_with, writer
-        self._saved = get_args().iteration
+        self._keeper, self._saved = keeper, get_args().iteration
 
     def is_due(self, step: int) -> bool:
-        """Whether --save-interval has passed or the run is at its end."""
+        """Whether --save-interval has passed, the run is at its end, or better than ever."""
         args = get_args()
         if args.save is None:
             return False
         passed = step // args.save_interval > self._saved // args.save_interval
-        return passed or step == args.train_iters
+        best = self._keeper is not None and self._keeper.is_best(step)
+        return passed or best or step == args.train_iters
+
+    def evaluated(self, step: int, accuracy: float) -> None:
+        """Take the held-out accuracy of a step, before it is saved or after.
+
+        Args:
+            step: optimizer steps done.
+            accuracy: the same on every rank.
+        """
+        if self._keeper is None or step == 0:
+            return
+        self._keeper.evaluated(step, accuracy)
+        if step == self._saved:
+            self._keeper.saved(step, dist.get_rank() == 0)
 
     def save(self, position: RunState) -> None:
         """Write a checkpoint, on all ranks together; nothing without --save.
@@ -75,7 +93,16 @@ class Checkpoints:
             return
         if self._writer is not None:
             # What the checkpoint has seen must not be lost with a process that is killed.
-            self._writer.flush()
+            with full_disk_named(f"--tensorboard-dir {args.tensorboard_dir}"):
+                self._writer.flush()
+        with full_disk_named(f"--save {args.save}"):
+            self._write(position)
+        self._saved = position.step
+        if self._keeper is not None:
+            self._keeper.saved(position.step, dist.get_rank() == 0)
+
+    def _write(self, position: RunState) -> None:
+        args = get_args()
         step = position.step
         args.iteration = step
         args.consumed_train_samples = step * args.global_batch_size
@@ -87,6 +114,7 @@ class Checkpoints:
                 "rollout": position.rollout,
                 "watch": position.watch,
                 "made_with": self._made_with,
+                "accuracy": None if self._keeper is None else self._keeper.accuracy(step),
             }
             torch.save(state, os.path.join(folder, "state.pt"))
         # With overlapped parameter gathers, this rank holds the others' shards only in here.
@@ -94,7 +122,6 @@ class Checkpoints:
             if self._reference is not None:
                 self._reference.save(reference_folder(args.save, step))
             save_checkpoint(step, *self._parts, 0)
-        self._saved = step
 
 
 def read_state(root: str, step: int) -> dict[str, Any]:
@@ -139,7 +166,13 @@ def load_run_state(root: str | None, step: int, reference: ReferencePolicy | Non
     state = read_state(root, step)
     if reference is not None:
         reference.load(reference_folder(root, step))
-    return RunState(step, state["rollout"], state["evaluation_due"], state.get("watch"))
+    return RunState(
+        step,
+        state["rollout"],
+        state["evaluation_due"],
+        state.get("watch"),
+        state.get("accuracy"),
+    )
 
 
 class StopRequest:

@@ -68,12 +68,14 @@ class RunState:
         rollout: the rollout in hand when ``step`` lies inside one, else None.
         evaluation_due: whether the evaluation that belongs to this step is still to be done.
         watch: what the warnings remember, or None at the start.
+        accuracy: on the held-out problems, if this step was evaluated.
     """
 
     step: int
     rollout: RolloutRecord | None = None
     evaluation_due: bool = False
     watch: WatchState | None = None
+    accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class Trainer:
         inference: context in which the policy is evaluated without gradients.
         is_due: asked after every optimizer step whether it is time to save.
         save: saves the run at a position.
+        evaluated: gets the held-out accuracy of a step, before ``is_due`` is asked for it.
         should_stop: asked with the number of steps after each, and with None after sampling; True
             ends the run, saved. All ranks ask together and get the same answer.
         interrupted: whether a signal asks to stop; the ranks of one copy of the model ask together.
@@ -120,6 +123,7 @@ class Trainer:
     inference: Callable[[], AbstractContextManager[None]]
     is_due: Callable[[int], bool]
     save: Callable[[RunState], None]
+    evaluated: Callable[[int, float], None]
     should_stop: Callable[[int | None], bool]
     interrupted: Callable[[], bool]
 
@@ -414,6 +418,7 @@ def _evaluate(trainer: Trainer, step: int) -> bool:
     if result is None:
         return True
     trainer.dashboard.report({"eval/accuracy": result.accuracy, "eval/reward": result.reward}, step)
+    trainer.evaluated(step, result.accuracy)
     if trainer.model.layout.is_reporter:
         mu, last = trainer.espo.updates_per_rollout, trainer.espo.num_rollouts
         number = step // mu

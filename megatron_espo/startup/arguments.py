@@ -27,6 +27,7 @@ from megatron_espo.checkpoint.tracker import (
     stored_tokenizer,
 )
 from megatron_espo.config import (
+    CheckpointConfig,
     DiffusionConfig,
     EspoConfig,
     LaunchConfig,
@@ -45,6 +46,7 @@ from megatron_espo.startup.argument_checks import (
     check_backend,
     check_layout,
     check_precision,
+    check_wandb,
 )
 from megatron_espo.startup.help import arrange_help
 from megatron_espo.startup.save_folder import check_writable
@@ -58,6 +60,7 @@ _PREFIXES: dict[type, str] = {
     SftConfig: "sft",
     RolloutConfig: "rollout",
     EspoConfig: "espo",
+    CheckpointConfig: "save",
     MonitorConfig: "monitor",
     SimulateConfig: "simulate",
 }
@@ -172,6 +175,7 @@ def initialize_arguments(
             "tokenizer (tools/make_tokenizer.py makes one)."
         )
     _validate(args)
+    check_wandb(args)
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir, args.rank)
     set_global_variables(args)
@@ -229,6 +233,7 @@ def _parse(
         sys.argv = program
     device.prepare()
     config_from_args(LaunchConfig, args).validate()
+    config_from_args(CheckpointConfig, args).validate()
     config_from_args(SimulateConfig, args).validate()
     return args
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_espo.checkpoint.lock import FolderLock, held
+from megatron_espo.checkpoint.retention import Keeper, Retention
 from megatron_espo.console import say
 from megatron_espo.errors import UserError
 
@@ -40,6 +41,21 @@ def own_save_folder(args: argparse.Namespace) -> Iterator[None]:
         over = _watch_torchrun(lock)
         stack.callback(over.set)
         yield
+
+
+def open_keeper(args: argparse.Namespace) -> Keeper | None:
+    """Make what decides which checkpoints of a run stay.
+
+    Args:
+        args: Megatron's arguments; its own way to remove checkpoints, which leaves parts of one
+            that was cut short, is switched off.
+
+    Returns:
+        The keeper, or None without --save.
+    """
+    retention = Retention(args.save_keep_last, args.save_retain_interval)
+    args.save_retain_interval = None
+    return None if args.save is None else Keeper(args.save, retention, args.save_keep_best)
 
 
 def check_writable(flag: str, folder: str, rank: int) -> None:

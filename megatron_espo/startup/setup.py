@@ -21,12 +21,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device, megatron_patches
 from megatron_espo.console import Output, rank_log, say
+from megatron_espo.data.atomic_folder import is_disk_full
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import current_layout
 from megatron_espo.passes.shapes import few_widths
+from megatron_espo.recipes import last_value
 
 
 def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
@@ -38,14 +40,11 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        _tell_torchrun(f"error: {error}")
-        if int(os.environ.get("RANK", "0")) != 0:
-            # Every rank finds the same mistake in the same data, and rank 0 says so. torchrun ends
-            # the others when the first one ends: let that be rank 0, unless it is well.
-            time.sleep(5)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # No atexit handlers: other ranks may never reach the collectives that those wait for.
-        _leave(2)
+        _end_with(error)
+    except Exception as error:
+        if not is_disk_full(error):
+            raise
+        _end_with(UserError(_full_disk(error)))
     except SystemExit as end:
         if end.code in (None, 0) and {"-h", "--help"}.intersection(sys.argv):
             # Taking apart what was imported would be a third of the time. A training that Megatron
@@ -54,6 +53,27 @@ def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
         raise
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _full_disk(error: Exception) -> str:
+    """Say which disk is full, as far as the error knows it."""
+    known = getattr(error, "filename", None)
+    flags = ("--save", "--tensorboard-dir", "--out", "--output-prefix")
+    given = [f"{flag} {value}" for flag in flags if (value := last_value(sys.argv, flag))]
+    where = known or " or ".join(given) or os.getcwd()
+    return f"{where}: no space left on its disk; make room and start the same command again."
+
+
+def _end_with(error: UserError) -> NoReturn:
+    """Print a user's error, for torchrun too, and end with status 2."""
+    _tell_torchrun(f"error: {error}")
+    if int(os.environ.get("RANK", "0")) != 0:
+        # Every rank finds the same mistake in the same data, and rank 0 says so. torchrun ends
+        # the others when the first one ends: let that be rank 0, unless it is well.
+        time.sleep(5)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # No atexit handlers: other ranks may never reach the collectives that those wait for.
+    _leave(2)
 
 
 def _tell_torchrun(message: str) -> None:

@@ -10,7 +10,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
 from megatron.core.utils import get_model_config
-from megatron.training import get_args, get_tensorboard_writer
+from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
 from megatron_espo.checkpoint.tracker import resumed_iteration
@@ -37,7 +37,7 @@ from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, rea
 from megatron_espo.rl.trainer import Trainer, train
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments
-from megatron_espo.startup.save_folder import own_save_folder
+from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     diffusion_model,
     inference_mode,
@@ -127,6 +127,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         )
     if espo.train_data is None:
         raise UserError("--espo-train-data is missing: the task's problems as JSONL.")
+    if args.save_keep_best and espo.eval_data is None:
+        raise UserError("--save-keep-best goes by --espo-eval-data, which is missing; pass it.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -193,7 +195,11 @@ def _train(
     begin_events(writer, start.step)
     write_layout(writer)
     made_with = settings_of(espo, args.seed, tokenizer)
-    checkpoints = Checkpoints(chunks, optimizer, scheduler, reference, made_with, writer)
+    checkpoints = Checkpoints(
+        chunks, optimizer, scheduler, reference, made_with, writer, open_keeper(args)
+    )
+    if start.accuracy is not None:
+        checkpoints.evaluated(start.step, start.accuracy)
     model = diffusion_model(chunks)
     if model.layout.is_reporter and (line := start_line(task)):
         say(line)
@@ -214,6 +220,7 @@ def _train(
             rows_per_batch=args.espo_rows_per_batch,
             dashboard=Dashboard(
                 writer=writer,
+                wandb=get_wandb_writer(),
                 is_reporter=model.layout.is_reporter,
                 watch=Watch(start.watch),
                 gpu=open_gpu(),
@@ -229,6 +236,7 @@ def _train(
             inference=partial(inference_mode, chunks, optimizer),
             is_due=checkpoints.is_due,
             save=checkpoints.save,
+            evaluated=checkpoints.evaluated,
             should_stop=stop.agreed,
             interrupted=stop.interrupted,
         ),
@@ -236,6 +244,8 @@ def _train(
     )
     if isinstance(task, RewardWorkers):
         task.close()
+    if (wandb := get_wandb_writer()) is not None:
+        wandb.finish()
     if writer is not None:
         writer.flush()
 

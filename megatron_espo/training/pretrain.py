@@ -5,7 +5,9 @@ with ``--sft-train-data FILE`` it fine-tunes on JSONL instead.
 """
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from megatron.core.datasets.utils import Split
@@ -14,23 +16,25 @@ from megatron.training import get_args, get_tensorboard_writer, get_tokenizer
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import pretrain
 
+from megatron_espo.checkpoint.retention import Keeper
 from megatron_espo.checkpoint.tracker import checkpoint_folder, resumed_iteration
 from megatron_espo.config import SftConfig
 from megatron_espo.console import captured
+from megatron_espo.data.atomic_folder import full_disk_named
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.dry_run.command import dry_run
 from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.errors import UserError
-from megatron_espo.megatron_patches import before_each_save
+from megatron_espo.megatron_patches import around_each_save
 from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
 from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, initialize_arguments, stored_arguments
-from megatron_espo.startup.save_folder import own_save_folder
+from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     initialize_process_groups,
     keep_log,
@@ -74,6 +78,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     sft = config_from_args(SftConfig, args)
     if sft.train_data is not None and sft.valid_data is None:
         args.eval_iters = 0
+    if args.save_keep_best:
+        raise UserError("--save-keep-best goes by the held-out accuracy of ESPO; leave it out.")
     if args.eval_interval is None:
         args.eval_interval = max(args.train_iters or 1, 1)
     check_schedule(args)
@@ -146,6 +152,7 @@ def run(args: argparse.Namespace) -> None:
     """
     _check_data(args)
     _continue_events(args)
+    around_each_save(partial(_saving, args, open_keeper(args)))
     with own_save_folder(args):
         store = initialize_process_groups(args)
         config: Any = pretrain_cfg_container_from_args(args)
@@ -177,8 +184,20 @@ def _continue_events(args: argparse.Namespace) -> None:
             None if tag.endswith(VERSUS_SAMPLES) else add_scalar(tag, *values, **named)
         )
     begin_events(writer, step, samples)
-    # What the checkpoint has seen must not be lost with a process that is killed.
-    before_each_save(writer.flush)
+
+
+@contextlib.contextmanager
+def _saving(args: argparse.Namespace, keeper: Keeper | None) -> Iterator[None]:
+    """What comes before and after Megatron writes a checkpoint."""
+    writer = get_tensorboard_writer()
+    if writer is not None:
+        # What the checkpoint has seen must not be lost with a process that is killed.
+        with full_disk_named(f"--tensorboard-dir {args.tensorboard_dir}"):
+            writer.flush()
+    with full_disk_named(f"--save {args.save}"):
+        yield
+    if keeper is not None:
+        keeper.saved(args.iteration, args.rank == 0)
 
 
 def _check_data(args: argparse.Namespace) -> None:
