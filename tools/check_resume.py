@@ -1,13 +1,18 @@
 """Kills a tiny ESPO run again and again and checks that the resumed run is the same to the bit.
 
     python tools/check_resume.py kill --out runs/kill --kills 20
+    python tools/check_resume.py stages --out runs/stages --kills 6
     python tools/check_resume.py relayout --out runs/relayout
 
 kill: a run of two ranks that is never disturbed, and one that is killed at random moments (SIGKILL
-of one rank, SIGTERM of all, SIGKILL of all while a checkpoint is being written) and started anew
-each time. The final weights, optimizer state, reference policy and TensorBoard's scalars (times
-aside), histograms and texts of both must be equal. Flags after ``--`` go to both runs, for example
-a layout.
+of one rank, SIGTERM of all, SIGKILL of all while a checkpoint is being written, SIGKILL of torchrun
+alone) and started anew each time; after torchrun's at once, while its ranks still save. The final
+weights, optimizer state, reference policy and TensorBoard's scalars (times aside), histograms and
+texts of both must be equal. Flags after ``--`` go to both runs, for example a layout.
+
+stages: SIGKILL of whole process groups during start-up, evaluation (tools/evaluate.py --out) and
+conversion (tools/convert_hf.py), by turns; what the same command makes after that must equal, byte
+for byte where files are concerned, what it makes undisturbed.
 
 relayout: a run of four ranks with pp=2, dp=2, and the same run that stops half-way and goes on with
 two ranks and tp=2; prints rewards and losses of both.
@@ -15,8 +20,10 @@ two ranks and tp=2; prints rewards and losses of both.
 
 import argparse
 import contextlib
+import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,11 +37,13 @@ from megatron_espo.checkpoint.compare import (
     unequal_tensors,
 )
 from megatron_espo.command_line import Parser, run_tool
+from megatron_espo.console import rank_log
 from megatron_espo.errors import UserError
 from megatron_espo.monitor.curves import TIME_DEPENDENT, Curve, read_details, read_scalars
 
 ROOT = Path(__file__).parents[1]
 _UPDATES = 3
+_MODES = ("rank", "term", "write", "launcher")
 _SHOWN = ("reward/mean", "policy/loss", "elbo/per_token/mean", "policy/grad_norm")
 
 
@@ -100,8 +109,10 @@ class Run:
 
     def starts(self) -> int:
         """How many starts have come as far as training."""
-        log = (self.folder / "log").read_text(errors="replace")
-        return log.count("successfully loaded checkpoint") + log.count("held-out (before)")
+        # Megatron's lines are in the run's own log.
+        logs = (self.folder / "log", rank_log(self.folder / "checkpoints"))
+        text = "".join(path.read_text(errors="replace") for path in logs if path.exists())
+        return text.count("successfully loaded checkpoint") + text.count("held-out (before)")
 
 
 def _written(path: Path) -> float:
@@ -149,7 +160,7 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
     Args:
         run: the run.
         ranks: number of ranks.
-        mode: "rank", "term" or "write".
+        mode: "rank", "term", "write" or "launcher".
         rng: decides the moment.
 
     Returns:
@@ -173,13 +184,18 @@ def kill_once(run: Run, ranks: int, mode: str, rng: random.Random) -> str | None
     struck = time.monotonic()
     if mode == "term":
         process.send_signal(signal.SIGTERM)
+    elif mode == "launcher":
+        process.kill()
+        process.wait()
+        # The next start need not know: it waits for the ranks that are left.
+        return f"{mode:8} at a checkpoint of step {before} -> {run.saved()}; torchrun alone"
     else:
         for pid in workers if mode == "write" else [rng.choice(workers)]:
             os.kill(pid, signal.SIGKILL)
     process.wait()
     took = time.monotonic() - struck
     return (
-        f"{mode:5} at a checkpoint of step {before} -> {run.saved()}"
+        f"{mode:8} at a checkpoint of step {before} -> {run.saved()}"
         f"{', while writing' if writing else ''}; all ranks ended after {took:.1f} s"
     )
 
@@ -199,7 +215,7 @@ def check_kills(options: argparse.Namespace, flags: list[str]) -> bool:
     whole.finish(options.ranks)
     kills = 0
     while kills < options.kills:
-        done = kill_once(killed, options.ranks, ("rank", "term", "write")[kills % 3], rng)
+        done = kill_once(killed, options.ranks, _MODES[kills % len(_MODES)], rng)
         if done is None:
             break
         kills += 1
@@ -224,6 +240,106 @@ def check_kills(options: argparse.Namespace, flags: list[str]) -> bool:
     if kills < options.kills:
         print(f"error: the run ended after {kills} kills; raise --rollouts.")
     return not (unequal or apart or blurred) and kills == options.kills
+
+
+def commands_of(run: Run) -> dict[str, list[str]]:
+    """The commands that come after a run; OUT stands for what each makes."""
+    sampling = [
+        "--rollout-completion-length", "16", "--rollout-block-length", "16",
+        "--rollout-denoising-steps", "16", "--rollout-micro-batch-size", "1",
+    ]  # fmt: skip
+    checkpoints, data = str(run.folder / "checkpoints"), run.data
+    return {
+        "evaluation": [
+            sys.executable, "tools/evaluate.py", "--load", checkpoints, "--tokenizer-model",
+            str(data / "tokenizer"), "--seq-length", "32", "--espo-task", "sudoku",
+            "--espo-eval-data", str(data / "test.jsonl"), "--eval-temperature", "1.0",
+            "--eval-num-samples", "8", *sampling, "--out", "OUT",
+        ],
+        "conversion": [
+            sys.executable, "tools/convert_hf.py", "to-hf", "--megatron", checkpoints,
+            "--family", "llada", "--out", "OUT",
+        ],
+    }  # fmt: skip
+
+
+def made(folder: Path) -> dict[str, object]:
+    """What a command left: completions in the order of problems, or files."""
+    lines = folder / "completions.jsonl"
+    if lines.is_file():
+        rows = [json.loads(line) for line in lines.read_text().splitlines()]
+        return {f"{row['problem']}/{row['sample']}": row["token_ids"] for row in rows}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def kill_everything(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL a process with its group, and torchrun's workers, which have groups of their own."""
+    workers = workers_of(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    for pid in workers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def check_stages(options: argparse.Namespace, flags: list[str]) -> bool:
+    """Kill starts, evaluations and conversions, and compare what comes of them in the end."""
+    rng, equal = random.Random(options.seed), True
+    whole = Run(options.out / "whole", options.out, 2, flags)
+    killed = Run(options.out / "killed", options.out, 2, flags)
+    whole.finish(options.ranks)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def start(stage: str, out: Path) -> subprocess.Popen[bytes]:
+        if stage == "start":
+            return killed.start(options.ranks)
+        words = [str(out) if word == "OUT" else word for word in commands_of(whole)[stage]]
+        with (options.out / "log").open("ab") as log:
+            return subprocess.Popen(
+                words, cwd=ROOT, env=environment, start_new_session=True, stdout=log, stderr=log
+            )
+
+    def finish(stage: str, out: Path) -> float:
+        began = time.monotonic()
+        if start(stage, out).wait() != 0:
+            raise UserError(f"{options.out}/log: {stage} failed.")
+        return time.monotonic() - began
+
+    seconds = {name: finish(name, options.out / name) for name in ("evaluation", "conversion")}
+    seconds["start"] = seconds["evaluation"]
+    for number in range(options.kills):
+        stage, out = ("start", "evaluation", "conversion")[number % 3], options.out / "again"
+        moment = seconds[stage] * rng.uniform(0.3, 1.0)
+        process = start(stage, out)
+        time.sleep(moment)
+        had_ended = process.poll() is not None
+        kill_everything(process)
+        lines = out / "completions.jsonl"
+        left = len(lines.read_bytes().splitlines()) if lines.exists() else 0
+        print(
+            f"kill {number + 1}: {stage} after {moment:.1f} of about {seconds[stage]:.1f} s"
+            f"{' (it had ended)' if had_ended else ''}: "
+            + {
+                "start": f"the run's last checkpoint is {killed.saved()}",
+                "evaluation": f"{left} completions are finished",
+                "conversion": f"the folder is {'whole' if out.exists() else 'not there'}",
+            }[stage],
+            flush=True,
+        )
+        if stage != "start":
+            if not (stage == "conversion" and out.exists()):
+                finish(stage, out)
+            same = made(out) == made(options.out / stage)
+            print(f"  the same command then: {'equal' if same else 'DIFFERS'}", flush=True)
+            shutil.rmtree(out)
+            equal &= same
+    killed.finish(options.ranks)
+    tensors = [checkpoint_tensors(str(run.folder / "checkpoints")) for run in (whole, killed)]
+    unequal = unequal_tensors(*tensors)
+    same_tensors = f"{len(tensors[0]) - len(unequal)} of {len(tensors[0])}"
+    print(f"{options.kills} kills: {same_tensors} tensors of the run equal to the bit")
+    return equal and not unequal
 
 
 def check_relayout(options: argparse.Namespace, flags: list[str]) -> bool:
@@ -262,7 +378,7 @@ def main(argv: Sequence[str]) -> int:
         place = argv.index("--")
         argv, flags = argv[:place], list(argv[place + 1 :])
     parser = Parser(description=__doc__)
-    parser.add_argument("check", choices=("kill", "relayout"))
+    parser.add_argument("check", choices=("kill", "stages", "relayout"))
     parser.add_argument("--out", type=Path, required=True, help="new folder for the runs")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2, help="ranks of the killed run")
@@ -275,7 +391,8 @@ def main(argv: Sequence[str]) -> int:
     options.out.mkdir(parents=True)
     options.out = options.out.resolve()
     make_data(options.out)
-    check = check_kills if options.check == "kill" else check_relayout
+    checks = {"kill": check_kills, "stages": check_stages, "relayout": check_relayout}
+    check = checks[options.check]
     return 0 if check(options, flags) else 1
 
 

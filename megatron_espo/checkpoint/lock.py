@@ -149,6 +149,11 @@ class FolderLock:
                 said = True
             time.sleep(min(1.0, self._beat))
 
+    def wait(self) -> None:
+        """Wait, on a rank that does not take the folder, for a run before that is ending."""
+        while (theirs := self._read()) and self._ends(theirs) and not self._is_gone(theirs):
+            time.sleep(min(1.0, self._beat))
+
     def start_beating(self, lost: Callable[[str], None]) -> None:
         """Beat until the release.
 

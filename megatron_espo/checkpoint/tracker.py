@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 from megatron_espo.errors import UserError
@@ -112,8 +113,10 @@ def repair_tracker(root: str) -> None:
         UserError: The tracker file is broken and no finished checkpoint was found.
     """
     tracker = Path(root, TRACKER)
-    if not has_checkpoint(root) or re.fullmatch(r"\d+|release", latest_checkpoint(root)):
-        return
+    for _ in range(2):
+        if not has_checkpoint(root) or re.fullmatch(r"\d+|release", latest_checkpoint(root)):
+            return
+        time.sleep(0.5)  # a run that is still ending may be writing it
     # Megatron writes metadata.json when everything else is on the disk.
     finished = [
         int(path.parent.name.removeprefix("iter_"))

@@ -38,6 +38,8 @@ def own_save_folder(args: argparse.Namespace) -> Iterator[None]:
         lock = None
         if args.rank == 0:
             lock = stack.enter_context(held(FolderLock(args.save, say=say), _end))
+        else:
+            FolderLock(args.save).wait()
         over = _watch_torchrun(lock)
         stack.callback(over.set)
         yield

@@ -158,10 +158,11 @@ def run(args: argparse.Namespace) -> None:
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
-    if step := resumed_iteration(args):
-        state, source = read_state(args.load, step), f"--load {args.load}"
-        check_provenance(state, step, source, espo, args.seed, tokenizer, train_data)
     with own_save_folder(args):
+        # Only now is the checkpoint the last one of a run that was still ending.
+        if step := resumed_iteration(args):
+            state, source = read_state(args.load, step), f"--load {args.load}"
+            check_provenance(state, step, source, espo, args.seed, tokenizer, train_data)
         _train(args, task, tokenizer, train_data, eval_data)
 
 

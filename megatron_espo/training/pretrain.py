@@ -151,9 +151,10 @@ def run(args: argparse.Namespace) -> None:
         args: Megatron's arguments, checked.
     """
     _check_data(args)
-    _continue_events(args)
     around_each_save(partial(_saving, args, open_keeper(args)))
     with own_save_folder(args):
+        # Only now is the checkpoint the last one of a run that was still ending.
+        _continue_events(args)
         store = initialize_process_groups(args)
         config: Any = pretrain_cfg_container_from_args(args)
         pretrain(

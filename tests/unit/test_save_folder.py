@@ -115,6 +115,17 @@ def test_a_run_that_ends_is_waited_for(tmp_path: Path, sleeper, how: str) -> Non
     assert sleeper.poll() is not None and len(said) == 1 and str(sleeper.pid) in said[0]
 
 
+@pytest.mark.parametrize("leaving", [True, False])
+def test_other_ranks_wait_for_the_run_before_and_not_for_their_own(
+    tmp_path: Path, sleeper, leaving: bool
+) -> None:
+    lock(tmp_path).wait()
+    put(tmp_path, owner_of(sleeper.pid, leaving=leaving))
+    threading.Timer(0.5, lambda: (sleeper.kill(), sleeper.wait())).start()
+    lock(tmp_path).wait()
+    assert (sleeper.poll() is not None) == leaving
+
+
 def test_of_two_that_come_at_once_one_holds_it(tmp_path: Path) -> None:
     results: list[str] = []
 
