@@ -23,6 +23,7 @@ ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")},
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": str(ROOT),
+    "WANDB_MODE": "offline",
 }
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 NEW, OLD = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
@@ -203,3 +204,24 @@ def test_a_changed_run_goes_on_or_says_why_not(folder: Path, name: str, step: in
     steps, rates = read_scalars(folder / f"{run}-events")["policy/learning_rate"]
     assert steps == list(range(step + 1, case.length + 1))
     assert rates == pytest.approx([case.rates(s) for s in steps], rel=1e-5)
+
+
+def test_the_last_and_the_best_checkpoint_stay_and_numbers_go_to_wandb(folder: Path) -> None:
+    """An untrained model solves nothing: the first evaluation is the best one."""
+    flags = (
+        "--save-interval", "1", "--save-keep-last", "1", "--save-keep-best",
+        "--espo-eval-data", str(folder / "data/test.jsonl"), "--espo-eval-interval", "1",
+        "--wandb-project", "project", "--wandb-exp-name", "name",
+    )  # fmt: skip
+    status, printed = espo(folder, "kept", *flags)
+    assert status == 0, printed[-3000:]
+    steps = sorted(path.name for path in (folder / "kept").glob("iter_*"))
+    assert steps == ["iter_0000002", "iter_0000006"]
+    best = json.loads((folder / "kept" / "best_checkpoint.json").read_text())
+    accuracies = dict(zip(*read_scalars(folder / "kept-events")["eval/accuracy"], strict=True))
+    assert best == {"iteration": 2, "accuracy": accuracies[2]}
+    # Records are protocol buffers, in which names stand as they are.
+    (log,) = (folder / "kept" / "wandb").glob("wandb/offline-run-*/run-*.wandb")
+    content = log.read_bytes()
+    assert b"policy/grad_norm" in content and b"histograms/policy/ratio" in content
+    assert b"eval/accuracy" in content
