@@ -73,8 +73,8 @@ def test_what_a_kill_left_goes_and_what_is_newer_or_a_link_stays(tmp_path: Path)
     save(tmp_path, 5, finished=False)
     save(tmp_path, 8, finished=False)  # being written
     (tmp_path / "iter_0000001").symlink_to(tmp_path / "iter_0000006")
-    clean_up(str(tmp_path), Retention(last=1))
-    assert steps(tmp_path) == [1, 6, 8] and (tmp_path / "iter_0000006" / "common.pt").exists()
+    clean_up(str(tmp_path), Retention(last=2))
+    assert steps(tmp_path) == [1, 4, 6, 8] and (tmp_path / "iter_0000006" / "common.pt").exists()
 
 
 @pytest.mark.parametrize("mark", [None, "release", ""])
