@@ -1,61 +1,100 @@
-r"""Finds the final answer in a completion: answer tags, \boxed{}, numbers as people write them.
+r"""Finds the final answer in a completion: \boxed{}, answer tags, "####", "the answer is".
 
-Everything here is linear in the length of the text and takes ASCII digits only.
+Everything here is linear in the length of the text.
 """
 
 import re
-from fractions import Fraction
+from collections.abc import Iterator
+from typing import NamedTuple
 
 MAX_ANSWER = 512
 """Characters of an answer beyond which it counts as none."""
 
 _OPEN, _CLOSE = "<answer>", "</answer>"
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
-# A number with optional thousands separators; a minus counts unless it follows an operand.
-_NUMBER = re.compile(
-    r"(?<![\w.)\]}])[-+]?\s?(?:\\?\$\s?)?(?:[0-9]{1,3}(?:(?:,|\{,\}|\\[,!;]|,\\!)[0-9]{3})+|[0-9]+)"
-    r"(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?"
+_BOX = re.compile(r"(?:\\|\b)(?:boxed|fbox)\s*(?=\{)")
+_MOST_TRIED = 8  # boxes, tags or phrases, from the last one back
+# What prompts put where the answer goes, and models repeat.
+_PLACEHOLDER = re.compile(
+    r"(?:[\s.…?_\[\]()-]|\\[lc]?dots)*|[\[(]?\s*(?:(?:your|the|final)\s+)*answer(?:\s+here)?\s*[\])]?",
+    re.IGNORECASE,
 )
-_SAYS = re.compile(r"(?:####|answer\s+is:?)", re.IGNORECASE)
-_FRACTION = re.compile(r"([-+]?)\\[dtc]?frac\{([-+]?[0-9]+)\}\{([0-9]+)\}")
-_RATIO = re.compile(r"([-+]?[0-9]+)/([0-9]+)")
-_DECIMAL = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?|[-+]?\.[0-9]+")
-_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf)\s*\{[^{}]*\}")
-_SEPARATOR = re.compile(r"(?<=[0-9])(?:,|\{,\}|\\[,!;]|,\\!)(?=[0-9]{3}(?![0-9]))")
-_UNIT = re.compile(r"(?<=[0-9.}])\s*(?:[A-Za-z%°][A-Za-z%°./ ]*|\\%|\\circ|\^\\circ|\^\{\\circ\})$")
+_HASHES = re.compile(r"####(?!#)")
+_SAYS = re.compile(
+    r"\banswer\b[^.\n$\\0-9]{0,60}?\b(?:is|are|equals)\b(?:[ \t]*:)?|\banswer\W{0,3}[:=]|\banswer(?=[ \t]*[-0-9$])",
+    re.IGNORECASE,
+)
+_HEADING = re.compile(r"\W*(?:step|part|case|problem|question|solution|method)\b", re.IGNORECASE)
+# A full stop ends a sentence unless a digit follows it or an abbreviation comes before.
+_END = re.compile(
+    r"\n|[!?;](?=\s|$)|(?<!\brs)(?<!\bno)(?<!\bapprox)(?<!\b[ap]\.m)(?<!\b[ap])\.(?=\s|$|[*_`\"')])",
+    re.IGNORECASE,
+)
+_DISPLAY = re.compile(r"\s*(?:\$\$.*?\$\$|\\\[.*?\\\])", re.DOTALL)
+_BEFORE = re.compile(r"(?:[\s:*_]|\\n|\\\\)*")
+_CONTENT = re.compile(r"[0-9$\\]")
+_SPECIAL_TOKEN = re.compile(r"<\|[^<>|\s]{1,40}\|>|</s>")
+
+
+class Statement(NamedTuple):
+    """Where a completion states its answer.
+
+    Attributes:
+        text: the words around it, stripped of white space.
+        place: "box" and "tags" enclose nothing but the answer, "said" follows a phrase that
+            announces it, "end" is how the text ends.
+    """
+
+    text: str
+    place: str
 
 
 def tagged_answer(text: str) -> str | None:
     """Return what the last answer tags enclose, stripped of white space.
 
-    Only what lies between the last "</answer>" and the "<answer>" nearest before it counts, so
-    tags that are merely mentioned, nested or never closed do not.
+    Only what lies between a "</answer>" and the "<answer>" nearest before it counts, so tags that
+    are merely mentioned, nested or never closed do not. Empty tags, and those that enclose what
+    prompts put there, give way to ones before them.
 
     Args:
         text: a completion.
 
     Returns:
-        The answer, perhaps empty, or None without a pair of tags.
+        The answer, empty where no pair encloses any, or None without a pair of tags.
     """
-    end = text.rfind(_CLOSE)
-    start = text.rfind(_OPEN, 0, end) if end >= 0 else -1
-    return text[start + len(_OPEN) : end].strip() if start >= 0 else None
+    found, stop = None, len(text)
+    for _ in range(_MOST_TRIED):
+        end = text.rfind(_CLOSE, 0, stop)
+        start = text.rfind(_OPEN, 0, end) if end >= 0 else -1
+        if start < 0:
+            break
+        answer = text[start + len(_OPEN) : end].strip()
+        if not _PLACEHOLDER.fullmatch(answer[:80]):
+            return answer
+        found = "" if found is None else found
+        stop = start
+    return found
 
 
 def boxed_answer(text: str) -> str | None:
     r"""Return the content of the last \boxed{} whose braces close, stripped of white space.
 
+    Empty boxes, and those that enclose what prompts put there, give way to ones before them.
+
     Args:
         text: a completion.
 
     Returns:
-        The content, perhaps empty, or None where there is no such box.
+        The content, empty where no box holds any, or None where there is no such box.
     """
-    for box in reversed(list(_BOX.finditer(text))[-8:]):
+    found = None
+    for box in reversed(list(_BOX.finditer(text))[-_MOST_TRIED:]):
         content = _braced(text[box.end() : box.end() + MAX_ANSWER + 2])
-        if content is not None:
+        if content is None:
+            continue
+        if not _PLACEHOLDER.fullmatch(content[:80]):
             return content.strip()
-    return None
+        found = "" if found is None else found
+    return found
 
 
 def _braced(text: str) -> str | None:
@@ -75,60 +114,82 @@ def _braced(text: str) -> str | None:
     return None
 
 
-def final_answer(text: str) -> str | None:
-    r"""Return the answer that a completion ends with.
+def final_statement(text: str) -> Statement | None:
+    r"""Return where a completion states its final answer.
 
-    In this order: the last \boxed{}, the last answer tags, what follows the last "####" or
-    "answer is", the last number.
+    In this order: the last \boxed{}, the last answer tags, what the last "####" announces, what
+    the last "answer is" or "answer:" announces, the end of the text. Of the phrases, those
+    followed by a number or a formula come before others.
 
     Args:
         text: a completion.
 
     Returns:
-        The answer, or None where there is none of at most `MAX_ANSWER` characters.
+        The statement, or None where there is none of at most `MAX_ANSWER` characters; only the end
+        of the text is cut to that length.
     """
-    answer = boxed_answer(text)
-    if answer is None:
-        answer = tagged_answer(text)
-    if answer is not None:
-        return answer if 0 < len(answer) <= MAX_ANSWER else None
-    says = list(_SAYS.finditer(text))
-    if says and (said := _NUMBER.search(text[says[-1].end() :][:MAX_ANSWER])):
-        return said.group().strip()
-    numbers = _NUMBER.findall(text[-4 * MAX_ANSWER :])
-    if not numbers or len(numbers[-1]) > MAX_ANSWER:
-        return None
-    return str(numbers[-1]).strip()
+    text = _SPECIAL_TOKEN.sub(" ", text)
+    for place, answer in (("box", boxed_answer(text)), ("tags", tagged_answer(text))):
+        if not answer:
+            continue
+        if place == "tags" and (inner := _said(answer)) is not None:
+            return inner
+        return Statement(answer, place) if len(answer) <= MAX_ANSWER else None
+    said = _said(text)
+    if said is not None:
+        return said if len(said.text) <= MAX_ANSWER else None
+    return Statement(text[-MAX_ANSWER:].strip(), "end")
 
 
-def parse_number(text: str) -> Fraction | None:
-    r"""Read a number with thousands separators, a currency sign, a unit or a LaTeX fraction.
+def _said(text: str) -> Statement | None:
+    """Return what the phrases that announce an answer are followed by."""
+    plain = None
+    for sentence in _announced(text):
+        if _CONTENT.search(sentence):
+            return Statement(sentence, "said")
+        plain = plain or sentence
+    return Statement(plain, "said") if plain else None
 
-    "1,234", "$5.50", "12 apples", "x = 3", "1{,}000", "\frac{1}{2}", "3/4" and "75%" (as 75) are
-    numbers; "1,23", "3 or 4" and digits that are not ASCII are not.
+
+def _announced(text: str) -> Iterator[str]:
+    for mark in reversed(list(_HASHES.finditer(text))[-_MOST_TRIED:]):
+        sentence = first_sentence(text[mark.end() :])
+        if not _HEADING.match(sentence):
+            yield sentence
+    for mark in reversed(list(_SAYS.finditer(text))[-_MOST_TRIED:]):
+        yield without_reason(first_sentence(text[mark.end() :]))
+
+
+def first_sentence(text: str) -> str:
+    """Return the first sentence or display formula of a text, white space and emphasis apart."""
+    text = text[: 4 * MAX_ANSWER]
+    text = text[_BEFORE.match(text).end() :]  # type: ignore[union-attr]
+    display = _DISPLAY.match(text)
+    end = _END.search(text, display.end() if display else 0)
+    return text[: end.start() if end else None].strip().strip("*_").strip()
+
+
+# Words that begin a reason or a circumstance after an answer.
+_REASON = re.compile(
+    r"[\s,(]+(?:because|since|as|so|for|which|when|if|where|that|with|after|before|in|from|by|at"
+    r"|on|out\s+of|per|each|every|given|due)\b.*",
+    re.DOTALL | re.IGNORECASE,
+)
+
+
+def without_reason(sentence: str) -> str:
+    """Cut a sentence after its answer, where a reason or a circumstance begins.
+
+    "18 since 16-3-4=9" becomes "18". Formulas are never cut.
 
     Args:
-        text: an answer.
+        sentence: what follows "the answer is".
 
     Returns:
-        Its exact value, or None.
+        Its beginning; all of it where nothing comes before the first such word.
     """
-    if len(text) > MAX_ANSWER or not text.isascii():
-        text = text.replace("−", "-").replace("€", "").replace("£", "").replace("°", "")
-        if len(text) > MAX_ANSWER or not text.isascii():
-            return None
-    text = _TEXT.sub("", text.strip().strip("$").strip())
-    text = text.rpartition("=")[2].strip()
-    text = re.sub(r"^([-+]?)\s*\\?\$\s*", r"\1", text).strip(" .~")
-    text = _UNIT.sub("", _SEPARATOR.sub("", text)).strip()
-    text = text.strip(" .").removesuffix("\\").strip()
-    if match := _FRACTION.fullmatch(text):
-        sign, top, bottom = match.groups()
-        return _ratio(int(top), int(bottom), negative=sign == "-")
-    if match := _RATIO.fullmatch(text):
-        return _ratio(int(match[1]), int(match[2]))
-    return Fraction(text) if _DECIMAL.fullmatch(text) else None
-
-
-def _ratio(top: int, bottom: int, *, negative: bool = False) -> Fraction | None:
-    return None if bottom == 0 else Fraction(-top if negative else top, bottom)
+    for match in _REASON.finditer(sentence):
+        before = sentence[: match.start()]
+        if before.count("$") % 2 == 0 and before.count("\\(") == before.count("\\)"):
+            return before
+    return sentence

@@ -4,14 +4,17 @@ File format: {"numbers": [44, 19, 35], "target": 98}, or the published names "nu
 and {"input": "44,19,35", "output": "98"}; generated records add a "solution". The prompt explains
 the game in a chat, and the answer stands between <answer> tags (d1, ESPO). A record with "style":
 "bare" is for a model too small to talk: the prompt is "44,19,35=98:" and the completion nothing but
-the answer. An answer is an expression such as "44+19+35", optionally with "=98" after.
+the answer. An answer is an expression such as "44+19+35", optionally in an equation: "=98" after or
+"98=" before it, or steps such as "=63+35=98" that all hold.
 
     expression = product {("+" | "-") product}
     product    = factor {("*" | "/") factor}
     factor     = number | "(" expression ")"
 
 Numbers are ASCII digits without leading zeros; there is no sign and no other operator. ASCII white
-space may stand between tokens. The value is an exact fraction, so 8/(3-8/3) is 24.
+space may stand between tokens. The value is an exact fraction, so 8/(3-8/3) is 24. What models dress an
+expression in does not count: LaTeX (products, fractions, dollar signs, a box), "x" and Unicode's
+signs, dashes for minus, square brackets, Markdown, a full stop, a label such as "Expression:".
 """
 
 import re
@@ -35,6 +38,7 @@ from megatron_espo.tasks.base import (
     read_records,
     tagged_prompt,
 )
+from megatron_espo.tasks.latex import formulas, inside, plain_text
 
 name = "countdown"
 
@@ -46,6 +50,13 @@ MAX_LENGTH = 256
 MAX_DEPTH = 32
 _WELL_FORMED_REWARD = 0.1
 _MAX_TARGET = 100
+_FENCE = re.compile(r"^```\w*\s|```")
+_LABEL = re.compile(
+    r"^\W{0,4}(?:(?:the|my|final)\s+)*(?:expression|equation|answer|solution|result)\b"
+    r"[\s*]*(?:is\b)?[\s*:]*",
+    re.IGNORECASE,
+)
+_BRACKETS = str.maketrans("[]{}\u2215", "()()/")
 # Anything that is no number and no ASCII white space is a token of its own; the grammar refuses it.
 _TOKEN = re.compile(r"[0-9]+|\S", re.ASCII)
 
@@ -123,8 +134,9 @@ def score(example: Example, completion: str) -> Score:
     an "=" after it, the target and nothing else must follow. An expression that divides by zero
     has no value, so it misses.
 
-    Unlike there, "=target" may follow a right expression (evaluation scripts derived from d1's take
-    it off, too), and signs, "//" and "**", which Python's eval() takes, miss.
+    Unlike there, a right expression may stand in an equation that holds (evaluation scripts derived
+    from d1's take off what follows "=", too) and be dressed as the module says; there, all of that
+    earns 0.1. Signs, decimals, "//" and "**", which Python's eval() takes, miss.
 
     Args:
         example: A problem, from `read`.
@@ -146,15 +158,37 @@ def score(example: Example, completion: str) -> Score:
 
 def _judge(problem: Mapping[str, Any], answer: str) -> tuple[bool, bool]:
     """Return whether an answer is an expression of the given numbers, and whether it is right."""
-    numbers, target = problem["numbers"], problem["target"]
-    body, equals, claim = answer.partition("=")
+    numbers, target = sorted(problem["numbers"]), problem["target"]
     try:
-        expression = parse_expression(body)
+        sides = [parse_expression(side) for side in undressed(answer).split("=")]
     except ValueError:
         return False, False
-    claim_holds = not equals or claim.strip(string.whitespace) == str(target)
-    well_formed = claim_holds and sorted(expression.numbers) == sorted(numbers)
-    return well_formed, well_formed and expression.value == target
+    asked = next((side for side in sides if sorted(side.numbers) == numbers), None)
+    well_formed = asked is not None and all(
+        side.value == target for side in sides if side is not asked
+    )
+    return well_formed, well_formed and asked is not None and asked.value == target
+
+
+def undressed(answer: str) -> str:
+    """Take off what models dress an expression or equation in.
+
+    Args:
+        answer: any text; one longer than `MAX_LENGTH` twice is returned as it is.
+
+    Returns:
+        The expression in the signs of the grammar, as far as it is one.
+    """
+    text = answer.strip()
+    if len(text) > 2 * MAX_LENGTH:
+        return answer
+    text = _FENCE.sub("", text)
+    for _ in range(3):
+        whole = formulas(text)
+        if whole and whole[0].group() == text:
+            text = inside(whole[0])
+        text = _LABEL.sub("", text).strip().rstrip(".;").strip().strip("\"'").strip()
+    return plain_text(text).translate(_BRACKETS).strip()
 
 
 def parse_expression(text: str) -> Expression:

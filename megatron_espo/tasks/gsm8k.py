@@ -5,12 +5,15 @@ with "#### 72", is taken as well.
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 from os import PathLike
 from typing import Any
 
-from megatron_espo.tasks.answers import boxed_answer, final_answer, parse_number
+from megatron_espo.tasks.answers import Statement, boxed_answer, final_statement
 from megatron_espo.tasks.base import Example, Score, read_records
-from megatron_espo.tasks.math import INSTRUCTION, equivalent
+from megatron_espo.tasks.equality import equivalent
+from megatron_espo.tasks.math import INSTRUCTION
+from megatron_espo.tasks.numbers import is_arithmetic, read_number, stated_number
 
 name = "gsm8k"
 
@@ -32,7 +35,7 @@ def read(path: str | PathLike[str]) -> list[Example]:
 
 def _parse(record: Mapping[str, Any]) -> Example:
     answer = record["answer"].rpartition("####")[2].strip()
-    if parse_number(answer) is None:
+    if read_number(answer) is None:
         raise ValueError(f"'answer' {answer[:40]!r} is no number; end it with \"#### NUMBER\"")
     prompt = ({"role": "user", "content": f"{record['question']}\n{INSTRUCTION}"},)
     return Example(prompt=prompt, answer={"answer": answer})
@@ -50,13 +53,27 @@ def score(example: Example, completion: str) -> Score:
     Returns:
         The score, with the metric "boxed": whether there is a closed \boxed{}.
     """
-    reference, answer = example.answer["answer"], final_answer(completion)
-    correct = False
-    if answer is not None:
-        value = parse_number(answer)
-        if value is not None:
-            correct = value == parse_number(reference)
-        else:
-            correct = equivalent(reference.replace(",", ""), answer)
+    statement, correct = final_statement(completion), False
+    if statement is not None:
+        correct = _is_right(example.answer["answer"], statement)
     boxed = boxed_answer(completion) is not None
     return Score(reward=float(correct), correct=correct, metrics={"boxed": float(boxed)})
+
+
+def _is_right(reference: str, statement: Statement) -> bool:
+    value, sides = stated_number(statement)
+    if value is not None:
+        right = value == read_number(reference)
+        claim = right and len(sides) == 2 and is_arithmetic(sides[0])
+        return right and (not claim or _holds(sides[0], value))
+    if not sides or not all(is_arithmetic(side) for side in sides[-2:]):
+        return False
+    if len(sides) == 2 and not equivalent(sides[0], sides[1]):
+        return False
+    return equivalent(str(read_number(reference)), sides[-1])
+
+
+def _holds(side: str, value: Fraction) -> bool:
+    """Return whether one side of an equation has the value of the other: 5 + 3 = 9 gives no 9."""
+    found = read_number(side)
+    return found is not None or equivalent(str(value), side)

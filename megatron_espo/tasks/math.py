@@ -4,38 +4,24 @@ File format: {"problem": "...", "answer": "\\frac{1}{2}"}, or the published {"pr
 whose solution ends with a \boxed{} answer. Judged by math-verify, which reads LaTeX.
 """
 
-import logging
 import re
-import threading
 from collections.abc import Mapping
-from functools import cache
 from os import PathLike
 from typing import Any
 
-from megatron_espo.errors import UserError
-from megatron_espo.tasks.answers import boxed_answer, final_answer
+from megatron_espo.tasks.answers import Statement, boxed_answer, final_statement, without_reason
 from megatron_espo.tasks.base import Example, Score, read_records
+from megatron_espo.tasks.equality import equivalent
+from megatron_espo.tasks.latex import formulas, inside
+from megatron_espo.tasks.units import read_unit
 
 name = "math"
 
 INSTRUCTION = "Reason step by step, and write your final answer inside \\boxed{}."
-_SECONDS = 5
-# What would take sympy for ever or all memory: large exponents, factorials and numbers as such ...
-_LARGE = re.compile(
-    r"(?:\^|\*\*)\s*[\{(]?\s*[-+]?\s*[0-9]{5,}"
-    r"|[0-9]{4,}\s*[)\}]*\s*!|!\s*[)\}]*\s*!|[0-9]{200}"
+_JOINED = re.compile(r"\s*(?:,|,?\s*(?:and|or))\s*")
+_NUMBER = re.compile(
+    r"(?<![\w.\\])[-+]?\s?\\?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)(?:\s*[-+*/^]\s*\(?[0-9.]+\)?)*%?"
 )
-# ... and a power of a number in an exponent. (x-1)^3(x+1)^3 and e^{-x^2} are no such towers.
-_CHAIN = re.compile(
-    r"(?:\^|\*\*)\s*(?:[-+]?\s*[0-9.]+|\{\s*[-+]?[0-9.]+\s*\})\s*(?:\^|\*\*)"
-    r"|(?:\^|\*\*)\s*\\(?!circ)[A-Za-z]+.*[0-9]\s*[)\}]*\s*(?:\^|\*\*|!)"
-)
-_EXPONENT = re.compile(r"(?:\^|\*\*)\s*[\{(]")
-_NUMBER_POWER = re.compile(r"[0-9]\s*[)\}]*\s*(?:\^|\*\*|!)")
-# Powers of powers multiply their exponents.
-_POWER = re.compile(r"([)\}\]]?)\s*(?:\^|\*\*)\s*[\{(]*\s*[-+]?\s*([0-9]+)")
-_MOST_POWER = 10_000
-_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,17})")
 
 
 def read(path: str | PathLike[str]) -> list[Example]:
@@ -71,87 +57,61 @@ def score(example: Example, completion: str) -> Score:
 
     Args:
         example: A problem, from `read`.
-        completion: Any text; its last \boxed{} counts, then answer tags, then the last number.
+        completion: Any text; its last \boxed{} counts, then answer tags, then what it says the
+            answer is, then the formula or number it ends with.
 
     Returns:
         The score, with the metric "boxed": whether there is a closed \boxed{}.
     """
-    answer = final_answer(completion)
-    correct = answer is not None and equivalent(example.answer["answer"], answer)
+    statement, correct = final_statement(completion), False
+    if statement is not None:
+        correct = equivalent(example.answer["answer"], stated_formula(statement))
     boxed = boxed_answer(completion) is not None
     return Score(reward=float(correct), correct=correct, metrics={"boxed": float(boxed)})
 
 
-def equivalent(reference: str, answer: str) -> bool:
-    """Return whether two answers are equal as mathematics.
+def stated_formula(statement: Statement) -> str:
+    """Return the formula, number or words that a completion's final statement gives.
 
     Args:
-        reference: the right answer, trusted.
-        answer: any short text. A full stop at its end is not part of it. Digits that are not
-            ASCII, and powers or factorials too large to work out (unless the reference is spelt
-            the same), are not equal to anything.
+        statement: from `final_statement`.
+
+    Returns:
+        LaTeX without the signs around it; empty where there is none.
     """
-    reference, answer = reference.strip(), answer.strip().removesuffix(".").rstrip()
-    if reference == answer:
-        return True
-    if _INTEGER.fullmatch(reference) and _INTEGER.fullmatch(answer):
-        return int(reference) == int(answer)
-    if any(character.isnumeric() and not character.isascii() for character in answer):
-        return False
-    if _is_costly(answer):
-        return False
-    parse, verify = _math_verify()
-    # math-verify's own time limits are alarms, which only a main thread can set.
-    seconds = _SECONDS if threading.current_thread() is threading.main_thread() else None
-    try:
-        wanted = parse(f"\\boxed{{{reference}}}", parsing_timeout=seconds)
-        found = parse(f"\\boxed{{{answer}}}", parsing_timeout=seconds)
-        return bool(wanted and found and verify(wanted, found, timeout_seconds=seconds))
-    except MemoryError:
-        raise
-    except Exception:  # a parser of three libraries, on hostile text
-        return False
+    text, runs = statement.text, _runs(statement.text)
+    if statement.place == "end":
+        after = runs[-1][1] if runs else 0
+        numbers = list(_NUMBER.finditer(text, after))
+        if numbers:
+            return numbers[-1].group().strip()
+        return runs[-1][2] if runs else ""
+    if statement.place == "said":
+        return runs[0][2] if runs else without_reason(text).strip(" ,;:*_`\"'")
+    outside = "".join(text[a:b] for a, b in _gaps(runs, len(text)))
+    return runs[-1][2] if runs and not re.search("[0-9]", outside) else text
 
 
-def _is_costly(text: str) -> bool:
-    """Return whether numbers of an expression might be too large to work out."""
-    if _LARGE.search(text) or _CHAIN.search(text):
-        return True
-    for power in _EXPONENT.finditer(text):
-        if _NUMBER_POWER.search(_group(text, power.end() - 1)):
-            return True
-    of_numbers, of_groups = 1, 1
-    for bracket, exponent in _POWER.findall(text):
-        if bracket:
-            of_groups *= max(int(exponent), 1)
-        else:
-            of_numbers = max(int(exponent), of_numbers)
-    return of_numbers * of_groups > _MOST_POWER
+def _runs(text: str) -> list[tuple[int, int, str]]:
+    """Find the formulas of a text, those joined by a comma, "and" or "or" as one.
+
+    Returns:
+        Start, end and LaTeX of each, with the unit of measure that follows.
+    """
+    runs: list[tuple[int, int, str]] = []
+    for formula in formulas(text):
+        start, end, latex = formula.start(), formula.end(), inside(formula)
+        unit = re.match(r"\s*([A-Za-z]+)", text[end:])
+        if unit and read_unit(unit[1]):
+            latex += f" \\text{{ {unit[1]}}}"
+        between = text[runs[-1][1] : start] if runs else ""
+        if _JOINED.fullmatch(between):
+            start, _, before = runs.pop()
+            latex = f"{before} \\text{{ or }} {latex}" if "or" in between else f"{before}, {latex}"
+        runs.append((start, end, latex))
+    return runs
 
 
-def _group(text: str, start: int) -> str:
-    """Return what the bracket at a place encloses, or all that follows if it does not close."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] in "{(") - (text[place] in "})")
-        if depth == 0:
-            return text[start + 1 : place]
-    return text[start + 1 :]
-
-
-@cache
-def _math_verify() -> tuple[Any, Any]:
-    """Import math-verify when it is first needed: it takes a second."""
-    try:
-        from math_verify import parse, verify
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "the tasks math and gsm8k need math-verify; pip install megatron-espo again"
-        ) from error
-    # It reports every unreadable answer.
-    for logger in ("math_verify", "latex2sympy2_extended"):
-        logging.getLogger(logger).setLevel(logging.CRITICAL)
-    # The first call builds tables, for seconds on a busy machine: not on an answer's time.
-    verify(parse("\\boxed{x+\\frac{1}{2}}", parsing_timeout=None), parse("1", parsing_timeout=None),
-           timeout_seconds=None)  # fmt: skip
-    return parse, verify
+def _gaps(runs: list[tuple[int, int, str]], length: int) -> list[tuple[int, int]]:
+    starts, ends = [run[0] for run in runs], [run[1] for run in runs]
+    return list(zip([0, *ends], [*starts, length], strict=True))
