@@ -1,13 +1,19 @@
-"""Check that the answers in data files earn full reward, file by file.
+"""Check that the answers in data files earn full reward, or that cases are judged as expected.
 
 For every file of a folder whose format a built-in task knows, the reference answer of each problem
 is written as a completion and scored. A countdown problem without a solution is solved by search.
 Code has no answers of its own: --solutions DIR gives them, DIR/humaneval.py those to the problems
 of humaneval.jsonl. A function there solves the problem whose tests call it; imports and names with
 an underscore go with every function. Problems without an answer are read and counted only.
+
+--cases FILE takes completions with a verdict instead, {"task": NAME, "record": {...}, "completion":
+"...", "expect": true for full reward}, and lists those that are judged otherwise. The task is a
+built-in one, FILE.py or an import path; its record is read as a data file's.
 """
 
 import ast
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
@@ -16,8 +22,8 @@ from typing import Any
 from megatron_espo.command_line import Parser, run_tool
 from megatron_espo.data.jsonl import read_jsonl
 from megatron_espo.errors import UserError
-from megatron_espo.tasks import BUILT_IN, Example, code
-from megatron_espo.tasks.base import read_parquet, start_line
+from megatron_espo.tasks import BUILT_IN, Example, Score, Task, code, load_task
+from megatron_espo.tasks.base import read_examples, read_parquet, start_line
 
 # The task of a record is the first whose reader accepts it.
 _ORDER = ("sudoku", "countdown", "gsm8k", "math", "code")
@@ -37,9 +43,15 @@ def main(argv: Sequence[str]) -> int:
         UserError: The input is bad.
     """
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="the files")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, metavar="DIR", help="the files")
+    what.add_argument("--cases", type=Path, metavar="FILE", help="JSONL of judged completions")
     parser.add_argument("--solutions", type=Path, metavar="DIR", help="solutions to code problems")
     args = parser.parse_args(argv)
+    if args.cases:
+        if args.solutions:
+            raise UserError("--solutions goes with --data; leave it out")
+        return _check_cases(args.cases)
     files = sorted(p for p in args.data.glob("*") if p.suffix in (".jsonl", ".parquet"))
     if not files:
         raise UserError(f"--data {args.data}: holds no .jsonl or .parquet file; correct it")
@@ -47,6 +59,47 @@ def main(argv: Sequence[str]) -> int:
     if solutions:
         print(start_line(code))
     return max([_check_file(path, solutions.get(path.stem, {})) for path in files])
+
+
+def _check_cases(path: Path) -> int:
+    """Judge the completions of a file of cases; prints the wrong verdicts and the counts."""
+    counts: dict[str, list[int]] = {}
+    for number, case in read_jsonl(path):
+        name, completion, expected = (case.get(key) for key in ("task", "completion", "expect"))
+        if not (
+            isinstance(name, str) and isinstance(completion, str) and expected in (True, False)
+        ):
+            raise UserError(f"{path}:{number}: lacks 'task', 'completion' or 'expect'; add them")
+        found = _judge_case(load_task(name, flag=f"{path}:{number}: task"), case)
+        right = isinstance(found, Score) and found.correct is expected
+        counts.setdefault(name, []).append(right)
+        if not right:
+            verdict = f"pays {found.reward:g}" if isinstance(found, Score) else f"refuses {found}"
+            wanted = "full" if expected else "less than full"
+            print(
+                f"{path.name}:{number}: {name} {verdict}, but {wanted} reward is expected for "
+                f"{completion[:120]!a}",
+                flush=True,
+            )
+    for name, verdicts in counts.items():
+        print(f"{name}: {sum(verdicts)} of {len(verdicts)} cases as expected")
+    return 0 if all(map(all, counts.values())) else 1
+
+
+def _judge_case(task: Task, case: Mapping[str, Any]) -> Score | str:
+    """Read a case's record as a file with one line would be, and score its completion.
+
+    Returns:
+        The score, or why the record is refused.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "case.jsonl"
+        file.write_text(json.dumps(case.get("record")) + "\n")
+        try:
+            (example,) = read_examples(task, file)
+        except UserError as error:
+            return f"the record ({str(error).removeprefix(f'{file}:1: ')})"
+    return task.score(example, case["completion"])
 
 
 def _read_solutions(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, str]]:

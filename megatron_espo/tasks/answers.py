@@ -20,7 +20,8 @@ _PLACEHOLDER = re.compile(
 )
 _HASHES = re.compile(r"####(?!#)")
 _SAYS = re.compile(
-    r"\banswer\b[^.\n$\\0-9]{0,60}?\b(?:is|are|equals)\b(?:[ \t]*:)?|\banswer\W{0,3}[:=]|\banswer(?=[ \t]*[-0-9$])",
+    r"\banswer\b[^.\n$\\0-9]{0,60}?\b(?:is|are|equals)\b(?:[ \t]*:)?|\banswer\W{0,3}[:=]"
+    r"|\banswer(?=[ \t]*[-0-9$])",
     re.IGNORECASE,
 )
 _HEADING = re.compile(r"\W*(?:step|part|case|problem|question|solution|method)\b", re.IGNORECASE)

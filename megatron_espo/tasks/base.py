@@ -6,7 +6,6 @@ data.
 """
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from os import PathLike
@@ -14,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol, runtime_checkable
 
+from megatron_espo.data.jsonl import load_object
 from megatron_espo.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -115,7 +115,7 @@ def is_bare(record: Mapping[str, Any]) -> bool:
     Raises:
         UserError: Its "style" is unknown.
     """
-    style = record.get("style", "chat")
+    style = "chat" if record.get("style") is None else record["style"]
     if style not in STYLES:
         raise UserError(f"'style' is {style!r}; use one of {', '.join(STYLES)}")
     return bool(style == "bare")
@@ -156,7 +156,7 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            examples.append(parse(_checked(_parse_record(line), fields)))
+            examples.append(parse(_checked(load_object(line), fields)))
         except ValueError as error:
             raise UserError(f"{path}:{number}: {error}") from error
     if not examples:
@@ -243,14 +243,12 @@ def read_parquet(path: str | PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _parse_record(line: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # bad UTF-8, bad JSON, absurd numbers or nesting
-        raise UserError(f"not valid JSON ({error}); write one JSON object per line") from error
-    if type(record) is not dict:
-        raise UserError(f"not a JSON object but a {type(record).__name__}; write {{...}}")
-    return record
+def present(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a record that have a value.
+
+    Data-set libraries write every field of a file into every record, null where it was absent.
+    """
+    return {key: value for key, value in record.items() if value is not None}
 
 
 def _checked(record: dict[str, Any], fields: Mapping[str, type]) -> dict[str, Any]:

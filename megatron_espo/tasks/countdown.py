@@ -4,24 +4,18 @@ File format: {"numbers": [44, 19, 35], "target": 98}, or the published names "nu
 and {"input": "44,19,35", "output": "98"}; generated records add a "solution". The prompt explains
 the game in a chat, and the answer stands between <answer> tags (d1, ESPO). A record with "style":
 "bare" is for a model too small to talk: the prompt is "44,19,35=98:" and the completion nothing but
-the answer. An answer is an expression such as "44+19+35", optionally in an equation: "=98" after or
-"98=" before it, or steps such as "=63+35=98" that all hold.
+the answer. An answer is an expression such as "44+19+35", optionally in an equation: "=98" after
+it, or between tags "98=" before it, or steps such as "=63+35=98" that all hold.
 
-    expression = product {("+" | "-") product}
-    product    = factor {("*" | "/") factor}
-    factor     = number | "(" expression ")"
-
-Numbers are ASCII digits without leading zeros; there is no sign and no other operator. ASCII white
-space may stand between tokens. The value is an exact fraction, so 8/(3-8/3) is 24. What models dress an
-expression in does not count: LaTeX (products, fractions, dollar signs, a box), "x" and Unicode's
-signs, dashes for minus, square brackets, Markdown, a full stop, a label such as "Expression:".
+Its grammar is in `tasks.arithmetic`; the value is an exact fraction, so 8/(3-8/3) is 24. What
+models dress an expression between tags in does not count: LaTeX (products, fractions, dollar signs,
+a box), "x" and Unicode's signs, dashes for minus, square brackets, Markdown, a full stop, a label
+such as "Expression:".
 """
 
 import re
 import string
-from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from os import PathLike
 from random import Random
@@ -29,12 +23,14 @@ from typing import Any
 
 from megatron_espo.errors import UserError
 from megatron_espo.tasks.answers import tagged_answer
+from megatron_espo.tasks.arithmetic import MAX_LENGTH, TOKEN, apply, parse_expression
 from megatron_espo.tasks.base import (
     Example,
     Score,
     draw_distinct,
     dressed_answer,
     is_bare,
+    present,
     read_records,
     tagged_prompt,
 )
@@ -46,8 +42,6 @@ INSTRUCTION = """Make an arithmetic expression out of given numbers that has a g
 every number exactly once and no other number; you may use +, -, *, / and parentheses. The answer \
 is the expression alone, without an equals sign. For example, with the numbers [3, 5, 6] and the \
 target 13 a right answer is 3*6-5."""
-MAX_LENGTH = 256
-MAX_DEPTH = 32
 _WELL_FORMED_REWARD = 0.1
 _MAX_TARGET = 100
 _FENCE = re.compile(r"^```\w*\s|```")
@@ -57,21 +51,6 @@ _LABEL = re.compile(
     re.IGNORECASE,
 )
 _BRACKETS = str.maketrans("[]{}\u2215", "()()/")
-# Anything that is no number and no ASCII white space is a token of its own; the grammar refuses it.
-_TOKEN = re.compile(r"[0-9]+|\S", re.ASCII)
-
-
-@dataclass(frozen=True)
-class Expression:
-    """A parsed expression.
-
-    Attributes:
-        value: None where it divides by zero.
-        numbers: The numbers it is made of, in order.
-    """
-
-    value: Fraction | None
-    numbers: tuple[int, ...]
 
 
 def read(path: str | PathLike[str]) -> list[Example]:
@@ -91,6 +70,7 @@ def read(path: str | PathLike[str]) -> list[Example]:
 
 
 def _parse(record: Mapping[str, Any]) -> Example:
+    record = present(record)
     numbers, target = _problem(record)
     if not numbers or any(type(number) is not int or number < 1 for number in numbers):
         raise ValueError("'numbers' is not a list of positive integers; correct it")
@@ -159,8 +139,15 @@ def score(example: Example, completion: str) -> Score:
 def _judge(problem: Mapping[str, Any], answer: str) -> tuple[bool, bool]:
     """Return whether an answer is an expression of the given numbers, and whether it is right."""
     numbers, target = sorted(problem["numbers"]), problem["target"]
+    if is_bare(problem):
+        body, equals, claim = answer.partition("=")
+        if equals and claim.strip(string.whitespace) != str(target):
+            return False, False
+        texts = [body]
+    else:
+        texts = undressed(answer).split("=")
     try:
-        sides = [parse_expression(side) for side in undressed(answer).split("=")]
+        sides = [parse_expression(text) for text in texts]
     except ValueError:
         return False, False
     asked = next((side for side in sides if sorted(side.numbers) == numbers), None)
@@ -189,75 +176,6 @@ def undressed(answer: str) -> str:
             text = inside(whole[0])
         text = _LABEL.sub("", text).strip().rstrip(".;").strip().strip("\"'").strip()
     return plain_text(text).translate(_BRACKETS).strip()
-
-
-def parse_expression(text: str) -> Expression:
-    """Parse and evaluate an expression of the module's grammar.
-
-    Args:
-        text: At most `MAX_LENGTH` characters, parentheses nested at most `MAX_DEPTH` deep.
-
-    Returns:
-        Its exact value and its numbers.
-
-    Raises:
-        ValueError: The text is not such an expression.
-    """
-    if len(text) > MAX_LENGTH:
-        raise ValueError(f"longer than {MAX_LENGTH} characters")
-    tokens = deque(_TOKEN.findall(text))
-    numbers: list[int] = []
-    value = _parse_sum(tokens, numbers, depth=0)
-    if tokens:
-        raise ValueError(f"unexpected {tokens[0]!r}")
-    return Expression(value, tuple(numbers))
-
-
-def _parse_sum(tokens: deque[str], numbers: list[int], depth: int) -> Fraction | None:
-    value = _parse_product(tokens, numbers, depth)
-    while tokens and tokens[0] in {"+", "-"}:
-        operator = tokens.popleft()
-        value = _apply(operator, value, _parse_product(tokens, numbers, depth))
-    return value
-
-
-def _parse_product(tokens: deque[str], numbers: list[int], depth: int) -> Fraction | None:
-    value = _parse_factor(tokens, numbers, depth)
-    while tokens and tokens[0] in {"*", "/"}:
-        operator = tokens.popleft()
-        value = _apply(operator, value, _parse_factor(tokens, numbers, depth))
-    return value
-
-
-def _parse_factor(tokens: deque[str], numbers: list[int], depth: int) -> Fraction | None:
-    if not tokens:
-        raise ValueError("ends too early")
-    token = tokens.popleft()
-    if token[0] in string.digits:
-        if token[0] == "0" and len(token) > 1:
-            raise ValueError(f"leading zero in {token}")
-        numbers.append(int(token))
-        return Fraction(numbers[-1])
-    if token != "(":
-        raise ValueError(f"unexpected {token!r}")
-    if depth == MAX_DEPTH:
-        raise ValueError(f"more than {MAX_DEPTH} parentheses deep")
-    value = _parse_sum(tokens, numbers, depth + 1)
-    if not tokens or tokens.popleft() != ")":
-        raise ValueError("missing ')'")
-    return value
-
-
-def _apply(operator: str, left: Fraction | None, right: Fraction | None) -> Fraction | None:
-    if left is None or right is None:
-        return None
-    if operator == "+":
-        return left + right
-    if operator == "-":
-        return left - right
-    if operator == "*":
-        return left * right
-    return left / right if right else None
 
 
 def generate(
@@ -317,7 +235,7 @@ def _random_expression(numbers: list[int], rng: Random) -> tuple[str, int] | Non
         left, left_value, left_binding = parts.pop(rng.randrange(len(parts)))
         right, right_value, right_binding = parts.pop(rng.randrange(len(parts)))
         operator = rng.choice("+-*/")
-        value = _apply(operator, left_value, right_value)
+        value = apply(operator, left_value, right_value)
         if value is None or value <= 0 or value.denominator != 1:
             return None
         binding = 0 if operator in "+-" else 1
@@ -344,12 +262,12 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
     Raises:
         ValueError: The record has no solution.
     """
-    if "solution" not in record:
+    if record.get("solution") is None:
         raise UserError("a record without 'solution' cannot be demonstrated; use generated ones")
     solution: str = record["solution"]
     if rng.random() >= noise:
         return dressed_answer(record, solution)
-    tokens = _TOKEN.findall(solution)
+    tokens = TOKEN.findall(solution)
     operators = [i for i, token in enumerate(tokens) if token in "+-*/"]
     places = [i for i, token in enumerate(tokens) if token[0] in string.digits]
     replaced = [[*tokens[:i], operator, *tokens[i + 1 :]] for i in operators for operator in "+-*/"]

@@ -9,6 +9,7 @@ import logging
 import re
 import threading
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 from megatron_espo.errors import UserError
@@ -37,7 +38,9 @@ _GROUPED = re.compile(
     r"(?<![0-9.,_^{])([0-9]{1,3})((?:(?:\\[,:;! ]|,\\!|\{,\}|~| )[0-9]{3})+)(?![0-9])"
 )
 _MIXED = re.compile(r"(?<![0-9/^_.}])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9/])")
-_TEXT_NUMBER = re.compile(r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{(\s*[-+]?[.$0-9][^{}]*)\}")
+_TEXT_NUMBER = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{(\s*[-+]?[.$0-9][^{}]*)\}"
+)
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
            "trillion": 10**12}  # fmt: skip
 _SCALE = re.compile(
@@ -121,7 +124,10 @@ def _compare_words(reference: str, answer: str) -> bool | None:
     wanted, found = _words(reference), _words(answer)
     if wanted == found:
         return True
-    letters = [sorted(set(re.split(r"[,\s]+|\band\b", text.strip("{}"))) - {""}) for text in (wanted, found)]
+    letters = [
+        sorted(set(re.split(r"[,\s]+|\band\b", text.strip("{}"))) - {""})
+        for text in (wanted, found)
+    ]
     if all(len(letter) == 1 for letter in letters[0]) and letters[0] == letters[1]:
         return True
     if wanted in _NUMBER_WORDS:
@@ -140,7 +146,7 @@ def _is_word(reference: str) -> bool:
     if not _BARE_WORD.fullmatch(plain) or re.fullmatch("sin|cos|tan|log|exp|inf(inity)?", word):
         return False
     # Products of variables are seldom pronounceable, or stand in order: xyz, abc.
-    in_order = all(a < b for a, b in zip(word, word[1:], strict=False))
+    in_order = all(a < b for a, b in pairwise(word))
     return plain.isupper() or (bool(re.search("[aeiou]", word)) and not in_order)
 
 
@@ -159,7 +165,7 @@ def _in_base(text: str) -> float | None:
     if base in _NUMBER_WORDS:
         base = str(_NUMBER_WORDS.index(base))
     digits = re.sub("[ ,]", "", digits)
-    if not base.isdecimal() or not 2 <= int(base) <= 36 or digits.isalpha() and int(base) < 11:
+    if not base.isdecimal() or not 2 <= int(base) <= 36 or (digits.isalpha() and int(base) < 11):
         return None
     try:
         return int(sign + digits, int(base))
@@ -185,9 +191,7 @@ def _is_untrue(answer: str) -> bool:
     """Return whether an answer is an equation of numbers that does not hold."""
     sides = [side.strip() for side in _EQUALS.split(answer)]
     numbers = [side for side in sides if _NUMERIC.fullmatch(side)]
-    return len(numbers) > 1 and not all(
-        _verified(left, right) for left, right in zip(numbers, numbers[1:], strict=False)
-    )
+    return len(numbers) > 1 and not all(_verified(left, right) for left, right in pairwise(numbers))
 
 
 def _compare_measures(reference: str, answer: str) -> bool:

@@ -34,8 +34,10 @@ _DRESS = re.compile(
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _SPACES = re.compile(r"\\(?:[,;:!> ]|q?quad|[tn]?space)|~|\\\\")
-_SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|rm|bf|tiny|small"
-    r"|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])")
+_SIZES = re.compile(
+    r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|rm|bf|tiny|small"
+    r"|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
+)
 _PLAIN = [
     (re.compile(r"\{([,.])\}"), r"\1"),
     (re.compile(r",\\!"), ","),

@@ -4,6 +4,7 @@ Digits are ASCII. Nothing is evaluated here but fractions, signs and scale words
 """
 
 import re
+from collections.abc import Sequence
 from fractions import Fraction
 
 from megatron_espo.tasks.answers import MAX_ANSWER, Statement, without_reason
@@ -14,7 +15,8 @@ _SCALES = {
     **{"million": 10**6, "billion": 10**9, "trillion": 10**12},
 }
 _UNSIGNED = (
-    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?|[0-9]{1,3}(?: [0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+    r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
+    r"|[0-9]{1,3}(?: [0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
     r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+)"
 )
 _QUANTITY = re.compile(
@@ -65,13 +67,19 @@ def read_number(text: str) -> Fraction | None:
     if not sides:
         return None
     values = [_single(side) for side in sides]
-    if len(sides) > 1 and values[-2] is not None and values[-1] is not None:
-        bare = [not re.search("[A-Za-z]", side) for side in sides[-2:]]
-        percent = [value / 100 if "%" in side else value for value, side in zip(values, sides, strict=True)
-                   if value is not None][-2:]  # fmt: skip
-        if all(bare) and values[-2] != values[-1] and percent[0] != percent[1]:
-            return None
+    if len(sides) > 1 and _contradict(sides[-2:], values[-2:]):
+        return None
     return values[-1]
+
+
+def _contradict(sides: Sequence[str], values: Sequence[Fraction | None]) -> bool:
+    """Return whether two sides are numbers alone that differ; 1/8 and 12.5% do not."""
+    if any(re.search("[A-Za-z]", side) for side in sides) or None in values:
+        return False
+    shares = [
+        v / 100 if "%" in s else v for s, v in zip(sides, values, strict=True) if v is not None
+    ]
+    return values[0] != values[1] and shares[0] != shares[1]
 
 
 def equal_sides(text: str) -> list[str]:
@@ -92,11 +100,7 @@ def equal_sides(text: str) -> list[str]:
     if _RELATION.search(plain):
         return []
     parts = [_PARENTHESIS.sub("", part) for part in _EQUALS.split(plain)]
-    return [
-        _trimmed(part)
-        for part in parts
-        if re.search(r"[0-9\\]", part)
-    ]
+    return [_trimmed(part) for part in parts if re.search(r"[0-9\\]", part)]
 
 
 def _words_and_numbers(text: str) -> str:
@@ -104,7 +108,9 @@ def _words_and_numbers(text: str) -> str:
     plain = re.sub(r"\bRs\.", "Rs ", plain_text(text))
     plain = re.sub(r"\b(?:negative|minus)\s+(?=[.0-9])", "-", plain, flags=re.IGNORECASE)
     plain = _UNIT_POWER.sub("", plain)
-    return _CENTS.sub(lambda sum_: f"{sum_[1] or sum_[3]}.{int(sum_[2] or sum_[4]):02} dollars", plain)
+    return _CENTS.sub(
+        lambda sum_: f"{sum_[1] or sum_[3]}.{int(sum_[2] or sum_[4]):02} dollars", plain
+    )
 
 
 def _trimmed(side: str) -> str:

@@ -31,7 +31,7 @@ _TABLE: dict[tuple[str, int], dict[str, Fraction | int]] = {
         "cm centimeter centimetre": Fraction(1, 100),
         "m meter metre": 1,
         "km kilometer kilometre": 1000,
-        "inch inches": _INCH,
+        "inch inches in": _INCH,
         "ft foot feet": 12 * _INCH,
         "yd yard": 36 * _INCH,
         "mi mile": 63_360 * _INCH,
@@ -110,7 +110,7 @@ def split_unit(answer: str) -> tuple[str, str]:
     if (found := _BARE.fullmatch(answer)) and not _NO_UNIT.search(found["unit"]):
         unit = found["unit"].strip()
         long = found["gap"] and re.match("[A-Za-z]{3}", unit)
-        if long or (known := read_unit(unit)) and (len(unit) > 1 or found["gap"] and known):
+        if long or ((known := read_unit(unit)) and (len(unit) > 1 or (found["gap"] and known))):
             return found["value"], unit
     return answer, ""
 

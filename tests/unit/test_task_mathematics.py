@@ -9,15 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_espo.tasks import gsm8k, math
-from megatron_espo.tasks.answers import (
-    MAX_ANSWER,
-    boxed_answer,
-    final_answer,
-    parse_number,
-    tagged_answer,
-)
+from megatron_espo.tasks import equality, gsm8k, math
+from megatron_espo.tasks.answers import MAX_ANSWER, boxed_answer, final_statement, tagged_answer
 from megatron_espo.tasks.base import Example
+from megatron_espo.tasks.numbers import read_number, stated_number
 
 NUMBER = Example("", {"answer": "1234"})
 GROUPED = Example("", {"answer": "1,234"})
@@ -49,8 +44,8 @@ def test_gsm8k_reads_numbers_as_people_write_them(text: str) -> None:
     [
         *["", " ", "\\boxed{}", "\\boxed{1235}", "\\boxed{12,34}", "\\boxed{-1234}", "#### -1234"],
         *["\\boxed{1234} no, \\boxed{7}", "\\boxed{1234 or 7}", "\\boxed{7, 1234}"],
-        *["1234 <answer></answer>", "<answer>7</answer> 1234", "\\boxed{7} 1234"],
-        *["\\boxed{1234}{}\\boxed{}", "\\boxed 1234 or 7", "\\boxed{1234"[:7], "1,23,4"],
+        *["<answer>7</answer> 1234", "\\boxed{7} 1234"],
+        *["\\boxed 1234 or 7", "\\boxed{1234"[:7], "1,23,4"],
         *["\\boxed{1234.5}", "\\boxed{1234e1}", "\\boxed{1/0}", "\\boxed{\\frac{1234}{0}}"],
         *["\\boxed{١٢٣٤}", "\\boxed{\uff11\uff12\uff13\uff14}", "\\boxed{¹²³⁴}", "١٢٣٤", "\ud800"],
         *["\\boxed{\\infty}", "\\boxed{x}", "\\boxed{True}"],
@@ -91,7 +86,7 @@ def test_gsm8k_gives_nothing_for_what_is_not_the_number_and_returns_at_once(text
 def test_math_accepts_equal_answers(
     reference: str, answer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(math, "_SECONDS", 100)  # a busy machine is not to decide
+    monkeypatch.setattr(equality, "_SECONDS", 100)  # a busy machine is not to decide
     assert math.score(Example("", {"answer": reference}), f"so \\boxed{{{answer}}}").correct
 
 
@@ -126,12 +121,12 @@ CHEAP = ["(x-1)^3(x+1)^3", "e^{-x^2}", "2^{100} \\cdot 3^{150} \\cdot 5^{99}", "
 
 @pytest.mark.parametrize("text", COSTLY)
 def test_powers_too_large_to_work_out_are_told_by_their_structure(text: str) -> None:
-    assert math._is_costly(text)
+    assert equality._is_costly(text)
 
 
 @pytest.mark.parametrize("text", CHEAP)
 def test_ordinary_powers_are_not_taken_for_towers(text: str) -> None:
-    assert not math._is_costly(text)
+    assert not equality._is_costly(text)
 
 
 def test_score_says_whether_the_answer_is_boxed() -> None:
@@ -148,9 +143,11 @@ HOSTILE = st.lists(st.sampled_from(PIECES), max_size=60).map("".join)
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=200) | HOSTILE)
 def test_any_text_has_an_answer_or_none_and_never_raises(text: str) -> None:
-    for found in (tagged_answer(text), boxed_answer(text), final_answer(text)):
+    for found in (tagged_answer(text), boxed_answer(text)):
         assert found is None or found == found.strip()
-    value = parse_number(text)
+    statement = final_statement(text)
+    assert statement is None or len(statement.text) <= MAX_ANSWER
+    value = read_number(text)
     assert value is None or isinstance(value, Fraction)
     assert gsm8k.score(NUMBER, "#" + text).reward in (0.0, 1.0)
 
@@ -166,17 +163,19 @@ def test_math_never_raises_on_hostile_answers(text: str) -> None:
 def test_numbers_are_read_exactly_in_every_spelling(whole: int, cents: int) -> None:
     value = Fraction(whole * 100 + (cents if whole >= 0 else -cents), 100)
     for spelling in (f"{whole}.{cents:02}", f"{whole:,}.{cents:02}", f"{whole}.{cents:02} km"):
-        assert parse_number(spelling) == value
-        assert parse_number(final_answer(f"so \\boxed{{{spelling}}}") or "") == value
-        assert parse_number(final_answer(f"costs {spelling}") or "") == value
-    assert parse_number(f"\\frac{{{whole}}}{{{cents + 1}}}") == Fraction(whole, cents + 1)
+        assert read_number(spelling) == value
+        for text in (f"so \\boxed{{{spelling}}}", f"costs {spelling}", f"#### {spelling}"):
+            statement = final_statement(text)
+            assert statement is not None and stated_number(statement)[0] == value
+    assert read_number(f"\\frac{{{whole}}}{{{cents + 1}}}") == Fraction(whole, cents + 1)
 
 
 def test_answers_longer_than_the_limit_are_none() -> None:
-    for digits, answer in ((MAX_ANSWER, "1" * MAX_ANSWER), (MAX_ANSWER + 1, None)):
-        assert final_answer("<answer>" + "1" * digits + "</answer>") == answer
-    assert parse_number("1" * (MAX_ANSWER + 1)) is None
-    assert final_answer("so 7 and " + "1" * (MAX_ANSWER + 1)) is None
+    longest = "1" * MAX_ANSWER
+    assert final_statement(f"<answer>{longest}</answer>") == (longest, "tags")
+    assert final_statement(f"<answer>{longest}1</answer>") is None
+    assert final_statement(f"#### {longest}1") is None
+    assert read_number(longest) == int(longest) and read_number(longest + "1") is None
 
 
 def test_escaped_braces_do_not_open_or_close_a_box() -> None:

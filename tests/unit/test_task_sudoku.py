@@ -70,7 +70,7 @@ def test_published_record_is_asked_for_in_a_chat_with_answer_tags(chat: Example)
         (f"<reasoning>so</reasoning>\n<answer>\n{SOLUTION}\n</answer> done", 8),
         (f"<answer>{' | '.join(SOLUTION)}</answer>", 8),
         (f"<answer>{'1' * 16}</answer><answer>{SOLUTION}</answer>", 8),
-        (f"<answer>{SOLUTION}</answer><answer></answer>", 0),
+        (f"<answer>{SOLUTION}</answer><answer></answer>", 8),
         (f"<answer>{SOLUTION}</answer><answer>nothing</answer>", 0),
         (f"in <answer> tags: <answer>{SOLUTION}</answer>", 8),
         (SOLUTION, 0),
