@@ -239,8 +239,8 @@ class EspoConfig:
     """ESPO: ELBO-based sequence-level policy optimization (arXiv 2512.03759)."""
 
     task: str = "sudoku"
-    """Task with a verifiable reward: sudoku, countdown, gsm8k, math, code, or an import path of
-    your own."""
+    """Task with a verifiable reward: sudoku, countdown, gsm8k, math, code, or your own: FILE.py
+    or an import path, my_package.my_task, either with ":attribute" for an object in it."""
 
     train_data: str | None = None
     """JSONL of the task's problems to train on."""

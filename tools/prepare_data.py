@@ -3,6 +3,8 @@
 train.jsonl, validation.jsonl and test.jsonl never share a problem, whatever their sizes and seeds.
 demonstrations.jsonl ({"prompt", "completion"} lines for SFT) comes from the train split as well,
 from problems other than those written to train.jsonl. Files appear only when all are complete.
+TASK is a built-in one, FILE.py or an import path. Of a task of your own, problems that generate()
+gives to several splits, or twice, stay in one; only `draw_distinct` keeps them apart over seeds.
 
 With --source the problems are those of a file, a folder or a data set of the Hugging Face hub
 (--source hub takes the one that d1 and ESPO use); unusable and repeated ones are left out and
@@ -31,6 +33,8 @@ from megatron_espo.tasks import (
 )
 from megatron_espo.tasks.base import STYLES, read_examples
 from megatron_espo.tasks.published import HUB, find_files, sort_records, write_splits
+
+_MOST_ASKED = 64  # times as many problems as are needed
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("task", help="a built-in task, or the import path of one")
+    parser.add_argument("task", help="a built-in task, FILE.py, or an import path")
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--out", type=Path, metavar="DIR", help="write the files here")
     action.add_argument("--check", type=Path, metavar="FILE", help="only read FILE and count")
@@ -84,10 +88,7 @@ def _prepare(task: Task, args: argparse.Namespace) -> None:
     counts = {split: getattr(args, split) for split in SPLITS}
     # Demonstrations are the end of a longer draw, so they share no problem with train.jsonl.
     draws = counts | {"train": args.train + args.demonstrations}
-    records = {
-        split: _generate(task, count, args.seed, split, args.style)
-        for split, count in draws.items()
-    }
+    records = _generate(task, draws, args.seed, args.style)
     demonstrated = records["train"][args.train :]
     records["train"] = records["train"][: args.train]
     args.out.mkdir(parents=True, exist_ok=True)
@@ -136,12 +137,60 @@ def _check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--noise is {args.noise}; make it a probability from 0 to 1")
 
 
-def _generate(task: Task, count: int, seed: int, split: str, chosen: str) -> list[dict[str, Any]]:
-    if isinstance(task, GeneratingTask):
-        # A task of a user's own knows nothing of styles.
-        style = {} if task.name not in BUILT_IN else {"style": chosen}
-        return task.generate(count, seed, split, **style) if count else []
-    raise UserError(f"task {task.name} has no generate(); only --check works for it")
+def _generate(
+    task: Task, counts: Mapping[str, int], seed: int, style: str
+) -> dict[str, list[dict[str, Any]]]:
+    if not isinstance(task, GeneratingTask):
+        raise UserError(f"task {task.name} has no generate(); only --check works for it")
+    if BUILT_IN.get(task.name) is task:
+        given = {"style": style}  # a task of a user's own knows nothing of styles
+        return {s: task.generate(n, seed, s, **given) if n else [] for s, n in counts.items()}
+    records: dict[str, list[dict[str, Any]]] = {}
+    seen: set[str] = set()
+    for split in reversed(SPLITS):  # where problems run short, it is training that notices
+        records[split] = _generate_others(task, counts[split], seed, split, seen)
+    return {split: records[split] for split in SPLITS}
+
+
+def _generate_others(
+    task: GeneratingTask, count: int, seed: int, split: str, seen: set[str]
+) -> list[dict[str, Any]]:
+    """Ask a task for problems that no other split has, for more until there are enough."""
+    kept: dict[str, dict[str, Any]] = {}
+    asked = count
+    while len(kept) < count:
+        drawn = task.generate(asked, seed, split)
+        if not isinstance(drawn, list) or not all(isinstance(record, dict) for record in drawn):
+            raise UserError(f"task {task.name}: generate() gives no list of dicts; correct it")
+        fresh = {
+            key: r for key, r in zip(_keys(task, drawn), drawn, strict=True) if key not in seen
+        }
+        if len(fresh) < count and (len(drawn) < asked or asked >= _MOST_ASKED * count):
+            raise UserError(
+                f"task {task.name}: of {len(drawn)} {split} problems that generate() gave, "
+                f"{len(fresh)} are distinct and in no other split, but {count} are asked for; draw "
+                "them with megatron_espo.tasks.base.draw_distinct, or ask for fewer"
+            )
+        kept = dict(list(fresh.items())[:count])
+        asked *= 2
+    seen |= kept.keys()
+    return list(kept.values())
+
+
+def _keys(task: Task, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what tells problems apart: their prompts."""
+    if not records:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "generated.jsonl"
+        _write_jsonl(path, records)
+        examples = read_examples(task, path)
+    if len(examples) != len(records):
+        raise UserError(
+            f"task {task.name}: read() finds {len(examples)} problems in {len(records)} records of "
+            "generate(); make it one a record"
+        )
+    return [json.dumps(example.prompt, default=dict) for example in examples]
 
 
 def _demonstrate(

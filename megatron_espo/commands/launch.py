@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -56,7 +57,7 @@ def complete_flags(recipes: Sequence[str], argv: Sequence[str]) -> list[str]:
     """
     defaults = [word for name in recipes for word in ("--recipe", name)]
     flags = expand_recipes([*defaults, *argv])
-    job = last_value(flags, "--espo-task") or recipes[-1].removesuffix("_8b")
+    job = _short(last_value(flags, "--espo-task") or recipes[-1].removesuffix("_8b"))
     save = last_value(flags, "--save") or f"runs/{job}-{last_value(flags, '--preset')}"
     for flag, value in (
         ("--save", save),
@@ -66,6 +67,13 @@ def complete_flags(recipes: Sequence[str], argv: Sequence[str]) -> list[str]:
         if last_value(flags, flag) is None:
             flags += [flag, value]
     return flags
+
+
+def _short(task: str) -> str:
+    """Return what a folder is called after: of tasks/mine.py:easy, "mine-easy"."""
+    path, colon, attribute = task.partition(":")
+    stem = Path(path).stem if path.endswith(".py") else path
+    return f"{stem}-{attribute}" if colon else stem
 
 
 def missing_ranks(environment: Mapping[str, str]) -> int:

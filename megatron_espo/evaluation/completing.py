@@ -9,9 +9,11 @@ from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.data.tokenizer import FastTokenizer
+from megatron_espo.errors import UserError
 from megatron_espo.evaluation.scoring import (
     completion_lengths,
     decode_completions,
+    raise_on_all,
     score_completions,
 )
 from megatron_espo.generation.sampler import Interrupted, generate
@@ -79,6 +81,7 @@ def complete_problems(
 
     Raises:
         Interrupted: ``on_step`` broke the sampling off.
+        UserError: see `score_completions`.
     """
     ids = torch.tensor([problem + sample * _SAMPLES_APART for problem, sample in items])
     generation = generate(
@@ -153,17 +156,22 @@ def evaluate_task(
 
     Returns:
         The means, or None if ``on_step`` broke the sampling off on some rank.
+
+    Raises:
+        UserError: the task's score returned something that cannot be used; on every rank.
     """
     layout = model.layout
     mine = [(i, 0) for i in range(layout.dp_rank, len(examples), layout.dp_size)]
     greedy = config.greedy()
-    sums = torch.zeros(8, dtype=torch.float64)
+    sums, mistake = torch.zeros(9, dtype=torch.float64), None
     try:
         scored = complete_problems(
             model, task, examples, encoded, mine, tokenizer, greedy, seed, on_step
         )
     except Interrupted:
         sums[4] = 1.0
+    except UserError as error:
+        sums[8], mistake = 1.0, error
     else:
         sums[0] = sum(score.correct for score in scored.scores)
         sums[1] = sum(score.reward for score in scored.scores)
@@ -174,7 +182,9 @@ def evaluate_task(
         sums[7] = float(scored.mean_confidence.double().sum())
     # One copy of the model may be interrupted when another is not: the flag travels with the sums.
     totals = sum_over_data_parallel(on_device(sums, model.device), layout).tolist()
-    correct, reward, length, count, interrupted, evaluations, committed, confidence = totals
+    correct, reward, length, count, interrupted, evaluations, committed, confidence, wrong = totals
+    if wrong:
+        raise_on_all(mistake, layout)
     if interrupted:
         return None
     return Evaluation(

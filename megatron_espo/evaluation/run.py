@@ -12,6 +12,7 @@ from megatron_espo.errors import UserError
 from megatron_espo.evaluation.completing import complete_problems
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.protocol import Protocol
+from megatron_espo.evaluation.scoring import raise_on_all
 from megatron_espo.evaluation.statistics import Record, Summary, summarize
 from megatron_espo.evaluation.store import CompletionStore
 from megatron_espo.model.handle import DiffusionModel
@@ -52,7 +53,8 @@ def evaluate(
         A summary per length on the reporting rank, nothing on the others.
 
     Raises:
-        UserError: the store cannot be opened, on every rank.
+        UserError: the store cannot be opened, or the task's score returned something that cannot be
+            used; on every rank.
     """
     layout = model.layout
     store, error = None, None
@@ -114,9 +116,15 @@ def _complete(
     layout = model.layout
     share = chunk[layout.dp_rank :: layout.dp_size]
     started = time.perf_counter()
-    scored = complete_problems(
-        model, task, data.examples, data.encoded, share, tokenizer, config, seed
-    )
+    scored, mistake = None, None
+    try:
+        scored = complete_problems(
+            model, task, data.examples, data.encoded, share, tokenizer, config, seed
+        )
+    except UserError as error:
+        mistake = error
+    raise_on_all(mistake, layout)
+    assert scored is not None
     rows: list[tuple[Any, ...]] = [
         (*item, *row)
         for item, *row in zip(
@@ -144,9 +152,9 @@ def _complete(
             prompt=tokenizer.decode(list(data.encoded[problem])),
             completion=text,
             token_ids=ids,
-            reward=float(score.reward),
-            correct=bool(score.correct),
-            metrics={name: float(value) for name, value in score.metrics.items()},
+            reward=score.reward,
+            correct=score.correct,
+            metrics=dict(score.metrics),
             num_tokens=tokens,
             num_evaluations=evaluations,
             num_committed=committed,

@@ -4,13 +4,16 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.data.encoding import decode_completion
 from megatron_espo.data.tokenizer import FastTokenizer
+from megatron_espo.errors import UserError
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rewards.workers import RewardWorkers, collect
 from megatron_espo.tasks.base import Example, Score, Task
+from megatron_espo.tasks.checking import checked_score
 
 
 def decode_completions(
@@ -50,14 +53,46 @@ def score_completions(
 
     Raises:
         RewardError: the task's score raised an exception in a worker.
+        UserError: the task's score returned something that cannot be used; raised on every rank
+            that works on these samples. `raise_on_all` tells the others.
     """
-    scores: list[Score] = []
+    scores: list[Score] | UserError = []
     if layout.is_first_of_samples:
-        if isinstance(task, RewardWorkers):
-            known = ahead or {}
-            pairs = enumerate(zip(examples, texts, strict=True))
-            futures = [known.get(row) or task.submit(e, text) for row, (e, text) in pairs]
-            scores = collect(futures)
-        else:
-            scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]
-    return object_from_first_of_samples(scores, layout)
+        try:
+            scores = _score(task, examples, texts, ahead or {})
+        except UserError as error:
+            scores = error
+    scores = object_from_first_of_samples(scores, layout)
+    if isinstance(scores, UserError):
+        raise scores
+    return scores
+
+
+def _score(
+    task: Task,
+    examples: Sequence[Example],
+    texts: Sequence[str],
+    ahead: Mapping[int, "Future[Score]"],
+) -> list[Score]:
+    pairs = list(zip(examples, texts, strict=True))
+    if isinstance(task, RewardWorkers):
+        return collect([ahead.get(i) or task.submit(*pair) for i, pair in enumerate(pairs)])
+    return [checked_score(task.name, e, task.score(e, text)) for e, text in pairs]
+
+
+def raise_on_all(error: UserError | None, layout: Layout) -> None:
+    """Raise on every data-parallel rank what one of them has found; a collective.
+
+    Args:
+        error: what this rank has found.
+        layout: process groups.
+
+    Raises:
+        UserError: the first rank's error, where there is any.
+    """
+    errors: list[UserError | None] = [error] * layout.dp_size
+    if layout.dp_size > 1:
+        dist.all_gather_object(errors, error, group=layout.dp)
+    for found in errors:
+        if found is not None:
+            raise found

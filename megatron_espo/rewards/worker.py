@@ -11,9 +11,12 @@ import signal
 import socket
 import sys
 import traceback
+from dataclasses import asdict
 
+from megatron_espo.errors import UserError
 from megatron_espo.sandbox.jail.channel import receive, send
 from megatron_espo.tasks import BUILT_IN, Example, load_task
+from megatron_espo.tasks.checking import checked_score
 
 OUT_OF_MEMORY = 77
 """Exit code of a worker that ran out of memory; the pool counts it as a crash."""
@@ -58,15 +61,18 @@ def main(fd: int, parent: int) -> None:
         prompt = job["prompt"]
         example = Example(prompt if isinstance(prompt, str) else tuple(prompt), job["answer"])
         try:
-            score = task.score(example, job["completion"])
+            returned = task.score(example, job["completion"])
         except MemoryError:
             os._exit(OUT_OF_MEMORY)
         except Exception as error:
             send(connection, _failure(error))
+            continue
+        try:
+            score = checked_score(task.name, example, returned)
+        except UserError as error:
+            send(connection, {"mistake": str(error)})
         else:
-            metrics = {name: float(value) for name, value in score.metrics.items()}
-            reward, correct = float(score.reward), bool(score.correct)
-            send(connection, {"reward": reward, "correct": correct, "metrics": metrics})
+            send(connection, asdict(score))
 
 
 def _failure(error: Exception) -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import NamedTuple
 
+from megatron_espo.errors import UserError
 from megatron_espo.sandbox.jail.channel import receive, send
 from megatron_espo.tasks.base import Example, Score, Task, start_line
 
@@ -69,7 +70,13 @@ class _Worker:
             raise RewardError(f"a reward worker for --espo-task {task_name} cannot start: {reason}")
 
     def score(self, job: _Job, timeout: float) -> Score | None:
-        """Score one completion; None if the worker died. Raises TimeoutError, RewardError."""
+        """Score one completion; None if the worker died.
+
+        Raises:
+            TimeoutError: it took too long.
+            RewardError: the task's score raised an exception.
+            UserError: the task's score returned something that cannot be used.
+        """
         self.connection.settimeout(timeout)
         prompt = job.example.prompt
         try:
@@ -84,6 +91,8 @@ class _Worker:
             answer = receive(self.connection)
         except ConnectionError:
             return None
+        if answer is not None and "mistake" in answer:
+            raise UserError(answer["mistake"])
         if answer is not None and "error" in answer:
             raise RewardError(f"a task's score raised {answer['error']}\n{answer['traceback']}")
         return None if answer is None else Score(**answer)
@@ -135,7 +144,7 @@ class RewardWorkers:
             completion: its text.
 
         Returns:
-            Its score, once there is one. It may raise RewardError.
+            Its score, once there is one. It may raise RewardError or UserError.
         """
         future: Future[Score] = Future()
         with self._lock:
@@ -239,7 +248,7 @@ def collect(futures: Sequence["Future[Score]"]) -> list[Score]:
     """Wait for scores, in the order given; the first error cancels the rest."""
     try:
         return [future.result() for future in futures]
-    except RewardError:
+    except (RewardError, UserError):
         for future in futures:
             future.cancel()
         raise

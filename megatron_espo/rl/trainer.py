@@ -15,9 +15,10 @@ from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
+from megatron_espo.errors import UserError
 from megatron_espo.evaluation.completing import evaluate_task
 from megatron_espo.evaluation.problems import TaskData
-from megatron_espo.evaluation.scoring import decode_completions, score_completions
+from megatron_espo.evaluation.scoring import decode_completions, raise_on_all, score_completions
 from megatron_espo.generation.sampler import Interrupted
 from megatron_espo.model.fp8 import Phase, fp8_phase
 from megatron_espo.model.handle import DiffusionModel
@@ -235,7 +236,12 @@ def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> 
         return None
     with clock("reward"):
         texts = decode_completions(generation.completions, trainer.tokenizer, model.stop_token_ids)
-        scores = score_completions(trainer.task, examples, texts, model.layout, ahead.futures)
+        scores, mistake = [], None
+        try:
+            scores = score_completions(trainer.task, examples, texts, model.layout, ahead.futures)
+        except UserError as error:
+            mistake = error
+        raise_on_all(mistake, model.layout)
         return assemble_rollout(model, prompts, generation, texts, scores, espo)
 
 

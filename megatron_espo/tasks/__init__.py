@@ -1,7 +1,12 @@
 """RL tasks with verifiable rewards: one small file each, behind the interface of `tasks.base`."""
 
+import hashlib
 import importlib
+import importlib.util
 import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
 from typing import cast
 
 from megatron_espo.errors import UserError
@@ -43,8 +48,8 @@ def load_task(name: str, *, flag: str = "--task") -> Task:
     """Return the task that `--task` names.
 
     Args:
-        name: A built-in name, or the import path of a task: "my_package.my_task" for a module,
-            "my_package.my_tasks:attribute" for an object in one.
+        name: A built-in name; a file, "FILE.py"; or the import path of a module,
+            "my_package.my_task". ":attribute" after either names an object in it.
         flag: What the user set, for the errors.
 
     Returns:
@@ -75,9 +80,14 @@ def load_task(name: str, *, flag: str = "--task") -> Task:
 def _import(name: str, flag: str) -> object:
     path, colon, attribute = name.partition(":")
     unknown = UserError(
-        f"{flag} {name}: no such task; use one of {', '.join(BUILT_IN)}, or an importable "
-        "my_package.my_task or my_package.my_tasks:attribute"
+        f"{flag} {name}: no such task; use one of {', '.join(BUILT_IN)}, a FILE.py, or an "
+        "importable my_package.my_task or my_package.my_tasks:attribute"
     )
+    if path.endswith(".py"):
+        module = _import_file(Path(path), flag)
+        if colon and not hasattr(module, attribute):
+            raise unknown
+        return getattr(module, attribute) if colon else module
     if not all(part.isidentifier() for part in path.split(".")):
         raise unknown
     try:
@@ -92,3 +102,26 @@ def _import(name: str, flag: str) -> object:
     if not hasattr(module, attribute):
         raise unknown
     return getattr(module, attribute)
+
+
+def _import_file(path: Path, flag: str) -> ModuleType:
+    """Import a file as Python runs one: what lies beside it can be imported, too."""
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file; give the path of your task's FILE.py")
+    path = path.resolve()
+    # One name for one file, whatever its own is: it may be that of an installed module.
+    name = f"espo_task_{hashlib.blake2b(bytes(path), digest_size=8).hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # its name ends with .py
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

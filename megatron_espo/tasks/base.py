@@ -47,9 +47,10 @@ class Score:
     """The judgement of one completion.
 
     Attributes:
-        reward: What RL maximises.
+        reward: What RL maximises; a finite number.
         correct: Exact success; held-out accuracy counts this.
-        metrics: Extra numbers to log; their mean over completions is reported.
+        metrics: Extra finite numbers to log, by name; the mean over the completions that have one
+            is reported, as reward/NAME. Names of `checking.RESERVED_METRICS` are taken.
     """
 
     reward: float

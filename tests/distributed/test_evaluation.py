@@ -14,6 +14,8 @@ from layouts import CASES
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.data.tokenizer import byte_tokenizer
+from megatron_espo.errors import UserError
+from megatron_espo.evaluation.completing import evaluate_task
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.protocol import Protocol
 from megatron_espo.evaluation.run import evaluate
@@ -120,3 +122,35 @@ def test_evaluation_does_not_depend_on_layout(
             assert ours == {k: v for k, v in theirs.items() if k != "confidence"}
         if summaries:
             assert without_speed(markdown_table(summaries)) == table
+
+
+@pytest.mark.parametrize("name", ["dp 4", "tp 2, dp 2", "cp 2, dp 2"])
+def test_a_score_that_cannot_be_used_is_one_sentence_on_every_rank(
+    name: str, tokenizer_folder: str, checkpoints: dict[bool, str]
+) -> None:
+    case = CASES[name]
+    flags = ("--pretrained-checkpoint", checkpoints[False], *case.flags)
+    built = build_layout(
+        tokenizer_folder, case.tp, case.pp, (*flags, "--context-parallel-size", str(case.cp))
+    )
+    for chunk in built.model.chunks:
+        chunk.eval()
+    # One problem of seven: one data-parallel rank meets it.
+    task = SimpleNamespace(
+        name="odd",
+        score=lambda e, text: Score(float("nan" if e.answer["n"] == 3 else 1), True, {}),
+    )
+    config = PROTOCOL.configs[8]
+    for run in (
+        lambda: evaluate(built.model, task, DATA, byte_tokenizer(), PROTOCOL, 3),
+        lambda: evaluate_task(
+            built.model, task, DATA.examples, DATA.encoded, byte_tokenizer(), config, 3
+        ),
+    ):
+        with pytest.raises(UserError) as caught:
+            run()
+        said = str(caught.value)
+        assert said == (
+            'task odd, record {"n": 3}: the reward is nan (float); make it a finite number'
+        )
+    dist.barrier()

@@ -369,8 +369,9 @@ def test_killed_reward_worker_is_counted_and_the_run_is_the_same(
     folder: Path, whole: str, tmp_path: Path
 ) -> None:
     (tmp_path / "killed_worker_task.py").write_text(KILLED_WORKER_TASK)
-    environment = {"FAILED": str(tmp_path / "failed"), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    espo(folder, "worker", "--espo-task", "killed_worker_task", environment=environment)
+    environment = {"FAILED": str(tmp_path / "failed")}
+    task = str(tmp_path / "killed_worker_task.py")
+    espo(folder, "worker", "--espo-task", task, environment=environment)
     assert (tmp_path / "failed").exists()
     theirs, ours = scalars(folder, "whole"), scalars(folder, "worker")
     assert sum(theirs.pop("reward/crashes")[1]) == 0.0
@@ -394,9 +395,11 @@ def evaluate(
     folder: Path, *flags: str, launch: Sequence[str] = (), fails: bool = False
 ) -> tuple[str, list[dict]]:
     """Evaluate the undisturbed run; what was printed and the finished completions."""
+    (folder / "mine.py").write_text("from megatron_espo.tasks.sudoku import name, read, score\n")
     printed = run(
         *launch, "tools/evaluate.py", "--load", str(folder / "whole"),
         "--tokenizer-model", str(folder / "tokenizer"), "--seq-length", "32", *SAMPLING,
+        "--espo-task", str(folder / "mine.py"),
         "--espo-eval-data", str(folder / "data/test.jsonl"), "--out", str(folder / "evaluation"),
         *flags, fails=fails,
     )  # fmt: skip

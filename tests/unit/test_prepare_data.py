@@ -150,6 +150,52 @@ def test_bad_input_is_one_sentence_and_exit_code_2(
     assert [p for p in sorted(tmp_path.iterdir()) if p.name != "__pycache__"] == before
 
 
+OWN_TASK = """
+import json
+from random import Random
+from megatron_espo.tasks.base import Example, Score, read_jsonl
+
+name = "own"
+
+def read(path):
+    return read_jsonl(path, {"n": int}, lambda r: Example(f"What is {r['n']}?", dict(r)))
+
+def score(example, completion):
+    return Score(0.0, False, {})
+
+def generate(count, seed, split):
+    rng = Random(seed)  # forgets the split, and repeats itself
+    return [{"n": rng.randrange(MOST)} for _ in range(count)]
+
+def demonstrate(record, rng, noise):
+    return str(record["n"])
+"""
+
+
+def test_own_problems_that_generate_gives_to_several_splits_stay_in_one(
+    tool: ModuleType, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN_TASK.replace("MOST", "200"))
+    for folder in ("a", "b"):
+        tool.main([str(path), "--out", str(tmp_path / folder), *COUNTS])
+    found = {}
+    for stem, count in zip(FILES, (30, 7, 5, 20), strict=True):
+        text = (tmp_path / "a" / f"{stem}.jsonl").read_text()
+        assert text == (tmp_path / "b" / f"{stem}.jsonl").read_text()
+        lines = [json.loads(line) for line in text.splitlines()]
+        found[stem] = [line.get("prompt") or f"What is {line['n']}?" for line in lines]
+        assert len(lines) == count
+    assert len({prompt for part in found.values() for prompt in part}) == 62
+    path = tmp_path / "few.py"
+    path.write_text(OWN_TASK.replace("MOST", "50"))
+    with pytest.raises(UserError) as caught:
+        tool.main([str(path), "--out", str(tmp_path / "c"), *COUNTS])
+    said = str(caught.value)
+    assert "task own: of 3200 train problems that generate() gave, 38 are distinct and in" in said
+    assert "draw_distinct" in said and not (tmp_path / "c").exists()
+
+
 def test_command_line_exits_without_a_traceback(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for argv, code in (

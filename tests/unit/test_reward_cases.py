@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from megatron_espo.errors import UserError
 from megatron_espo.tasks import BUILT_IN, equality
 from megatron_espo.tasks.equality import equivalent
 from megatron_espo.tasks.units import read_unit, split_unit
@@ -57,8 +58,8 @@ def test_a_wrong_verdict_and_a_refused_record_are_listed(
     assert "cases.jsonl:3: gsm8k refuses the record ('answer' 'many' is no number" in out
     assert "gsm8k: 1 of 3 cases as expected" in out
     path.write_text(json.dumps({**case, "expect": "yes"}))
-    assert tool.main(["--cases", str(path)]) == 2
-    assert "cases.jsonl:1: lacks 'task', 'completion' or 'expect'" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"cases\.jsonl:1: lacks 'task', 'completion' or 'expect'"):
+        tool.main(["--cases", str(path)])
 
 
 @pytest.mark.parametrize(

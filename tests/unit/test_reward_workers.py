@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from megatron_espo.errors import UserError
 from megatron_espo.rewards.workers import Failures, RewardError, RewardWorkers, collect
 from megatron_espo.tasks import Example, Score, code, load_task, sudoku
 from megatron_espo.tasks.base import start_line
@@ -55,6 +56,8 @@ def score(example, completion):
         return Score(float(len(example.prompt)), True, {})
     elif what == "stdin":
         return Score(float(len(sys.stdin.read())), True, {})
+    elif what == "return":
+        return eval(argument)
     elif what == "print":
         print("chatter", flush=True)
     return Score(float(example.answer["n"]), True, {"length": len(completion)})
@@ -210,6 +213,27 @@ def test_exception_of_a_score_arrives_with_its_type_and_message(pool: Pool) -> N
     with pytest.raises(RewardError, match="RuntimeError: the reward server is gone") as caught:
         collect(jobs)
     assert "told_task.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("{'reward': 1.0}", "score returned {'reward': 1.0} (dict); return a megatron_espo"),
+        ("Score(float('nan'), True, {})", "the reward is nan (float); make it a finite number"),
+        ("Score(1.0, True, {'mean': 1.0})", "a metric is called 'mean', a name that is reserved"),
+    ],
+)
+def test_a_score_that_cannot_be_used_is_a_mistake_in_one_sentence_and_cancels_the_rest(
+    pool: Pool, returned: str, message: str
+) -> None:
+    workers = pool(1)
+    texts = (f"return {returned}", "sleep 3", "ok", "ok")
+    jobs = [workers.submit(example(7), text) for text in texts]
+    with pytest.raises(UserError) as caught:
+        collect(jobs)
+    assert str(caught.value).startswith(f'task told, record {{"n": 7}}: {message}')
+    assert "\n" not in str(caught.value)
+    assert jobs[2].cancelled() and jobs[3].cancelled()
 
 
 def test_first_exception_cancels_what_waits(pool: Pool) -> None:

@@ -1,22 +1,29 @@
 """Task interface: reading JSONL, splits by hash, drawing distinct problems, loading by name."""
 
+import json
+import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from megatron_espo.tasks import BUILT_IN, countdown, load_task, sudoku
+from megatron_espo.errors import UserError
+from megatron_espo.tasks import BUILT_IN, checking, countdown, load_task, sudoku
 from megatron_espo.tasks.base import (
     SPLITS,
     DemonstratingTask,
     Example,
+    Score,
     draw_distinct,
     read_jsonl,
     split_of,
 )
+from megatron_espo.tasks.checking import RESERVED_METRICS, checked_score
 
 
 def parse(record: Mapping[str, Any]) -> Example:
@@ -167,7 +174,6 @@ def test_users_task_loads_as_module_or_attribute() -> None:
         "",
         ".sudoku",
         "my-task",
-        "users_package/my_task.py",
         "users_package.no_task",
         "users_package.my_task.deeper",
         "users_package.my_task:nothing",
@@ -200,6 +206,83 @@ def test_whatever_else_can_be_imported_is_no_task_and_the_known_ones_are_named(
     message = str(caught.value)
     assert message.startswith(f"--espo-task {name}: no such task; use one of sudoku, countdown")
     assert lacking in message
+
+
+@pytest.mark.usefixtures("user_package")
+def test_a_file_is_a_task_wherever_it_lies_and_imports_what_lies_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "my-tasks"
+    folder.mkdir()
+    text = "from words_of_mine import NAME\n" + TASK_MODULE + "name = NAME\n"
+    (folder / "json.py").write_text(text)
+    (folder / "words_of_mine.py").write_text("NAME = 'of a file'\n")
+    (folder / "broken.py").write_text("import a_library_that_is_not_installed\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    task = load_task(str(folder / "json.py"))
+    assert task.name == "of a file" and sys.modules["json"] is json
+    monkeypatch.chdir(folder)
+    assert load_task("json.py") is task  # one file is imported once
+    assert load_task("json.py:other").name == "other"
+    for name, message in (
+        ("no.py", "--task no.py: no such file; give the path of your task's FILE.py"),
+        ("json.py:nothing", "--task json.py:nothing: no such task"),
+        ("words_of_mine.py", "the module of this name lacks name, read, score"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            load_task(name)
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_not_installed"):
+        load_task("broken.py")
+
+
+NUMBERED = Example("p", {"n": 3})
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (1.0, "score returned 1.0 (float); return a megatron_espo.tasks.base.Score"),
+        ({"reward": 1}, "score returned {'reward': 1} (dict); return"),
+        (None, "score returned None (NoneType); return"),
+        ((1.0, True, {}), "score returned (1.0, True, {}) (tuple); return"),
+        ("x" * 500, "xxx... (str); return"),
+        (Score(math.nan, True, {}), "the reward is nan (float); make it a finite number"),
+        (Score(math.inf, True, {}), "the reward is inf (float); make it a finite number"),
+        (Score(-math.inf, True, {}), "the reward is -inf (float)"),
+        (Score("1", True, {}), "the reward is '1' (str)"),
+        (Score(None, True, {}), "the reward is None (NoneType)"),
+        (Score([1.0], True, {}), "the reward is [1.0] (list)"),
+        (Score(10**400, True, {}), "(int); make it a finite number"),
+        (Score(1.0, True, {"a": math.nan}), "the metric 'a' is nan (float)"),
+        (Score(1.0, True, {"a": "b"}), "the metric 'a' is 'b' (str)"),
+        (Score(1.0, True, None), "metrics is None (NoneType); make it a dict of numbers"),
+        (Score(1.0, True, {3: 1.0}), "a metric is called 3, a name that is reserved"),
+        (Score(1.0, True, {"": 1.0}), "a metric is called ''"),
+        (Score(1.0, True, {"by_task/x/mean": 1.0}), "a metric is called 'by_task/x/mean'"),
+        (Score(1.0, np.ones(2), {}), "correct is array([1., 1.]) (ndarray); make it True or False"),
+    ],
+)
+def test_a_score_that_cannot_be_used_is_named_with_task_record_and_value(
+    score: object, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        checked_score("mine", NUMBERED, score)
+    assert str(caught.value).startswith('task mine, record {"n": 3}: ')
+    assert message in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_score_is_passed_on_in_plain_numbers() -> None:
+    score = checked_score("mine", NUMBERED, Score(np.float32(0.5), np.bool_(1), {"a": np.int64(2)}))
+    assert score == Score(0.5, True, {"a": 2.0})
+    kinds = [type(value) for value in (score.reward, score.correct, score.metrics["a"])]
+    assert kinds == [float, bool, float]
+
+
+def test_every_name_that_the_trainer_logs_under_reward_is_reserved() -> None:
+    folder = Path(checking.__file__).parents[1]
+    source = "".join((folder / name).read_text() for name in ("rl/scalars.py", "rl/trainer.py"))
+    logged = set(re.findall(r'"reward/(\w+)', source))
+    assert {"mean", "std", "correct", "timeouts", "by_task"} <= logged <= RESERVED_METRICS
 
 
 @pytest.mark.usefixtures("user_package")
