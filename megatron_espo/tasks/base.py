@@ -13,8 +13,8 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol, runtime_checkable
 
-from megatron_espo.data.jsonl import load_object
 from megatron_espo.errors import UserError
+from megatron_espo.json_lines import load_object
 
 SPLITS = ("train", "validation", "test")
 STYLES = ("chat", "bare")

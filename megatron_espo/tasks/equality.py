@@ -238,7 +238,8 @@ def _is_close(wanted: Any, found: Any) -> bool:
     wanted, found = wanted.doit(), found.doit()
     if wanted.is_Rational and found.is_Rational:
         return bool(wanted == found)
-    tolerance = 2e-6 if wanted.atoms(_float()) or found.atoms(_float()) else 1e-12
+    decimals = any(atom.is_Float for atom in wanted.atoms() | found.atoms())
+    tolerance = 2e-6 if decimals else 1e-12
     size = max(abs(wanted.evalf(30)), abs(found.evalf(30)))
     return bool(abs((wanted - found).evalf(30)) <= tolerance * size)
 
@@ -267,13 +268,6 @@ def _group(text: str, start: int) -> str:
         if depth == 0:
             return text[start + 1 : place]
     return text[start + 1 :]
-
-
-@cache
-def _float() -> Any:
-    import sympy
-
-    return sympy.Float
 
 
 @cache

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_espo"
 FLOORS = (
     # What needs neither Megatron nor, most of it, torch.
     "errors", "console", "command_line", "environment", "random", "transfer", "recipes",
-    "rollout_config", "config",
+    "rollout_config", "config", "json_lines",
     # The machine, and what Megatron needs to run on it.
     "megatron_patches", "device",
     "diffusion", "parallel", "data", "passes", "model", "generation",
@@ -33,8 +33,9 @@ ALONE = {
     "config": {"rollout_config", "errors"},
     "device": {"environment", "megatron_patches", "errors"},
     "diffusion": {"random", "errors"},
+    "json_lines": {"errors"},
     "sandbox": {"errors"},
-    "tasks": {"sandbox", "errors"},
+    "tasks": {"sandbox", "json_lines", "errors"},
     # Processes that must start fast and hold nothing of a trainer.
     "rewards": {"tasks", "sandbox", "errors"},
     "checkpoint": {"data", "errors", "model", "conversion"},
