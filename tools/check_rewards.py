@@ -173,8 +173,8 @@ def _reference(
         solution = next((solutions[f] for f in solutions if f in called), None)
         return None if solution is None else f"```python\n{solution}\n```\n"
     if name in ("gsm8k", "math"):
-        # The signs keep it from being found equal letter by letter.
-        return f"So it is \\boxed{{${example.answer['answer']}$}}."
+        # The command keeps it from being found equal letter by letter.
+        return f"So it is \\boxed{{\\displaystyle {example.answer['answer']}}}."
     answer = record.get("solution")
     if answer is None and name == "countdown":
         answer = _solve(example.answer["numbers"], example.answer["target"])

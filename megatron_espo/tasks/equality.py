@@ -57,9 +57,8 @@ _NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty"
 ).split()
-_WRAPPED_WORDS = re.compile(
-    r"(?:[\s(]*\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it))\s*\{[^{}$\\]*[A-Za-z][^{}$\\]*\}[\s),.]*)+"
-)
+_WORDS = r"\\(?:text(?:bf|it|rm|normal)?|mbox|math(?:rm|bf|it))\s*\{[^{}$\\]*[A-Za-z][^{}$\\]*\}"
+_WRAPPED_WORDS = re.compile(rf"[\s(]*{_WORDS}(?:[\s(),.]*{_WORDS})*[\s),.]*")
 _BARE_WORD = re.compile(r"[A-Za-z]{3,}(?:[ -][A-Za-z]{2,})*")
 _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*|\\[,;:! ]")
@@ -72,7 +71,7 @@ def equivalent(reference: str, answer: str) -> bool:
     """Return whether two answers are equal as mathematics.
 
     Args:
-        reference: the right answer, trusted.
+        reference: the right answer.
         answer: any short text. A full stop at its end is not part of it. Digits that are not
             ASCII, and powers or factorials too large to work out (unless the reference is spelt
             the same), are not equal to anything.
@@ -84,7 +83,7 @@ def equivalent(reference: str, answer: str) -> bool:
         return int(reference) == int(answer)
     if any(character.isnumeric() and not character.isascii() for character in answer):
         return False
-    if _is_costly(answer):
+    if _is_costly(answer) or _is_costly(reference):
         return False
     if (same_words := _compare_words(reference, answer)) is not None:
         return same_words

@@ -59,7 +59,8 @@ def tidy(latex: str) -> str:
     Returns:
         The same mathematics.
     """
-    text = _MARKS.sub("", latex.translate(_CHARACTERS))
+    # Single spaces also keep the patterns of this package from trying many ways to share them out.
+    text = _MARKS.sub("", " ".join(latex.translate(_CHARACTERS).split()))
     text = _TEXT_SIGN.sub("-", text)
     text = _SYNONYM.sub(lambda command: _SYNONYMS[command[1]], text)
     if _COLOUR.search(text):
@@ -100,7 +101,7 @@ def plain_text(latex: str) -> str:
         text, broken = _FRACTION.subn(_slash, text)
         if not dressed + broken:
             break
-    return re.sub(r"-\s*\$\s*", "-", text).replace("$", " ")
+    return " ".join(re.sub(r"-\s*\$\s*", "-", text).replace("$", " ").split())
 
 
 def _slash(fraction: re.Match[str]) -> str:

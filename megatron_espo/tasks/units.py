@@ -75,13 +75,17 @@ _NAMES: dict[str, tuple[str, int, Fraction]] = {
 _SPELLED_OUT = {"mph": "mile/hour", "kmh": "km/hour", "kph": "km/hour", "kmph": "km/hour"}
 _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _PART = re.compile(r"([A-Za-z$€£]+)|(/|\bper\b)|\^?\s*\{?([23])\}?")
+_TEXT = (
+    r"\\(?:text|mbox|mathrm|textnormal|textrm|textit|mathit)\s*\{[^{}]*[A-Za-z][^{}]*\}"
+    r"(?:\s*\^\s*\{?[23]\}?)?"
+)
+_GAP = r"(?:\\[,;: ~!]|~|\s)*"
 _WRAPPED = re.compile(
-    r"(?P<value>.*[0-9)}\]])(?:\\[,;: ~!]|~|\s)*"
-    r"(?P<unit>(?:/?\s*\\(?:text|mbox|mathrm|textnormal|textrm|textit|mathit)\s*\{[^{}]*[A-Za-z][^{}]*\}"
-    r"(?:\s*\^\s*\{?[23]\}?)?(?:\s|\\[,;: ]|/)*)+)\.?"
+    rf"(?P<value>.*[0-9)}}\]]){_GAP}"
+    rf"(?P<unit>/?{_GAP}{_TEXT}(?:(?:\\[,;: ]|\s|/)*{_TEXT})*){_GAP}\.?"
 )
 _BARE = re.compile(
-    r"(?P<value>.*[0-9)}])(?P<gap>(?:\\[,;: ~!]|~|\s)*)"
+    rf"(?P<value>.*[0-9)}}])(?P<gap>{_GAP})"
     r"(?P<unit>[A-Za-z][A-Za-z. ]*(?:/\s*[A-Za-z]+)?(?:\s*\^\s*\{?[23]\}?)?)"
 )
 _MONEY = re.compile(r"(?P<sign>-?)\s*(?P<unit>\\?\$|€|£)\s*(?P<value>\.?[0-9].*)")
