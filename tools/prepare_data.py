@@ -173,7 +173,7 @@ def _generate_others(
             )
         kept = dict(list(fresh.items())[:count])
         asked *= 2
-    seen |= kept.keys()
+    seen.update(kept)
     return list(kept.values())
 
 

@@ -107,5 +107,5 @@ def plain_text(latex: str) -> str:
 def _slash(fraction: re.Match[str]) -> str:
     parts = (fraction[1] or fraction[2] or "", fraction[3] or fraction[4] or "")
     return " " + "/".join(
-        part.strip() if re.fullmatch(r"\s*[\w.,]+\s*", part) else f"({part})" for part in parts
+        part.strip() if re.fullmatch(r"\s*-?[\w.,]+\s*", part) else f"({part})" for part in parts
     )
