@@ -102,8 +102,8 @@ def _judge_case(task: Task, case: Mapping[str, Any]) -> Score | str:
     return task.score(example, case["completion"])
 
 
-def _read_solutions(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """Read the solutions of each data file's problems: function's name, program."""
+def _read_solutions(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, list[str]]]:
+    """Read the solutions of each data file's problems: function's name, programs."""
     found = {}
     for stem in {path.stem for path in files}:
         path = folder / f"{stem}.py"
@@ -114,7 +114,7 @@ def _read_solutions(folder: Path, files: Sequence[Path]) -> dict[str, dict[str, 
     return found
 
 
-def _programs(path: Path) -> dict[str, str]:
+def _programs(path: Path) -> dict[str, list[str]]:
     try:
         source = path.read_text("utf-8")
         parts = ast.parse(source).body
@@ -123,10 +123,13 @@ def _programs(path: Path) -> dict[str, str]:
     text = {part: ast.get_source_segment(source, part) or "" for part in parts}
     solving = [p for p in parts if isinstance(p, ast.FunctionDef) and not p.name.startswith("_")]
     common = [text[part] for part in parts if part not in solving]
-    return {part.name: "\n\n".join([*common, text[part]]) for part in solving}
+    found: dict[str, list[str]] = {}
+    for part in solving:  # several problems may ask for functions of one name
+        found.setdefault(part.name, []).append("\n\n".join([*common, text[part]]))
+    return found
 
 
-def _check_file(path: Path, solutions: Mapping[str, str]) -> int:
+def _check_file(path: Path, solutions: Mapping[str, Sequence[str]]) -> int:
     """Check one file; prints its counts and what fails, and returns the exit code."""
     if path.suffix == ".parquet":
         records = list(enumerate(read_parquet(path), start=1))
@@ -139,12 +142,12 @@ def _check_file(path: Path, solutions: Mapping[str, str]) -> int:
             unusable.append(number)
             continue
         name, example = found
-        answer = _reference(name, example, record, solutions)
-        if answer is not None:
-            score = BUILT_IN[name].score(example, answer)
+        answers = _references(name, example, record, solutions)
+        if answers:
+            right = any(BUILT_IN[name].score(example, answer).correct for answer in answers)
             tried += 1
-            full += score.correct
-            if not score.correct:
+            full += right
+            if not right:
                 wrong.append(number)
     line = f"{path.name}: {len(records)} records of {name or 'no known task'}"
     line += f", {full} of {tried} answers earn full reward" if tried else ", without answers"
@@ -164,24 +167,25 @@ def _read(record: Mapping[str, Any]) -> tuple[str, Example] | None:
     return None
 
 
-def _reference(
-    name: str, example: Example, record: Mapping[str, Any], solutions: Mapping[str, str]
-) -> str | None:
-    """Write the reference answer as a completion, or None where there is none."""
+def _references(
+    name: str, example: Example, record: Mapping[str, Any], solutions: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Write the reference answer as a completion; more than one where any of them will do."""
     if name == "code":
-        called = _called(example.answer["tests"][0])
-        solution = next((solutions[f] for f in solutions if f in called), None)
-        return None if solution is None else f"```python\n{solution}\n```\n"
+        test = example.answer["tests"][0]
+        called = _called(test) if isinstance(test, str) else set()
+        found = next((solutions[f] for f in solutions if f in called), [])
+        return [f"```python\n{solution}\n```\n" for solution in found]
     if name in ("gsm8k", "math"):
         # The command keeps it from being found equal letter by letter.
-        return f"So it is \\boxed{{\\displaystyle {example.answer['answer']}}}."
+        return [f"So it is \\boxed{{\\displaystyle {example.answer['answer']}}}."]
     answer = record.get("solution")
     if answer is None and name == "countdown":
         answer = _solve(example.answer["numbers"], example.answer["target"])
     if answer is None:
-        return None
+        return []
     bare = example.answer.get("style") == "bare"
-    return str(answer) if bare else f"<answer>\n{answer}\n</answer>"
+    return [str(answer) if bare else f"<answer>\n{answer}\n</answer>"]
 
 
 def _called(test: str) -> set[str]:

@@ -201,11 +201,12 @@ def test_solutions_in_the_repository_are_programs_with_a_number_each(
 ) -> None:
     path = SOLUTIONS / f"{name}.py"
     programs = tool._programs(path)
-    assert len(programs) >= 20
-    for function, program in programs.items():
-        compile(program, function, "exec")
+    assert sum(map(len, programs.values())) >= (164 if name == "humaneval" else 200)
+    for function, sources in programs.items():
+        for program in sources:
+            compile(program, function, "exec")
     mark = "# HumanEval/" if name == "humaneval" else "  # "
     numbered = [
         line for line in path.read_text().splitlines() if line.startswith("def ") and mark in line
     ]
-    assert len(numbered) == len(programs)
+    assert len(numbered) == sum(map(len, programs.values()))
