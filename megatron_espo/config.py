@@ -312,6 +312,10 @@ class EspoConfig:
     reward_timeout: float = 60.0
     """Seconds a worker may take for one completion; a slower one scores 0 and is counted."""
 
+    accept_uncontained_code: bool = False
+    """With --espo-task code, run generated code even where neither bubblewrap nor namespaces work:
+    under limits alone, where it can read, change and delete its user's files."""
+
     def validate(self) -> None:
         """Check the values against each other.
 

@@ -160,8 +160,8 @@ def check_sandbox(mode: str | None) -> list[Finding]:
     """
     if mode is None:
         text = (
-            "no sandbox works here for --espo-task code: install bubblewrap; in Docker, "
-            "--security-opt seccomp=unconfined lets it make namespaces."
+            "generated code cannot be contained here, and --espo-task code does not start: install "
+            "bubblewrap; in Docker, --security-opt seccomp=unconfined lets it make namespaces."
         )
         return [Finding("warning", text)]
     return [Finding("ok", f"{mode} (--espo-task code)")]

@@ -1,6 +1,7 @@
 """A task and its problems, read, checked and tokenized."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,9 @@ from megatron_espo.config import EspoConfig
 from megatron_espo.data.encoding import PromptEncoder
 from megatron_espo.errors import UserError
 from megatron_espo.rewards.workers import RewardWorkers
+from megatron_espo.sandbox.run import ACCEPT
 from megatron_espo.tasks import Task, load_task
-from megatron_espo.tasks.base import Example, read_examples
+from megatron_espo.tasks.base import Example, read_examples, start_line
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ def load_workers(espo: EspoConfig) -> Task:
         The task, which says on a start line how it is guarded if it has to be.
 
     Raises:
-        UserError: there is no such task.
+        UserError: there is no such task, or what it runs cannot be contained here.
     """
     task = load_task(espo.task, flag="--espo-task")
+    if espo.accept_uncontained_code:
+        os.environ[ACCEPT] = "1"  # for the workers, too
+    start_line(task)  # raises on every rank alike, before any of them waits for another
     if not espo.reward_workers:
         return task
     return RewardWorkers(task, espo.task, espo.reward_workers, espo.reward_timeout)

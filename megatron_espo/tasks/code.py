@@ -3,6 +3,9 @@
 File formats, told apart by their keys:
 
 * AceCode: {"question", "test_cases": [assertions]};
+* APPS: {"question", "input_output": {"inputs": [...], "outputs": [...]}}, the latter also as JSON
+  or under the name "test_cases": programs that read a text and print one, or, with "fn_name", calls
+  of a function;
 * MBPP: {"prompt", "tests": [assertions]}, or the published {"text", "test_list"};
 * HumanEval: {"prompt", "tests": "def check(candidate): ..."}, or the published {"prompt", "test",
   "entry_point"}. The function is the last one that the prompt defines; what the prompt defines
@@ -12,6 +15,7 @@ The completion must end with one fenced block of Python, which is run in the san
 """
 
 import ast
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -19,6 +23,7 @@ from os import PathLike
 from typing import Any
 
 from megatron_espo.sandbox import run as sandbox
+from megatron_espo.sandbox.warm import close_jails
 from megatron_espo.tasks.base import Example, Score, read_records
 
 name = "code"
@@ -29,6 +34,7 @@ SYSTEM = (
 )
 MAX_CODE = 20_000
 _FENCE = "```"
+_LANGUAGES = ("", "python", "py", "python3")
 _LEAD = re.compile(r"\A\s*Complete the following python code:\s*\n", re.IGNORECASE)
 
 
@@ -49,9 +55,11 @@ def read(path: str | PathLike[str]) -> list[Example]:
 
 def _parse(record: Mapping[str, Any]) -> Example:
     text = _first(record, "question", "prompt", "text")
-    tests = _first(record, "test_cases", "test_list", "tests", "test")
+    tests = _first(record, "input_output", "test_cases", "test_list", "tests", "test")
     if not isinstance(text, str) or not text.strip():
         raise ValueError("none of 'question', 'prompt', 'text' is a text; give the problem")
+    if isinstance(tests, Mapping) or (record.get("input_output") is not None):
+        return Example(_prompt(text), {"tests": _from_pairs(tests), "given": ""})
     if isinstance(tests, str):
         return _from_check(text, tests, record.get("entry_point"))
     if not isinstance(tests, list) or not tests or not all(isinstance(t, str) for t in tests):
@@ -61,6 +69,52 @@ def _parse(record: Mapping[str, Any]) -> Example:
     setup = record.get("test_setup_code") or ""
     content = text if tests[0].strip() in text else f"{text}\nTest cases: {tests[0]}"
     return Example(_prompt(content), {"tests": [f"{setup}\n{t}" for t in tests], "given": ""})
+
+
+def _from_pairs(pairs: Any) -> list[str | dict[str, str]]:
+    """Read inputs and outputs: of a program, or of a function that is named."""
+    if isinstance(pairs, str):
+        try:
+            pairs = json.loads(pairs)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"'input_output' is no JSON ({error}); correct it") from error
+    inputs, outputs = (pairs.get(key) if isinstance(pairs, Mapping) else None
+                       for key in ("inputs", "outputs"))  # fmt: skip
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or not inputs:
+        raise ValueError("the tests have no lists 'inputs' and 'outputs'; give both")
+    if len(inputs) != len(outputs):
+        raise ValueError(
+            f"there are {len(inputs)} 'inputs' and {len(outputs)} 'outputs'; give as many of both"
+        )
+    function = pairs.get("fn_name")
+    if function is None:
+        return [{"input": _text(a), "output": _text(b)}
+                for a, b in zip(inputs, outputs, strict=True)]  # fmt: skip
+    if not isinstance(function, str) or not function.isidentifier():
+        raise ValueError("'fn_name' is not the name of a function; correct it")
+    if not all(isinstance(values, list) for values in inputs):
+        raise ValueError("with 'fn_name' each of the 'inputs' is a list of arguments; correct it")
+    return [_call(function, a, b) for a, b in zip(inputs, outputs, strict=True)]
+
+
+def _text(value: Any) -> str:
+    """Return a program's input or output, which some files hold as a list of lines."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _call(function: str, arguments: list[Any], output: Any) -> str:
+    """Write the call of a function as a test; LeetCode's methods of a Solution are functions, too.
+
+    JSON has no tuples, and published files put some outputs into a list of one.
+    """
+    found = f"(Solution().{function} if 'Solution' in globals() else {function})"
+    test = f"__found = {found}(*{arguments!r})\n"
+    plain = "list(__found) if type(__found) is tuple else __found"
+    return f"{test}assert ({plain}) in ({output!r}, {_unwrapped(output)!r})"
+
+
+def _unwrapped(output: Any) -> Any:
+    return output[0] if isinstance(output, list) and len(output) == 1 else output
 
 
 def _from_check(text: str, tests: str, entry: Any) -> Example:
@@ -116,26 +170,44 @@ def score(example: Example, completion: str) -> Score:
 def extract_code(completion: str) -> tuple[str | None, float]:
     """Find the code of a completion.
 
+    Published (ESPO): the text ends with its only block, opened by ```` ```python ````. Accepted as
+    well: "py", "python3", capitals or no language, space after it, Windows' line ends, empty space
+    at the end, and fences in a text of the program's own (a docstring).
+
     Args:
         completion: Any text.
 
     Returns:
         The code, or None, and the reward of its format.
     """
-    parts = completion.removesuffix("\n").split(_FENCE)
-    if len(parts) != 3 or parts[2] or not parts[1].startswith("python\n"):
+    text = completion.replace("\r\n", "\n").rstrip()
+    start = text.find(_FENCE)
+    if start < 0 or not text.endswith(_FENCE) or len(text) < start + 2 * len(_FENCE):
         return None, 0.0
-    code = parts[1].removeprefix("python\n")
+    head, line_end, code = text[start + len(_FENCE) : -len(_FENCE)].partition("\n")
+    if not line_end or head.strip().lower() not in _LANGUAGES:
+        return None, 0.0
+    form = 1.0 if _is_python(code) else 0.0 if _FENCE in code else 0.5
+    return (code, 1.0) if form == 1.0 else (None, form)
+
+
+def _is_python(code: str) -> bool:
     if len(code) > MAX_CODE:
-        return None, 0.5
+        return False
     try:
         with warnings.catch_warnings(action="ignore"):
             ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None, 0.5
-    return code, 1.0
+        return False
+    return True
 
 
 def start_line() -> str:
-    """Say which sandbox is in force."""
-    return sandbox.start_line()
+    """Say which sandbox is in force.
+
+    Raises:
+        UserError: generated code cannot be contained here, and that was not accepted.
+    """
+    line = sandbox.start_line()
+    close_jails()  # a worker has its own
+    return line

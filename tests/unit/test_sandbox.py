@@ -2,66 +2,103 @@
 """The sandbox: honest code passes, dishonest code does not, hostile code harms nothing."""
 
 import contextlib
-import errno
-import itertools
+import importlib
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from megatron_espo.config import EspoConfig
+from megatron_espo.errors import UserError
+from megatron_espo.evaluation.problems import load_workers
 from megatron_espo.sandbox import run as sandbox
-from megatron_espo.sandbox.jail.values import decode, encode
-from megatron_espo.sandbox.run import MODES, Limits, run_tests
+from megatron_espo.sandbox import warm
+from megatron_espo.sandbox.jail.limits import SHARED
+from megatron_espo.sandbox.run import run_tests
+from megatron_espo.sandbox.warm import Limits, Mode
+from tests.unit.programs import MODE_MARKS, WORKING
 
 LIMITS = Limits(test_seconds=2.0, total_seconds=5.0, memory=512 << 20)
 TEST = "assert f(2) == 5"
 
 
-def works(mode: str) -> bool:
-    generous = Limits(test_seconds=20.0, total_seconds=20.0)
-    with contextlib.suppress(OSError):  # its program is not installed
-        return run_tests(["def f(x): return 5"], [TEST], generous, mode) == [True]
-    return False
+LIMITS = Limits(test_seconds=2.0, total_seconds=5.0, memory=512 << 20)
+GENEROUS = Limits(test_seconds=10.0, total_seconds=60.0)
+TEST = "assert f(2) == 5"
+CONTAINING = [mode for mode in WORKING if mode != "limits"]
 
 
-WORKING = [mode for mode in MODES if works(mode)]
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """No warm jail, and no mode found out, before and after."""
+    warm.close_jails()
+    sandbox.sandbox_mode.cache_clear()
+    yield
+    warm.close_jails()
+    sandbox.sandbox_mode.cache_clear()
 
 
-def test_some_mode_works_and_says_what_it_leaves_open() -> None:
+def test_the_best_mode_that_works_is_taken_and_says_what_it_leaves_open(fresh: None) -> None:
     assert sandbox.sandbox_mode() == WORKING[0]
     line = sandbox.start_line()
     assert line.startswith(f"sandbox: {WORKING[0]}")
-    assert ("machine's files" in line) == (WORKING[0] != "bubblewrap")
+    assert ("are hidden" in line) == (WORKING[0] != "limits")
 
 
-@pytest.mark.parametrize("missing", [["bwrap"], ["bwrap", "unshare"]], ids="-".join)
-def test_missing_programs_leave_the_next_mode(
-    missing: list[str], monkeypatch: pytest.MonkeyPatch
+def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    """As on a machine where some modes cannot be had."""
+    real = warm.Jail.__init__
+
+    def start(self: warm.Jail, mode: warm.Mode) -> None:
+        if mode in missing:
+            raise OSError(f"no {mode} here")
+        real(self, mode)
+
+    monkeypatch.setattr(warm.Jail, "__init__", start)
+
+
+@pytest.mark.skipif("namespaces" not in WORKING, reason="needs namespaces")
+def test_without_bubblewrap_the_next_mode_is_taken(
+    fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefix = sandbox._prefix
-
-    def without(mode: sandbox.Mode, limits: Limits, *, root: bool) -> list[str]:
-        found = prefix(mode, limits, root=root)
-        return [f"/nowhere/{part}" if Path(part).name in missing else part for part in found]
-
-    monkeypatch.setattr(sandbox, "_prefix", without)
-    expected = next(mode for mode in MODES[len(missing) :] if mode in WORKING)
-    assert sandbox.sandbox_mode.__wrapped__() == expected
+    without(monkeypatch, "bubblewrap")
+    assert sandbox.sandbox_mode() == "namespaces"
 
 
-def test_a_jail_that_ends_at_once_is_a_failed_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where the kernel refuses namespaces: its socket is closed before or while it is used."""
-    monkeypatch.setattr(sandbox, "_prefix", lambda *_, **__: ["/bin/false"])
-    large = "x = 1\n" * 10**6  # more than the socket holds: sending it fails, surely
-    for code in ("def f(x): return 5", large):
-        assert run_tests([code], [TEST], LIMITS, "namespaces") == [False]
+def test_limits_alone_have_to_be_accepted(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "bubblewrap", "namespaces")
+    monkeypatch.delenv(sandbox.ACCEPT, raising=False)
+    with pytest.raises(UserError, match=r"cannot be contained.*no bubblewrap here.*--espo-accept"):
+        sandbox.sandbox_mode()
+    monkeypatch.setenv(sandbox.ACCEPT, "1")
+    assert sandbox.sandbox_mode() == "limits"
+    assert "change and delete" in sandbox.start_line()
+
+
+def test_a_run_asks_for_it_before_it_starts(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    without(monkeypatch, "bubblewrap", "namespaces")
+    monkeypatch.setenv(sandbox.ACCEPT, "0")
+    with pytest.raises(UserError, match="--espo-accept-uncontained-code"):
+        load_workers(EspoConfig(task="code"))
+    load_workers(EspoConfig(task="countdown"))  # which runs no code
+    assert load_workers(EspoConfig(task="code", accept_uncontained_code=True)).name == "code"
+    assert os.environ[sandbox.ACCEPT] == "1"  # for the workers
+
+
+def test_a_jail_that_ends_is_replaced() -> None:
+    mode = WORKING[0]
+    assert run_tests(["def f(x): return 5"], [TEST], LIMITS, mode) == [True]
+    warm.warm_jail(mode)._process.kill()
+    warm.warm_jail(mode)._process.wait()
+    large = "x = 1\n" * 50_000  # more than a socket holds
+    verdicts = [run_tests([large + "def f(x): return 5"], [TEST], LIMITS, mode) for _ in range(2)]
+    assert verdicts[-1] == [True]
 
 
 HONEST = {
@@ -126,100 +163,16 @@ HONEST = {
 @pytest.mark.parametrize("case", HONEST)
 def test_each_test_gets_its_own_verdict(case: str) -> None:
     code, tests, verdicts = HONEST[case]
-    assert run_tests([code], tests, Limits(test_seconds=2.0)) == [v == "1" for v in verdicts]
+    assert run_tests([code], tests, Limits(test_seconds=3.0)) == [v == "1" for v in verdicts]
 
 
 @pytest.mark.parametrize("mode", WORKING)
-def test_every_mode_gives_the_same_verdicts(mode: str) -> None:
+def test_every_mode_gives_the_same_verdicts(mode: Mode) -> None:
     for case in ("function", "class", "imports", "test imports", "one test crashes"):
         code, tests, verdicts = HONEST[case]
         assert run_tests([code], tests, Limits(test_seconds=3.0), mode) == [
             v == "1" for v in verdicts
         ]
-
-
-# Code that would pass without the right value. Every one must fail.
-DISHONEST = {
-    "exit at import": "import sys\nsys.exit(0)",
-    "exit in call": "import sys\ndef f(x): sys.exit(0)",
-    "hard exit at import": "import os\nos._exit(0)",
-    "hard exit in call": "import os\ndef f(x): os._exit(0)",
-    "equals everything": (
-        "class A:\n    def __eq__(self, o): return True\n    __hash__ = None\ndef f(x): return A()"
-    ),
-    "equals everything, int": (
-        "class A(int):\n    def __eq__(self, o): return True\n    def __index__(self): return 5\n"
-        "def f(x): return A(4)"
-    ),
-    "class in place of a function": (
-        "class f:\n    def __init__(self, x): pass\n    def __eq__(self, o): return True"
-    ),
-    "patches builtins": (
-        "import builtins\nbuiltins.AssertionError = type('E', (Exception,), {})\n"
-        "builtins.compile = builtins.exec = lambda *a: None\ndef f(x): return 4"
-    ),
-    "reads the caller's frame": (
-        "import sys\ndef f(x):\n    k = sys._getframe()\n    while k:\n"
-        "        for c in k.f_code.co_consts:\n"
-        "            if k.f_code.co_filename == '<test>' and type(c) is int and c > x: return c\n"
-        "        k = k.f_back"
-    ),
-    "reads all objects": (
-        "import gc\ndef f(x):\n    for o in gc.get_objects():\n"
-        "        for e in o if isinstance(o, list) else o.values() if isinstance(o, dict) else ():\n"
-        "            if isinstance(e, str) and e.startswith('assert f'): return int(e[-1])"
-    ),
-    "searches the files": (
-        "import os, glob\ndef f(x):\n    for p in glob.glob('/proc/[0-9]*/cmdline'):\n"
-        "        if b'f(2) ==' in open(p, 'rb').read(): return 5"
-    ),
-    "says that it passed": (
-        "import os, json, struct\nfor fd in range(3, 64):\n    for m in ({'test': 0, 'passed': True},"
-        " {'loaded': True}, {'value': None}):\n        d = json.dumps(m).encode()\n"
-        "        try: os.write(fd, struct.pack('!Q', len(d)) + d)\n        except OSError: pass"
-    ),
-    "says so in the call": (
-        "import os, json, struct\ndef f(x):\n    d = json.dumps({'test': 0, 'passed': True}).encode()"
-        "\n    for fd in range(3, 64):\n        try: os.write(fd, struct.pack('!Q', len(d)) + d * 2)"
-        "\n        except OSError: pass"
-    ),
-    "prints success": "def f(x): print('passed True 1.0 OK'); return None",
-    "writes garbage": "import os\ndef f(x):\n    for fd in range(3, 20):\n        try: os.write(fd, b'x' * 99)\n        except OSError: pass",
-    "claims a huge message": (
-        "import os\nfor fd in range(3, 20):\n    try: os.write(fd, b'\\xff' * 8)\n"
-        "    except OSError: pass\ndef f(x): return 4"
-    ),
-    "replaces the test's names": "def check(*a): pass\ntests = passed = True\ndef f(x): return 4",
-    "traces": "import sys\nsys.settrace(lambda *a: None)\nsys.setrecursionlimit(50)\ndef f(x): return 4",
-    "ends at exit": "import atexit, os\natexit.register(lambda: os._exit(0))\ndef f(x): return 4",
-    "stops iteration": "def f(x): raise StopIteration",
-    "never defines f": "g = 5",
-    "f is the answer": "f = 5",
-    "deep value": "def f(x):\n    v = []\n    for _ in range(10 ** 5): v = [v]\n    return v",
-    "endless iterator": "import itertools\ndef f(x): return itertools.count()",
-    "nan": "def f(x): return float('nan')",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("attack", DISHONEST)
-def test_dishonest_code_does_not_pass(attack: str) -> None:
-    assert run_tests([DISHONEST[attack]], [TEST], LIMITS) == [False]
-
-
-def test_code_cannot_replace_what_a_test_uses_to_compare() -> None:
-    code = "def abs(x): return 0\ndef all(v): return True\ndef set(v): return 1\ndef f(x): return 4"
-    tests = [
-        "assert abs(f(2) - 5) < 1",
-        "assert all(f(x) == 5 for x in [2])",
-        "assert set([f(2)]) == {5}",
-    ]
-    assert run_tests([code], tests, LIMITS) == [False, False, False]
-    code = "import math\nmath.isclose = lambda *a: True\ndef f(x): return 4"
-    assert run_tests([code], ["assert math.isclose(f(2), 5)"], LIMITS) == [False]
-    code = "def f(x): raise StopIteration"
-    assert run_tests([code], ["assert all(map(f, [2, 3])) and not list(map(f, [1]))"], LIMITS) == [
-        False
-    ]
 
 
 # What must not get out of the jail: each body runs in f and passes only if the jail holds.
@@ -281,37 +234,56 @@ def test_jail_holds(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", WORKING[1:])
-def test_jail_without_bubblewrap_holds(mode: str) -> None:
-    names = [name for name in CONTAINED if name != "cannot signal others"]
+def test_jail_without_bubblewrap_holds(mode: Mode) -> None:
+    names = [name for name in CONTAINED if mode != "limits" or name != "cannot signal others"]
     bodies = [f"def f{i}(x):\n    {CONTAINED[name]}" for i, name in enumerate(names)]
     tests = [f"assert f{i}(2) == 5" for i in range(len(names))]
-    verdicts = run_tests(["\n".join(bodies)], tests, Limits(test_seconds=5.0), mode)
+    verdicts = run_tests(["\n".join(bodies)], tests, GENEROUS, mode)
     assert dict(zip(names, verdicts, strict=True)) == dict.fromkeys(names, True)
 
 
 @pytest.mark.parametrize("mode", WORKING)
-def test_limits_are_in_force(mode: str) -> None:
-    limits = Limits(test_seconds=5.0, total_seconds=7.0, processes=11, file=5 << 20)
+def test_limits_are_in_force(mode: Mode) -> None:
+    limits = Limits(test_seconds=5.0, total_seconds=20.0, processes=11, file=5 << 20)
     wanted = {
-        "RLIMIT_AS": limits.memory, "RLIMIT_CPU": 8, "RLIMIT_FSIZE": limits.file,
-        "RLIMIT_NPROC": limits.processes, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0,
-        "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_DATA": limits.memory, "RLIMIT_AS": limits.memory + SHARED, "RLIMIT_CPU": 21,
+        "RLIMIT_FSIZE": limits.file, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0, "RLIMIT_MSGQUEUE": 0,
     }  # fmt: skip
+    if os.getuid() == 0:
+        wanted["RLIMIT_NPROC"] = limits.processes
     code = "import resource\ndef f(name): return resource.getrlimit(getattr(resource, name))"
     tests = [f"assert f({name!r}) == ({most}, {most})" for name, most in wanted.items()]
     verdicts = run_tests([code], tests, limits, mode)
     assert dict(zip(wanted, verdicts, strict=True)) == dict.fromkeys(wanted, True)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in WORKING if mode != "limits"])
-def test_namespaces_hide_the_processes_of_the_machine(mode: str) -> None:
-    code = "import os\ndef f(): return max(int(p) for p in os.listdir('/proc') if p.isdigit())"
-    assert run_tests([code], ["assert f() < 20"], Limits(test_seconds=5.0), mode) == [True]
+@pytest.mark.parametrize("mode", CONTAINING)
+def test_processes_of_the_machine_are_hidden(mode: Mode) -> None:
+    code = "import os\ndef f(): return sorted(int(p) for p in os.listdir('/proc') if p.isdigit())"
+    assert run_tests([code], ["assert f() == [1, 2]"], GENEROUS, mode) == [True]
+
+
+@pytest.mark.parametrize("mode", CONTAINING)
+def test_rights_and_namespaces_cannot_be_had(mode: Mode) -> None:
+    code = (
+        "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "def rights(): return [l.split()[1] for l in open('/proc/self/status')"
+        " if l.startswith(('CapPrm', 'CapEff', 'CapBnd', 'CapAmb'))]\n"
+        "def clone(flags): return libc.syscall(56, flags | 17, 0, 0, 0, 0)\n"
+        "def mount(): return libc.mount(b'x', b'/tmp', b'tmpfs', 0, None)\n"
+        "def unshare(): return libc.unshare(0x10000000)"
+    )
+    tests = ["assert rights() == ['0' * 16] * 4", "assert mount() == unshare() == -1"]
+    tests += ["assert clone(0x10000000) == clone(0x00020000) == -1"] * (
+        os.uname().machine == "x86_64"
+    )
+    assert all(run_tests([code], tests, GENEROUS, mode))
 
 
 @pytest.mark.parametrize("mode", WORKING)
-def test_jail_has_none_of_the_standard_streams(mode: str) -> None:
+def test_jail_has_none_of_the_standard_streams(mode: Mode) -> None:
     """What is waiting at the trainer's input is not read, and nothing gets to its output."""
+    warm.close_jails()
     code = (
         "import os\ndef f():\n    for fd in (1, 2): os.write(fd, b'x' * 9)\n"
         "    print('x')\n    return os.read(0, 9)"
@@ -322,7 +294,7 @@ def test_jail_has_none_of_the_standard_streams(mode: str) -> None:
     try:
         for fd, end in enumerate((waiting[0], written[1], written[1])):
             os.dup2(end, fd)
-        verdict = run_tests([code], ["assert f() == b''"], Limits(test_seconds=5.0), mode)
+        verdict = run_tests([code], ["assert f() == b''"], GENEROUS, mode)
     finally:
         for fd, end in enumerate(kept):
             os.dup2(end, fd)
@@ -333,51 +305,127 @@ def test_jail_has_none_of_the_standard_streams(mode: str) -> None:
         os.close(end)
 
 
-@pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="only bubblewrap mounts folders read-only")
-def test_bubblewrap_lets_nothing_be_written_where_packages_are(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    library = sandbox._library()
-    # Not below /tmp, of which the jail has its own.
-    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+@pytest.mark.parametrize("mode", CONTAINING)
+def test_files_of_the_machine_are_hidden_and_none_can_be_written(mode: Mode) -> None:
+    """Whoever's they are: of the user that runs this, too."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         Path(folder).chmod(0o777)
-        monkeypatch.setattr(sandbox, "_library", lambda: [*library, folder])
+        secret = Path(folder) / "secret"
+        secret.write_text("x")
+        secret.chmod(0o666)
+        hidden = [str(secret), __file__, str(Path.home() / "."), "/etc/passwd", "/var"]
         code = (
-            f"def f():\n    try: open({folder!r} + '/x', 'w')\n"
-            "    except OSError as error: return error.errno"
+            "import os, sys\n"
+            "def seen(paths): return [p for p in paths if os.path.exists(p) and os.listdir(p)]\n"
+            "def written():\n    found = []\n"
+            "    for top in ('/', '/dev', '/proc', '/usr', '/sandbox', sys.base_prefix, os.__file__):\n"
+            "        for folder, names, _ in os.walk(top):\n"
+            "            names[:] = [n for n in names if n not in ('scratch', 'proc', 'shm')][:20]\n"
+            "            try: open(folder + '/x', 'w')\n            except OSError: continue\n"
+            "            found.append(folder)\n"
+            "            if len(found) > 5: break\n    return found\n"
         )
-        assert run_tests([code], [f"assert f() == {errno.EROFS}"], LIMITS) == [True]
+        tests = [f"assert seen({[p for p in hidden if not Path(sys.base_prefix).is_relative_to(p)]}) == []",
+                 "assert written() == []"]  # fmt: skip
+        limits = Limits(test_seconds=60.0, total_seconds=90.0)
+        assert run_tests([code], tests, limits, mode) == [True, True]
+        assert secret.read_text() == "x"
 
 
-@pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="only bubblewrap limits the sum of files")
-def test_bubblewrap_limits_all_files_together() -> None:
+@pytest.mark.parametrize("mode", CONTAINING)
+def test_all_files_together_are_limited(mode: Mode) -> None:
+    """Those in /dev/shm, in the folder for temporary files and empty ones among them."""
     code = (
-        "def f():\n    for i in range(40):\n        try: open(str(i), 'wb').write(bytes(1 << 20))\n"
+        "import tempfile\ndef f(count, size):\n    for i in range(count):\n"
+        "        folder = ('.', '/dev/shm', tempfile.gettempdir())[i % 3]\n"
+        "        try: open(f'{folder}/{i}', 'wb').write(bytes(size))\n"
         "        except OSError: return i"
     )
-    limits = Limits(test_seconds=5.0, file=16 << 20)
-    assert run_tests([code], ["assert 10 < f() <= 16"], limits) == [True]
+    tests = ["assert 10 < f(40, 1 << 20) <= 16", "assert f(9999, 0) < 5000"]
+    assert run_tests([code], tests, GENEROUS, mode) == [True, True]
+
+
+@pytest.mark.parametrize("mode", WORKING)
+def test_a_very_deep_folder_is_a_failed_test_and_nothing_else(mode: Mode) -> None:
+    deep = (
+        "import os\nfor _ in range(3000):\n    os.mkdir('d')\n    os.chdir('d')\n"
+        "open('x', 'w').close()\ndef f(x): return 4"
+    )
+    before = set(Path(tempfile.gettempdir()).glob("sandbox_*"))
+    assert run_tests([deep], [TEST], GENEROUS, mode) == [False]
+    assert run_tests(["def f(x): return 5"], [TEST], GENEROUS, mode) == [True]
+    end = time.monotonic() + 20
+    while not (left := set(Path(tempfile.gettempdir()).glob("sandbox_*"))) <= before:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("mode", WORKING)
+def test_standard_modules_and_packages_can_be_imported(mode: Mode) -> None:
+    """Wherever Python lies, in a folder that only its user may enter, too."""
+    modules = sorted(sys.stdlib_module_names - {"antigravity", "this", "nt", "ntpath", "idlelib"})
+    modules = [name for name in modules if not name.startswith("_") and _found(name)]
+    code = (
+        "from __future__ import annotations\nimport importlib\n"
+        "def missing(names):\n    found = []\n    for name in names:\n"
+        "        try: importlib.import_module(name)\n"
+        "        except Exception as error: found.append((name, str(error)))\n    return found"
+    )
+    tests = [
+        f"assert missing({modules}) == []",
+        "assert missing(['numpy', 'encodings.idna']) == []",
+    ]
+    limits = Limits(test_seconds=60.0, total_seconds=120.0)
+    assert run_tests([code], tests, limits, mode) == [True, True]
+
+
+def _found(name: str) -> bool:
+    with contextlib.suppress(ImportError, ValueError):
+        importlib.import_module(name)
+        return True
+    return False
+
+
+@pytest.mark.skipif(WORKING[0] == "limits", reason="needs a jail with a file system of its own")
+def test_python_may_lie_below_the_folder_for_temporary_files(tmp_path: Path) -> None:
+    """The jail's own folder for temporary files does not hide it."""
+    root = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        python = root / "python"
+        shutil.copytree(sys.base_prefix, python, symlinks=True,
+                        ignore=shutil.ignore_patterns("test", "site-packages", "share", "idlelib"))  # fmt: skip
+        program = (
+            "from megatron_espo.sandbox import run\n"
+            "modes = [m for m in run.MODES if m != 'limits']\n"
+            "for mode in modes:\n    try:\n"
+            "        print(run.run_tests(['import tempfile\\ndef f():\\n    return tempfile.TemporaryFile()"
+            ".write(b\"xxxxx\")'], ['assert f() == 5'], None, mode))\n"
+            "    except OSError as error: print(mode, error)"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run(
+            [python / "bin" / Path(sys.executable).resolve().name, "-c", program],
+            env=environment, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        wanted = [mode for mode in WORKING if mode != "limits"]
+        assert done.stdout.splitlines().count("[True]") == len(wanted), done.stdout
+    finally:
+        shutil.rmtree(root)
 
 
 def test_locked_in_process_is_closed_to_others_of_its_user() -> None:
-    """Where two jails have one user, the code's could else rewrite the tests' memory (/proc)."""
+    """Where two processes have one user, one could else rewrite the other's memory (/proc)."""
     program = (
         "import ctypes, sys\n"
         "from megatron_espo.sandbox.jail.limits import lock_in\n"
         "before = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0)\n"  # PR_GET_DUMPABLE
-        "lock_in({'memory': 1 << 30, 'cpu': 9, 'processes': 9, 'file': 9, 'user': 0, 'preload': 0})\n"
+        "lock_in({'memory': 1 << 30, 'cpu': 9, 'processes': 9, 'file': 9, 'user': 0, 'running': 99,"
+        " 'open': 0})\n"
         "sys.exit(10 * before + ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
     assert done.returncode == 10
-
-
-@pytest.mark.skipif(WORKING[0] != "bubblewrap", reason="other modes show the machine's files")
-def test_bubblewrap_shows_no_file_of_the_machine(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("x")
-    code = f"import os\ndef f(): return [os.path.exists(p) for p in ({str(tmp_path)!r}, {__file__!r}, '/home', '/etc/passwd')]"
-    assert run_tests([code], ["assert not any(f())"], LIMITS) == [True]
 
 
 # What must end, and leave nothing behind.
@@ -401,65 +449,70 @@ ENDLESS = {
 }  # fmt: skip
 
 
-# A size that tells the processes of these jails from those of others on the machine.
-OWN = Limits(test_seconds=1.0, total_seconds=1.5, memory=(256 << 20) + 4096 * (os.getpid() % 4096))
+OWN = Limits(test_seconds=1.0, total_seconds=1.5, memory=256 << 20)
 
 
-def own_processes() -> list[str]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if "code_side.py" in line and f'"memory": {OWN.memory},' in line:
-                found.append(line)
+def inside(jail: int) -> set[int]:
+    """Processes that descend from a jail's first, or have a user that only its own have."""
+    parents, found = {}, {jail}
+    users = range(warm._FIRST_USER + (os.getpid() * 65_536) % 90_000_000, 2**31)
+    users = users[:65_536]
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, IndexError):
+            state, parent = path.joinpath("stat").read_text().rpartition(")")[2].split()[:2]
+            if state == "Z":  # it has ended; the jail has not looked yet
+                continue
+            parents[int(path.name)] = int(parent)
+            if path.stat().st_uid in users:
+                found.add(int(path.name))
+    for _ in range(12):
+        found |= {child for child, parent in parents.items() if parent in found}
     return found
 
 
-def wait_for_none() -> bool:
+def left_over(jail: int, idle: set[int]) -> set[int]:
     end = time.monotonic() + 5
-    while own_processes() and time.monotonic() < end:
+    while (found := inside(jail) - idle) and time.monotonic() < end:
         time.sleep(0.05)
-    return not own_processes()
+    return found
 
 
-def test_processes_of_a_jail_can_be_told_from_others() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs, sandbox._jail("code_side.py", [theirs], OWN, WORKING[0]):
-        assert own_processes()
-    assert wait_for_none()
-
-
+@pytest.mark.parametrize("mode", MODE_MARKS)
 @pytest.mark.parametrize("program", ENDLESS)
-def test_endless_code_ends_in_time_and_leaves_no_process(program: str) -> None:
+def test_endless_code_ends_in_time_and_leaves_no_process(program: str, mode: Mode) -> None:
+    jail = warm.warm_jail(mode)._process.pid
+    idle = inside(jail)
     started = time.monotonic()
-    assert run_tests([ENDLESS[program] + "\ndef f(x): return 4"], [TEST], OWN) == [False]
+    assert run_tests([ENDLESS[program] + "\ndef f(x): return 4"], [TEST], OWN, mode) == [False]
     assert time.monotonic() - started < 30
-    assert wait_for_none()
-
-
-@pytest.mark.parametrize("mode", WORKING[1:])
-def test_other_modes_end_processes_too(mode: str) -> None:
-    for program in ("fork bomb", "orphan", "deaf"):
-        assert run_tests([ENDLESS[program]], [TEST], OWN, mode) == [False]
-        assert wait_for_none()
+    assert warm.warm_jail(mode)._process.pid == jail
+    assert left_over(jail, idle) == set()
 
 
 @pytest.mark.parametrize("mode", WORKING)
-def test_jails_end_with_the_process_that_made_them_however_it_ends(mode: str) -> None:
+def test_jails_end_with_the_process_that_made_them_however_it_ends(mode: Mode) -> None:
     program = (
-        "from megatron_espo.sandbox.run import Limits, run_tests\n"
-        f"limits = Limits(test_seconds=60.0, total_seconds=60.0, memory={OWN.memory})\n"
-        f"run_tests(['import time\\ntime.sleep(600)'], ['f()'], limits, {mode!r})"
+        "from megatron_espo.sandbox import run, warm\n"
+        f"print(warm.warm_jail({mode!r})._process.pid, flush=True)\n"
+        "limits = warm.Limits(test_seconds=60.0, total_seconds=60.0)\n"
+        f"run.run_tests(['import time\\ntime.sleep(600)'], ['f()'], limits, {mode!r})"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment) as maker:
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True
+    ) as maker:
+        assert maker.stdout
+        jail = int(maker.stdout.readline())
         end = time.monotonic() + 20
-        while not own_processes() and time.monotonic() < end:
+        while len(found := inside(jail)) < 4 and time.monotonic() < end:
             time.sleep(0.05)
-        assert own_processes()
-        time.sleep(0.5)  # until it is locked in
+        assert len(found) >= 4
+        time.sleep(0.5)  # until they are locked in
         maker.kill()
-    assert wait_for_none()
+    end = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in found) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in found)
 
 
 def test_total_time_is_limited_whatever_the_number_of_tests() -> None:
@@ -475,46 +528,3 @@ def test_total_time_is_limited_whatever_the_number_of_tests() -> None:
     limits, code = Limits(test_seconds=60.0, total_seconds=2.0), "from time import sleep as f"
     assert run_tests([code], ["f(600)"], limits) == [False]
     assert time.monotonic() - started < 50
-
-
-PLAIN = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-    | st.binary(max_size=9) | st.decimals(allow_nan=False) | st.fractions() | st.dates(),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.lists(inner, max_size=4).map(tuple)
-    | st.dictionaries(st.text() | st.integers(), inner, max_size=4)
-    | st.sets(st.integers() | st.text(), max_size=4),
-    max_leaves=12,
-)  # fmt: skip
-
-
-@settings(max_examples=150, deadline=None)
-@given(PLAIN)
-def test_values_arrive_as_they_were(value: object) -> None:
-    back = decode(encode(value))
-    assert back == value and type(back) is type(value)
-
-
-@pytest.mark.parametrize("endless", [itertools.count(), itertools.repeat("x", 10**6)])
-def test_values_with_too_many_items_are_refused(endless: object) -> None:
-    with pytest.raises(ValueError, match="too many items"):
-        encode(endless)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.floats(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    JSON
-    | st.tuples(
-        st.sampled_from(["int", "float", "dict", "set", "range", "builtin", "bytes", "Decimal"]),
-        JSON,
-    ).map(list)
-)
-def test_malformed_values_are_value_errors(value: object) -> None:
-    with contextlib.suppress(ValueError):
-        decode(value)

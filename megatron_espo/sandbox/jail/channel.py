@@ -6,13 +6,18 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-MAX_MESSAGE = 16 << 20
+MAX_MESSAGE = 64 << 20
 _LENGTH = struct.Struct("!Q")
 
 
 def send(connection: socket.socket, message: Mapping[str, Any]) -> None:
     """Send a JSON object."""
-    data = json.dumps(message).encode()
+    send_text(connection, json.dumps(message))
+
+
+def send_text(connection: socket.socket, text: str) -> None:
+    """Send a JSON object that is written already."""
+    data = text.encode()
     connection.sendall(_LENGTH.pack(len(data)) + data)
 
 

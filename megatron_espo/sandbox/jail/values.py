@@ -1,137 +1,179 @@
-"""Plain values as JSON, so that nothing but data passes between code and its tests.
+"""Plain values as JSON: what the code's process may say about the result of an expression.
 
-What arrives is rebuilt from built-in types: an object whose ``__eq__`` always says yes, a subclass
-or a pickle cannot get through.
+A value is plain if it is made of standard types *exactly*: a subclass, an object of the code's own
+class, a function or an iterator is none, so that no behaviour of the code's travels with it. Arrays
+and scalars of numpy's are plain, too. What arrives is rebuilt from those types and can be compared
+without asking the code anything.
 """
 
+import base64
 import builtins
 import datetime
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-_MAX_DEPTH, _MAX_ITEMS = 60, 200_000
-_SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
-    "list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "iterator": iter,
-}  # fmt: skip
-_TEXTS: dict[str, Callable[[str], Any]] = {
-    "int": lambda text: int(text, 16),
-    "float": float.fromhex,
-    "complex": complex,
-    "bytes": bytes.fromhex,
-    "bytearray": bytearray.fromhex,
-    "Decimal": Decimal,
-    "Fraction": Fraction,
-    "datetime": datetime.datetime.fromisoformat,
-    "date": datetime.date.fromisoformat,
-}
-_WRITERS: tuple[tuple[type, Callable[[Any], str]], ...] = (
-    (complex, str), (bytes, bytes.hex), (bytearray, bytearray.hex), (Decimal, str),
-    (Fraction, str), (datetime.datetime, datetime.datetime.isoformat),
-    (datetime.date, datetime.date.isoformat),
-)  # fmt: skip
-_CONTAINERS: tuple[type, ...] = (list, tuple, set, frozenset)
+_MAX_DEPTH = 60
 _SMALL = 1 << 60
+_SEQUENCES: dict[str, Callable[[Iterable[Any]], Any]] = {
+    "list": list, "tuple": tuple, "set": set, "frozenset": frozenset,
+}  # fmt: skip
+_MAPPINGS: dict[str, Callable[[dict[Any, Any]], Any]] = {
+    "dict": dict, "Counter": Counter, "OrderedDict": OrderedDict,
+}  # fmt: skip
+# Each with how it is written and read.
+_TEXTS: dict[type, tuple[Callable[[Any], str], Callable[[str], Any]]] = {
+    complex: (repr, complex),
+    bytes: (lambda value: base64.b64encode(value).decode(), base64.b64decode),
+    bytearray: (
+        lambda value: base64.b64encode(value).decode(),
+        lambda text: bytearray(base64.b64decode(text)),
+    ),
+    Decimal: (str, Decimal),
+    Fraction: (str, Fraction),
+    datetime.datetime: (datetime.datetime.isoformat, datetime.datetime.fromisoformat),
+    datetime.date: (datetime.date.isoformat, datetime.date.fromisoformat),
+    datetime.time: (datetime.time.isoformat, datetime.time.fromisoformat),
+}
+_READERS = {kind.__name__: read for kind, (_, read) in _TEXTS.items()}
+_NAMED = {kind: name for name, kind in vars(builtins).items() if isinstance(kind, type)}
 
 
-def encode(value: Any, foreign: Callable[[Any], Any] | None = None, depth: int = 0) -> Any:
-    """Turn a value into what JSON can hold.
+class NotPlainError(ValueError):
+    """A value is not made of standard types, or is too deep."""
+
+
+def encode(value: Any, depth: int = 0) -> Any:
+    """Turn a plain value into what JSON can hold.
 
     Args:
-        value: numbers, texts, containers of such, and iterators, which are used up.
-        foreign: what to do with anything else.
-        depth: containers around the value.
+        value: the value.
+        depth: containers around it.
 
     Returns:
         Its JSON form.
 
     Raises:
-        ValueError: the value is too deep, too large, or of another kind and ``foreign`` is None.
+        NotPlainError: it is not plain, or nested more than 60 deep.
     """
+    kind = type(value)
+    if value is None or kind is bool or kind is str or kind is float:
+        return value
+    if kind is int:
+        return value if -_SMALL < value < _SMALL else ["int", hex(value)]
     if depth > _MAX_DEPTH:
-        raise ValueError("a value is nested too deeply")
-    found = _encode_plain(value)
-    if found is not value or value is None or isinstance(value, str | int):
-        return found
-    if isinstance(value, Mapping):
-        pairs = [[encode(k, foreign, depth + 1), encode(v, foreign, depth + 1)]
-                 for k, v in _limited(value.items())]  # fmt: skip
-        return ["dict", pairs]
-    for kind in _CONTAINERS:
-        if isinstance(value, kind):
-            return [kind.__name__, [encode(v, foreign, depth + 1) for v in _limited(value)]]
-    if hasattr(value, "tolist"):  # numpy
-        return encode(value.tolist(), foreign, depth + 1)
-    if isinstance(value, Iterator):
-        return ["iterator", [encode(v, foreign, depth + 1) for v in _limited(value)]]
-    if isinstance(value, Iterable) and not isinstance(value, type) and foreign is None:
-        return ["list", [encode(v, foreign, depth + 1) for v in _limited(value)]]
-    name = getattr(value, "__name__", None)
-    if isinstance(name, str) and getattr(builtins, name, None) is value:
-        return ["builtin", name]
-    if foreign is None:
-        raise ValueError(f"a {type(value).__name__} is no plain value")
-    return foreign(value)
+        raise NotPlainError("a value is nested too deeply")
+    name = kind.__name__
+    if _SEQUENCES.get(name) is kind:
+        return [name, _encode_items(value, depth)]
+    if _MAPPINGS.get(name) is kind:
+        return [name, _encode_pairs(value, depth)]
+    if kind in _TEXTS:
+        return [name, _TEXTS[kind][0](value)]
+    if kind is range:
+        return ["range", [encode(part) for part in (value.start, value.stop, value.step)]]
+    if kind is datetime.timedelta:
+        return ["timedelta", [value.days, value.seconds, value.microseconds]]
+    if kind is deque:
+        return ["deque", [_encode_items(value, depth), value.maxlen]]
+    if kind is defaultdict:
+        factory = value.default_factory
+        return ["defaultdict", [_encode_pairs(value, depth), encode(factory)]]
+    if kind is type and value in _NAMED:
+        return ["type", _NAMED[value]]
+    return _encode_numpy(value)
 
 
-def _encode_plain(value: Any) -> Any:
-    """Encode what holds nothing else; other values are returned as they are."""
-    if isinstance(value, bool):
-        return bool(value)
-    if isinstance(value, str):
-        return str.__str__(value)
-    if isinstance(value, int):
-        number = int.__int__(value)
-        return number if -_SMALL < number < _SMALL else ["int", hex(number)]
-    if isinstance(value, float):
-        return ["float", float.hex(value)]
-    if isinstance(value, range):
-        return ["range", [value.start, value.stop, value.step]]
-    for kind, text in _WRITERS:
-        if isinstance(value, kind):
-            return [kind.__name__, text(value)]
-    return value
+def _encode_items(values: Any, depth: int) -> list[Any]:
+    items = list(values)
+    kinds = set(map(type, items))
+    if kinds <= {str, float, bool, type(None)}:
+        return items
+    if kinds == {int} and min(items) > -_SMALL and max(items) < _SMALL:
+        return items
+    return [encode(item, depth + 1) for item in items]
 
 
-def _limited(values: Any) -> Iterator[Any]:
-    for count, value in enumerate(values):
-        if count >= _MAX_ITEMS:
-            raise ValueError("a value has too many items")
-        yield value
+def _encode_pairs(value: Any, depth: int) -> list[Any]:
+    return [[encode(k, depth + 1), encode(v, depth + 1)] for k, v in dict.items(value)]
 
 
-def decode(value: Any, foreign: Callable[[str, Any], Any] | None = None) -> Any:
+def _encode_numpy(value: Any) -> Any:
+    numpy = sys.modules.get("numpy")
+    kind = type(value)
+    if numpy is not None and kind.__module__ == "numpy":
+        array = numpy.asarray(value)
+        scalar = kind is getattr(numpy, kind.__name__, None) and kind is not numpy.ndarray
+        if (scalar or kind is numpy.ndarray) and array.dtype.kind in "biufcSU":
+            data = base64.b64encode(array.tobytes()).decode()
+            return ["numpy", [array.dtype.str, None if scalar else list(array.shape), data]]
+    raise NotPlainError(f"a {kind.__name__} is no plain value")
+
+
+def decode(value: Any) -> Any:
     """Rebuild a value from its JSON form.
 
     Args:
         value: from :func:`encode`, perhaps of somebody not to be trusted.
-        foreign: rebuilds what the other side's ``foreign`` wrote, from its kind and content.
 
     Returns:
-        The value, of built-in types.
+        The value, of standard types.
 
     Raises:
         ValueError: it is not such a form.
     """
-    if value is None or isinstance(value, bool | str | int):
+    if value is None or isinstance(value, bool | str | int | float):
         return value
     if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)):
         raise ValueError("a value is malformed")
-    kind, content = value
     try:
-        if kind in _SEQUENCES:
-            return _SEQUENCES[kind]([decode(v, foreign) for v in content])
-        if kind == "dict":
-            return {decode(k, foreign): decode(v, foreign) for k, v in content}
-        if kind in _TEXTS:
-            return _TEXTS[kind](content)
-        if kind == "range":
-            return range(*content)
-        if kind == "builtin" and foreign is not None:
-            return getattr(builtins, content)
-    except (TypeError, ArithmeticError, AttributeError, RecursionError) as error:
+        return _decode(*value)
+    except (TypeError, ArithmeticError, AttributeError, RecursionError, LookupError) as error:
         raise ValueError("a value is malformed") from error
-    if foreign is None:
-        raise ValueError(f"a value of the kind {kind} is malformed")
-    return foreign(kind, content)
+
+
+def _decode(kind: str, content: Any) -> Any:
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](map(decode, content))
+    if kind in _MAPPINGS:
+        return _MAPPINGS[kind](_decode_pairs(content))
+    if kind in _READERS:
+        return _READERS[kind](content)
+    match kind:
+        case "int":
+            return int(content, 16)
+        case "range":
+            return range(*map(decode, content))
+        case "timedelta":
+            return datetime.timedelta(*content)
+        case "deque":
+            return deque(map(decode, content[0]), content[1])
+        case "defaultdict":
+            return defaultdict(decode(content[1]), _decode_pairs(content[0]))
+        case "type":
+            found = getattr(builtins, content)
+            if isinstance(found, type):
+                return found
+        case "numpy":
+            return _decode_numpy(*content)
+    raise ValueError("a value is malformed")
+
+
+def _decode_pairs(content: Any) -> dict[Any, Any]:
+    return {decode(key): decode(value) for key, value in content}
+
+
+def _decode_numpy(kind: str, shape: Any, data: str) -> Any:
+    """Rebuild an array, or a scalar where there is no shape."""
+    try:
+        import numpy
+    except ImportError as error:
+        raise ValueError("a value needs numpy, which is not installed") from error
+    dtype = numpy.dtype(kind)
+    if dtype.kind not in "biufcSU":
+        raise ValueError("a value is malformed")
+    flat = numpy.frombuffer(base64.b64decode(data), dtype)
+    return flat[0] if shape is None else flat.reshape(shape).copy()
