@@ -90,7 +90,7 @@ def test_entry_point_goes_before_the_last_function_of_the_prompt(file: Path) -> 
         ({"question": "Write f."}, "is a list of assertions; give the tests"),
         ({"question": "Write f.", "test_cases": []}, "is a list of assertions"),
         ({"question": "Write f.", "test_cases": ["assert f()", 3]}, "is a list of assertions"),
-        ({"question": "Write f.", "test_cases": {"a": "b"}}, "is a list of assertions"),
+        ({"question": "Write f.", "test_cases": {"a": "b"}}, "no lists 'inputs' and 'outputs'"),
         ({"prompt": "def f(:", "tests": CHECK}, "'prompt' is no Python to complete"),
         ({"prompt": "x = 1", "tests": CHECK}, "'prompt' defines no function; give the 'entry"),
         ({"prompt": GIVEN, "tests": CHECK, "entry_point": "a.b"}, "'prompt' defines no function"),
