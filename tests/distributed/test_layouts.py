@@ -1,6 +1,7 @@
 """The same ELBOs, gradients, tokens and losses in every layout as on one rank."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 from unittest import mock
 from weakref import WeakSet
@@ -8,7 +9,7 @@ from weakref import WeakSet
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Built, build_layout
+from conftest import WORLD, Built, build_layout
 from layouts import CASES, Case, record
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
@@ -44,6 +45,14 @@ class Expected:
 
 
 @dataclass(frozen=True)
+class Sampled:
+    """Tokens of a rollout, and the bytes of the caches that it kept at the same time."""
+
+    tokens: Tensor
+    cache_bytes: int
+
+
+@dataclass(frozen=True)
 class Compared:
     """A layout, its name, and what one rank computes with the same model."""
 
@@ -51,6 +60,23 @@ class Compared:
     case: Case
     built: Built
     expected: Expected
+    _sampled: dict[str, Sampled] = field(default_factory=dict)
+
+    def samplers(self) -> dict[str, RolloutConfig]:
+        """Settings that this layout is compared with."""
+        multiple = self.built.model.pad_multiple
+        every = samplers(self.case.shift, self.case.few_samplers, multiple)
+        # With context parallelism refused: a cache holds all positions of its rows.
+        return {n: c for n, c in every.items() if self.case.cp == 1 or c.cache == "none"}
+
+    def sampled(self, name: str) -> Sampled:
+        """A rollout, sampled once for all tests of this layout."""
+        if name not in self._sampled:
+            CountedCache.most = 0
+            with mock.patch.object(sampler, "KeyValueCache", CountedCache):
+                tokens = tokens_of(self.built, SAMPLERS[name])
+            self._sampled[name] = Sampled(tokens, CountedCache.most)
+        return self._sampled[name]
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +95,24 @@ def reference(tokenizer_folder: str, checkpoint: str, shift: bool) -> Expected:
         losses[sft] = pretrain_loss(solo, 4, sft)
         gradients[sft] = gradients_of(solo)
     elbo = elbo_of(solo)
-    tokens = {name: tokens_of(solo, config) for name, config in samplers(shift).items()}
+    tokens = shared_by_ranks(samplers(shift), lambda name: tokens_of(solo, SAMPLERS[name]))
     espo, norm = espo_gradient(solo, "joint", 8)
     return Expected(elbo, tokens, espo, norm, losses, gradients)
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
+def shared_by_ranks(names: Iterable[str], compute: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Let each rank compute its part of what all need: alone, they would all compute the same."""
+    mine = {name: compute(name) for name in list(names)[dist.get_rank() :: WORLD]}
+    parts: list[dict[str, Tensor]] = [{}] * WORLD
+    dist.all_gather_object(parts, mine)
+    return {name: tokens for part in parts for name, tokens in part.items()}
+
+
+def dashes(name: str) -> str:
+    return name.replace(" ", "-")
+
+
+@pytest.fixture(scope="module", params=CASES, ids=dashes)
 def compared(
     request: Any,
     references: dict[bool, Expected],
@@ -152,27 +190,31 @@ def tokens_of(built: Built, config: RolloutConfig, widths: tuple[int, ...] = ())
     return generate(model, prompts[rows], torch.arange(N)[rows], config, 11, "test").completions
 
 
+# Several micro-batches where rows leave, enter or are cached one by one; whole ones are enough for
+# the other settings, and ranks talk as often as there are passes.
 SAMPLERS = {
     "low_confidence": RolloutConfig(16, 8, 8, 1.0, "low_confidence", micro_batch_size=3),
-    "greedy": RolloutConfig(16, 16, 8, 0.0, "low_confidence", micro_batch_size=2),
+    "greedy": RolloutConfig(16, 16, 8, 0.0, "low_confidence", micro_batch_size=8),
     "random": RolloutConfig(16, 8, 16, 0.7, "random", micro_batch_size=8),
-    "guidance": RolloutConfig(16, 8, 4, 1.0, "low_confidence", 1.5, micro_batch_size=4),
-    "origin": RolloutConfig(16, 16, 8, 1.0, "origin", micro_batch_size=2),
-    "entropy": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=4),
-    "topk_margin": RolloutConfig(16, 16, 8, 0.9, "topk_margin", micro_batch_size=4),
-    "entropy, top-p": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=4, top_p=0.8),
-    "topk_margin, top-k": RolloutConfig(16, 8, 8, 1.2, "topk_margin", top_k=9),
-    "guidance, top-p": RolloutConfig(16, 8, 4, 1.0, "low_confidence", 1.5, top_p=0.7),
-    "prefix, top-p": RolloutConfig(
-        16, 8, 8, cache="prefix", micro_batch_size=2, top_p=0.6, top_k=30
+    "guidance": RolloutConfig(16, 8, 4, 1.0, "low_confidence", 1.5, micro_batch_size=8),
+    "origin": RolloutConfig(16, 16, 8, 1.0, "origin", micro_batch_size=8),
+    "entropy": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=8),
+    "topk_margin": RolloutConfig(16, 16, 8, 0.9, "topk_margin", micro_batch_size=8),
+    "entropy, top-p": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=8, top_p=0.8),
+    "topk_margin, top-k": RolloutConfig(16, 8, 8, 1.2, "topk_margin", top_k=9, micro_batch_size=8),
+    "guidance, top-p": RolloutConfig(
+        16, 8, 4, 1.0, "low_confidence", 1.5, top_p=0.7, micro_batch_size=8
     ),
-    "maskgit_plus": RolloutConfig(16, 16, 8, 0.9, "maskgit_plus", micro_batch_size=4),
-    "threshold": RolloutConfig(16, 8, threshold=0.5, early_stop=True, micro_batch_size=2),
-    "prefix": RolloutConfig(16, 8, 8, cache="prefix", early_stop=True, micro_batch_size=2),
+    "prefix, top-p": RolloutConfig(
+        16, 8, 8, cache="prefix", micro_batch_size=4, top_p=0.6, top_k=30
+    ),
+    "maskgit_plus": RolloutConfig(16, 16, 8, 0.9, "maskgit_plus", micro_batch_size=8),
+    "threshold": RolloutConfig(16, 8, threshold=0.5, early_stop=True, micro_batch_size=3),
+    "prefix": RolloutConfig(16, 8, 8, cache="prefix", early_stop=True, micro_batch_size=4),
     # So low that about every other window commits something and the rest leave it to a whole pass.
     "dual, factor": RolloutConfig(16, 4, factor=1.95, cache="dual", micro_batch_size=3),
     "dual, early stop": RolloutConfig(
-        16, 8, 8, cache="dual", cache_refresh_steps=2, early_stop=True, micro_batch_size=2
+        16, 8, 8, cache="dual", cache_refresh_steps=2, early_stop=True, micro_batch_size=3
     ),
 }
 
@@ -203,23 +245,22 @@ def samplers(shift: bool, few: bool = False, multiple: int = 1) -> dict[str, Rol
 
 
 def test_tokens_do_not_depend_on_layout(compared: Compared) -> None:
-    built, case = compared.built, compared.case
-    multiple = built.model.pad_multiple
-    for name, config in samplers(case.shift, case.few_samplers, multiple).items():
-        if case.cp > 1 and config.cache != "none":
-            continue  # refused: a cache holds all positions of its rows
-        actual = tokens_of(built, config)
-        same = actual == compared.expected.tokens[name][own_rows(built)]
+    for name in compared.samplers():
+        actual = compared.sampled(name).tokens
+        same = actual == compared.expected.tokens[name][own_rows(compared.built)]
         record(compared.name, "tokens", same.double().mean().item())
         assert same.all(), name
 
 
+# The other cases sample as one of these does, or attend without graphs.
+OF_FEW_SHAPES = [name for name, case in CASES.items() if case.cp == 1 and not case.few_samplers]
+
+
+@pytest.mark.parametrize("compared", OF_FEW_SHAPES, ids=dashes, indirect=True, scope="module")
 @pytest.mark.parametrize("name", ["low_confidence", "threshold"])
 def test_tokens_do_not_depend_on_few_shapes(compared: Compared, name: str) -> None:
     """As on GPUs: pipeline stages hand each other passes of several shapes in a step."""
     built, case = compared.built, compared.case
-    if case.few_samplers or case.cp > 1:
-        pytest.skip("samples as another layout, or attends without graphs")
     config = replace(SAMPLERS[name], micro_batch_size=3)
     multiple, shapes, run = built.model.pad_multiple, [], sampler.forward_only
 
@@ -252,20 +293,14 @@ class CountedCache(KeyValueCache):
 
 def test_planned_caches_are_those_that_the_sampler_keeps(compared: Compared) -> None:
     """Of this rank's heads, layers, and micro-batches in flight."""
-    built, case = compared.built, compared.case
-    multiple = built.model.pad_multiple
-    configs = samplers(case.shift, case.few_samplers, multiple).values()
+    built = compared.built
     rows = own_rows(built)
     # The longest prompt of the rows has 4 + rows.stop tokens.
-    positions = round_up(4 + rows.stop + 16, multiple)
-    for config in configs:
-        if config.cache == "none" or case.cp > 1:
-            continue
-        CountedCache.most = 0
-        with mock.patch.object(sampler, "KeyValueCache", CountedCache):
-            tokens_of(built, config)
-        passes = Passes(1, positions, 0, 1, config, rows.stop - rows.start)
-        assert CountedCache.most == cache_memory(built.args, passes) > 0
+    positions = round_up(4 + rows.stop + 16, built.model.pad_multiple)
+    for name, config in compared.samplers().items():
+        if config.cache != "none":
+            passes = Passes(1, positions, 0, 1, config, rows.stop - rows.start)
+            assert compared.sampled(name).cache_bytes == cache_memory(built.args, passes) > 0
 
 
 def test_samplers_and_models_differ(references: dict[bool, Expected]) -> None:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +68,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return box[0]
 
 
+@pytest.fixture(scope="module")
+def of_one_rank() -> dict[str, Any]:
+    """What a model that is not split gives, computed by the first test that asks."""
+    return {}
+
+
 @pytest.fixture
 def weights(folder: str, build: Build) -> tuple[str, ...]:
     """Flags that load the weights that all models here have."""
@@ -81,10 +88,12 @@ def weights(folder: str, build: Build) -> tuple[str, ...]:
 @on_two_ranks
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_model_in_two_parts_is_the_same_model(
-    build: Build, weights: tuple[str, ...], split: str
+    build: Build, weights: tuple[str, ...], split: str, of_one_rank: dict[str, Any]
 ) -> None:
-    whole = build(*TE, *weights)
-    wanted, tokens = elbo(whole), completions_of(whole, 3)
+    if "plain" not in of_one_rank:
+        whole = build(*TE, *weights)
+        of_one_rank["plain"] = elbo(whole), completions_of(whole, 3)
+    wanted, tokens = of_one_rank["plain"]
     parts = build(*TE, *SPLITS[split], *weights)
     assert ((elbo(parts) - wanted).abs().max() / wanted.abs().max()) < 1e-5
     assert torch.equal(completions_of(parts, 3), tokens)
@@ -93,14 +102,16 @@ def test_a_model_in_two_parts_is_the_same_model(
 @on_two_ranks
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_of_two_parts_takes_any_number_of_rows(
-    build: Build, weights: tuple[str, ...], recipe: str
+    build: Build, weights: tuple[str, ...], recipe: str, of_one_rank: dict[str, Any]
 ) -> None:
     """Odd numbers of rows, last micro-batches that are not full; and ratios of unchanged weights.
 
     The stand-in refuses a rank's share that the recipe cannot take.
     """
     flags = (*FP8, "--fp8-recipe", recipe, *weights)
-    plain = elbo(build(*TE, "--bf16", *weights), SEQUENCES, 1)
+    if "bf16" not in of_one_rank:
+        of_one_rank["bf16"] = elbo(build(*TE, "--bf16", *weights), SEQUENCES, 1)
+    plain = of_one_rank["bf16"]
     whole = build(*flags)
     wanted = {rows: elbo(whole, SEQUENCES, rows) for rows in (1, 2, 7)}
     for name, split in SPLITS.items():
@@ -119,11 +130,15 @@ def test_fp8_of_two_parts_takes_any_number_of_rows(
 @on_two_ranks
 @pytest.mark.parametrize("split", SPLITS)
 def test_fused_gradients_of_two_parts_are_those_of_the_whole(
-    build: Build, weights: tuple[str, ...], split: str, monkeypatch: pytest.MonkeyPatch
+    build: Build,
+    weights: tuple[str, ...],
+    split: str,
+    monkeypatch: pytest.MonkeyPatch,
+    of_one_rank: dict[str, Any],
 ) -> None:
     """In bf16, where the head adds its part itself and sums the gradient of its states."""
-    found = []
-    for flags, fused in (((), False), (SPLITS[split], True)):
+
+    def gradients(fused: bool, *flags: str) -> list[torch.Tensor]:
         monkeypatch.setitem(device.CPU_ARGUMENT_DEFAULTS, "gradient_accumulation_fusion", fused)
         built = build(*TE, "--bf16", *flags, *weights)
         gradient(built, "two_pass")
@@ -134,8 +149,11 @@ def test_fused_gradients_of_two_parts_are_those_of_the_whole(
         # Without the rows that pad the vocabulary: their number depends on the split.
         # Data-parallel ranks have the same sequences here, as if there were as many more.
         copies = built.model.layout.dp_size
-        found += [of_head[:, : built.args.vocab_size] / copies, norm.main_grad / copies]
-    for theirs, ours in zip(found[:2], found[2:], strict=True):
+        return [of_head[:, : built.args.vocab_size] / copies, norm.main_grad / copies]
+
+    if "gradients" not in of_one_rank:
+        of_one_rank["gradients"] = gradients(False)
+    for theirs, ours in zip(of_one_rank["gradients"], gradients(True, *SPLITS[split]), strict=True):
         assert (ours - theirs).abs().max() / theirs.abs().max() < 0.02
 
 
