@@ -43,6 +43,7 @@ _ALL = 16
 _UPDATES = 2
 # Flags of a dry run, and how many words follow each.
 _OWN_FLAGS = {
+    "--verbose": 0,
     "--dry-run": 0,
     "--dry-run-world-size": 1,
     "--dry-run-gpu-memory": 1,

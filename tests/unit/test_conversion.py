@@ -463,11 +463,11 @@ def test_a_converted_model_is_sampled_trained_and_exported(
     sampling = "--rollout-completion-length 8 --rollout-block-length 8 --rollout-denoising-steps 4"
     printed = run(
         "tools/generate.py", "--load", str(moved), "--chat", "--prompt", "a", *sampling.split(),
-        "--save-frames", str(tmp_path / "frames"),
+        "--save-frames", str(tmp_path / "frames"), "--verbose",
     )  # fmt: skip
+    assert f"{moved}/tokenizer" in printed
     assert len(list((tmp_path / "frames").iterdir())) == 5
     assert printed.splitlines()[-2] == "a" and "\033" not in printed.splitlines()[-1]
-    assert f"{moved}/tokenizer" in printed
     printed = run(
         "tools/generate.py", "--load", str(moved), "--prompt", "x" * 121, *sampling.split(),
         fails=True,

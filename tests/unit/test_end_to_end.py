@@ -202,7 +202,7 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
     assert latest_iteration(str(folder / "parts")) == 3
     # A job that is started with other settings for the rollout in hand says so.
     printed = espo(folder, "parts", "--espo-num-mc", "1", fails=True)
-    assert "--espo-num-mc 2, here it is 1; keep the run's value." in printed
+    assert "--espo-num-mc 2, here it is 1; keep the value until the rollout's last step" in printed
     espo(folder, "parts")
     assert_same_run(folder, "parts")
 
@@ -382,13 +382,14 @@ def test_killed_reward_worker_is_counted_and_the_run_is_the_same(
 
 @pytest.mark.timeout(900)
 def test_killed_run_is_the_same_run(tmp_path: Path) -> None:
-    """One kill of each kind; ``tools/check_resume.py kill`` makes twenty."""
-    # By turns one rank, all ranks told, all ranks while they write, torchrun alone.
+    """``tools/check_resume.py kill`` makes twenty kills, of torchrun alone, too."""
+    # By turns one rank, all ranks told, all ranks while they write. Forked ranks have the server
+    # of forks for their parent, not torchrun: its death cannot be shown with them.
     printed = run(
-        "tools/check_resume.py", "kill", "--out", str(tmp_path / "runs"), "--kills", "4",
+        "tools/check_resume.py", "kill", "--out", str(tmp_path / "runs"), "--kills", "3",
         "--rollouts", "14", timeout=900,
     )  # fmt: skip
-    assert printed.count("\nkill ") == 4 and "tensors" in printed
+    assert printed.count("\nkill ") == 3 and "tensors" in printed
 
 
 def evaluate(

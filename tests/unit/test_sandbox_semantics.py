@@ -127,12 +127,16 @@ def test_every_question_has_an_answer() -> None:
 
 @pytest.mark.parametrize("mode", MODE_MARKS)
 def test_no_completion_sees_what_another_has_left(mode: Mode) -> None:
-    """Not in the files, the modules, the environment or the processes of a warm jail."""
+    """Not in the files, the modules, the environment or the processes of a warm jail.
+
+    In "limits" the machine's folders for temporary files are everybody's.
+    """
+    folders = "()" if mode == "limits" else "(tempfile.gettempdir(), '/dev/shm')"
     poison = (
         "import builtins, math, os, sys, tempfile, time\n"
         "builtins.abs = lambda v: 7\nmath.pi = 3\nos.environ['X'] = '1'\nsys.path.insert(0, '.')\n"
         "open('statistics.py', 'w').write('poisoned = 1')\n"
-        "for folder in (tempfile.gettempdir(), '/dev/shm'):\n"
+        f"for folder in {folders}:\n"
         "    try: open(folder + '/left', 'w').write('x')\n    except OSError: pass\n"
         "if os.fork() == 0:\n    time.sleep(600)\n"
         "def f(x): return 5"
