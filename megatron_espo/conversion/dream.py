@@ -2,26 +2,12 @@
 
 from typing import Any
 
-from megatron_espo.conversion.mapping import Names
-from megatron_espo.model.shape import Config, ModelShape, check_heads
+from megatron_espo.conversion import llama
+from megatron_espo.model.shape import Config, ModelShape
 
 ARCHITECTURE = "DreamModel"
 
-NAMES = Names(
-    embedding="model.embed_tokens",
-    final_norm="model.norm",
-    head="lm_head",
-    layer="model.layers.{layer}.",
-    attention_norm="input_layernorm",
-    query="self_attn.q_proj",
-    key="self_attn.k_proj",
-    value="self_attn.v_proj",
-    attention_output="self_attn.o_proj",
-    ffn_norm="post_attention_layernorm",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-)
+NAMES = llama.NAMES
 
 # What Dream's published code (configuration_dream.py) takes for fields that a file does not have.
 DEFAULTS: dict[str, Any] = {
@@ -65,34 +51,9 @@ def read_config(config: Config) -> ModelShape:
         UserError: naming the field that is missing, broken or not supported.
     """
     config = config.with_defaults(DEFAULTS)
-    config.require("hidden_act", "silu")
     config.require("use_sliding_window", False)
     config.require("use_mrope", False)
-    config.require("attention_dropout", 0.0, 0)
-    config.require("quantization_config", None)
-    vocab_size = config.number("vocab_size", int)
-    hidden_size = config.number("hidden_size", int)
-    heads = config.number("num_attention_heads", int)
-    config.require("head_dim", hidden_size // heads, None)
-    shape = ModelShape(
-        num_layers=config.number("num_hidden_layers", int),
-        hidden_size=hidden_size,
-        ffn_hidden_size=config.number("intermediate_size", int),
-        num_attention_heads=heads,
-        num_query_groups=config.number("num_key_value_heads", int),
-        vocab_size=vocab_size,
-        max_position_embeddings=config.number("max_position_embeddings", int),
-        rotary_base=config.rotary_base(),
-        norm_epsilon=config.number("rms_norm_eps", float),
-        qkv_bias=True,
-        logit_shift=True,
-        mask_token_id=config.token("mask_token_id", vocab_size),
-        eos_token_id=config.token("eos_token_id", vocab_size),
-        tied_embeddings=config.switch("tie_word_embeddings"),
-    )
-    return check_heads(
-        shape, config.source, "num_attention_heads", "num_key_value_heads", "hidden_size"
-    )
+    return llama.read_shape(config, qkv_bias=True, logit_shift=True)
 
 
 def write_config(shape: ModelShape) -> dict[str, Any]:
@@ -104,27 +65,12 @@ def write_config(shape: ModelShape) -> dict[str, Any]:
     Returns:
         The fields.
     """
-    return {
+    own = {
         "architectures": [ARCHITECTURE],
-        "attention_dropout": 0.0,
         "bos_token_id": shape.eos_token_id,
-        "eos_token_id": shape.eos_token_id,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
-        "mask_token_id": shape.mask_token_id,
-        "max_position_embeddings": shape.max_position_embeddings,
         "model_type": "Dream",
-        "num_attention_heads": shape.num_attention_heads,
-        "num_hidden_layers": shape.num_layers,
-        "num_key_value_heads": shape.num_query_groups,
-        "pad_token_id": shape.eos_token_id,
-        "rms_norm_eps": shape.norm_epsilon,
-        "rope_scaling": None,
-        "rope_theta": float(shape.rotary_base),
         "sliding_window": None,
-        "tie_word_embeddings": shape.tied_embeddings,
         "use_mrope": False,
         "use_sliding_window": False,
-        "vocab_size": shape.vocab_size,
     }
+    return llama.write_shape(shape, own)

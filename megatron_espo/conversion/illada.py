@@ -6,12 +6,12 @@ output head's copy of the embedding, and its config names no mask token.
 
 from typing import Any
 
-from megatron_espo.conversion import dream
-from megatron_espo.model.shape import Config, ModelShape, check_heads
+from megatron_espo.conversion import llama
+from megatron_espo.model.shape import Config, ModelShape
 
 ARCHITECTURE = "ILLaDAForCausalLM"
 
-NAMES = dream.NAMES
+NAMES = llama.NAMES
 
 MASK_TOKEN_ID = 5
 """``<[MASK]>`` of the published tokenizer, which the model's authors pass to their sampler."""
@@ -59,36 +59,12 @@ def read_config(config: Config) -> ModelShape:
         UserError: naming the field that is missing, broken or not supported.
     """
     config = config.with_defaults(DEFAULTS)
-    config.require("hidden_act", "silu")
     config.require("layer_norm_eps", None)  # a number asks for plain layer norms
     config.require("attention_bias", False)
     config.require("mlp_bias", False)
-    config.require("quantization_config", None)
-    for name in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+    for name in ("resid_pdrop", "embd_pdrop"):
         config.require(name, 0.0, 0)
-    vocab_size = config.number("vocab_size", int)
-    hidden_size = config.number("hidden_size", int)
-    heads = config.number("num_attention_heads", int)
-    config.require("head_dim", hidden_size // heads, None)
-    shape = ModelShape(
-        num_layers=config.number("num_hidden_layers", int),
-        hidden_size=hidden_size,
-        ffn_hidden_size=config.number("intermediate_size", int),
-        num_attention_heads=heads,
-        num_query_groups=config.number("num_key_value_heads", int),
-        vocab_size=vocab_size,
-        max_position_embeddings=config.number("max_position_embeddings", int),
-        rotary_base=config.rotary_base(),
-        norm_epsilon=config.number("rms_norm_eps", float),
-        qkv_bias=False,
-        logit_shift=False,
-        mask_token_id=config.token("mask_token_id", vocab_size),
-        eos_token_id=config.token("eos_token_id", vocab_size),
-        tied_embeddings=config.switch("tie_word_embeddings"),
-    )
-    return check_heads(
-        shape, config.source, "num_attention_heads", "num_key_value_heads", "hidden_size"
-    )
+    return llama.read_shape(config, qkv_bias=False, logit_shift=False)
 
 
 def write_config(shape: ModelShape) -> dict[str, Any]:
@@ -100,27 +76,12 @@ def write_config(shape: ModelShape) -> dict[str, Any]:
     Returns:
         The fields.
     """
-    return {
+    own = {
         "architectures": [ARCHITECTURE],
         "attention_bias": False,
-        "attention_dropout": 0.0,
-        "eos_token_id": shape.eos_token_id,
-        "hidden_act": "silu",
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.ffn_hidden_size,
         "layer_norm_eps": None,
-        "mask_token_id": shape.mask_token_id,
-        "max_position_embeddings": shape.max_position_embeddings,
         "mlp_bias": False,
         "model_type": "illada",
-        "num_attention_heads": shape.num_attention_heads,
-        "num_hidden_layers": shape.num_layers,
-        "num_key_value_heads": shape.num_query_groups,
-        "pad_token_id": shape.eos_token_id,
         "resid_pdrop": 0.0,
-        "rms_norm_eps": shape.norm_epsilon,
-        "rope_scaling": None,
-        "rope_theta": float(shape.rotary_base),
-        "tie_word_embeddings": shape.tied_embeddings,
-        "vocab_size": shape.vocab_size,
     }
+    return llama.write_shape(shape, own)
