@@ -59,7 +59,7 @@ def check_provenance(
     source: str,
     espo: EspoConfig,
     seed: int,
-    tokenizer: FastTokenizer,
+    ours: Settings,
     data: TaskData,
 ) -> None:
     """Refuse to go on with a run whose rollout in hand does not belong to these settings.
@@ -70,14 +70,13 @@ def check_provenance(
         source: where it lies, for the message.
         espo: the run's settings.
         seed: the run's seed.
-        tokenizer: the tokenizer.
+        ours: what :func:`settings_of` lists for this run.
         data: the problems to train on.
 
     Raises:
         UserError: naming the flag.
     """
     in_hand = state["rollout"]
-    ours = settings_of(espo, seed, tokenizer)
     for flag, theirs in state.get("made_with", {}).items():
         if flag in _OF_THE_RUN:
             if theirs != ours[flag]:

@@ -8,7 +8,7 @@ interrupted is never the latest one.
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -147,23 +147,26 @@ def read_state(root: str, step: int) -> dict[str, Any]:
     return state
 
 
-def load_run_state(root: str | None, step: int, reference: ReferencePolicy | None) -> RunState:
+def load_run_state(
+    root: str | None, step: int, state: Mapping[str, Any] | None, reference: ReferencePolicy | None
+) -> RunState:
     """Take up ESPO's part of the checkpoint that Megatron has just loaded.
 
     Args:
         root: the --load folder.
         step: the iteration that was loaded; 0 for a run that starts.
+        state: what :func:`read_state` has read of it.
         reference: takes the saved reference policy's weights, or None.
 
     Returns:
         Where the run goes on.
 
     Raises:
-        UserError: The checkpoint is not of an ESPO run, or has no reference policy.
+        UserError: The checkpoint has no reference policy.
     """
     if step == 0 or root is None:
         return RunState(0)
-    state = read_state(root, step)
+    assert state is not None
     if reference is not None:
         reference.load(reference_folder(root, step))
     return RunState(

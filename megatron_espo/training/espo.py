@@ -1,7 +1,7 @@
 """ESPO training: ``torchrun -m megatron_espo.training.espo [Megatron flags] [--espo-* flags]``."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,10 +15,8 @@ from megatron.training import training as megatron_training
 
 from megatron_espo.checkpoint.tracker import resumed_iteration
 from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
-from megatron_espo.console import captured, say
+from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
-from megatron_espo.dry_run.command import dry_run
-from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.fp8 import check_policy_arguments
@@ -28,25 +26,24 @@ from megatron_espo.monitor.flops import ModelDimensions
 from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops
-from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.monitor.watch import Watch
 from megatron_espo.rewards.workers import RewardWorkers
-from megatron_espo.rl.provenance import check_provenance, settings_of
+from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
 from megatron_espo.startup.argument_checks import check_schedule
-from megatron_espo.startup.arguments import config_from_args, initialize_arguments
+from megatron_espo.startup.arguments import config_from_args
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     diffusion_model,
     inference_mode,
     initialize_process_groups,
-    keep_log,
     pad_multiple,
     run_entry_point,
 )
 from megatron_espo.tasks.base import Task, start_line
+from megatron_espo.training import entry
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -137,13 +134,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: flags.
     """
-    if is_dry_run(argv):
-        dry_run(argv, prepare_arguments, "megatron_espo.training.espo")
-        return
-    with captured(training_line) as output:
-        args = initialize_arguments(argv, prepare_arguments)
-        keep_log(output, args, argv)
-        run(args)
+    entry.start(argv, "megatron_espo.training.espo", prepare_arguments, run)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -158,12 +149,14 @@ def run(args: argparse.Namespace) -> None:
     train_data = load_task_data(task, espo.train_data, tokenizer, args)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
+    made_with = settings_of(espo, args.seed, tokenizer)
     with own_save_folder(args):
+        saved = None
         # Only now is the checkpoint the last one of a run that was still ending.
         if step := resumed_iteration(args):
-            state, source = read_state(args.load, step), f"--load {args.load}"
-            check_provenance(state, step, source, espo, args.seed, tokenizer, train_data)
-        _train(args, task, tokenizer, train_data, eval_data)
+            saved, source = read_state(args.load, step), f"--load {args.load}"
+            check_provenance(saved, step, source, espo, args.seed, made_with, train_data)
+        _train(args, task, tokenizer, train_data, eval_data, made_with, saved)
 
 
 def _train(
@@ -172,6 +165,8 @@ def _train(
     tokenizer: FastTokenizer,
     train_data: TaskData,
     eval_data: TaskData | None,
+    made_with: Settings,
+    saved: Mapping[str, Any] | None,
 ) -> None:
     """Build everything, with all ranks together from here on, and run ESPO."""
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
@@ -191,11 +186,10 @@ def _train(
     for chunk in chunks:
         chunk.train()
     reference = ReferencePolicy(chunks) if espo.kl_coef > 0.0 else None
-    start = load_run_state(args.load, args.iteration, reference)
+    start = load_run_state(args.load, args.iteration, saved, reference)
     writer = get_tensorboard_writer()
     begin_events(writer, start.step)
     write_layout(writer)
-    made_with = settings_of(espo, args.seed, tokenizer)
     checkpoints = Checkpoints(
         chunks, optimizer, scheduler, reference, made_with, writer, open_keeper(args)
     )

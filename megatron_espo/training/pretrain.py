@@ -19,29 +19,25 @@ from megatron.training.training import pretrain
 from megatron_espo.checkpoint.retention import Keeper
 from megatron_espo.checkpoint.tracker import checkpoint_folder, resumed_iteration
 from megatron_espo.config import SftConfig
-from megatron_espo.console import captured
 from megatron_espo.data.atomic_folder import full_disk_named
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
-from megatron_espo.dry_run.command import dry_run
-from megatron_espo.dry_run.planned import is_dry_run
 from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import around_each_save
 from megatron_espo.model import fp8
 from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
-from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.startup.argument_checks import check_schedule
-from megatron_espo.startup.arguments import config_from_args, initialize_arguments, stored_arguments
+from megatron_espo.startup.arguments import config_from_args, stored_arguments
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     initialize_process_groups,
-    keep_log,
     run_entry_point,
     sequence_split,
 )
 from megatron_espo.supervised.forward_step import forward_step
+from megatron_espo.training import entry
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -135,13 +131,7 @@ def main(argv: Sequence[str]) -> None:
     Args:
         argv: flags.
     """
-    if is_dry_run(argv):
-        dry_run(argv, prepare_arguments, "megatron_espo.training.pretrain")
-        return
-    with captured(training_line) as output:
-        args = initialize_arguments(argv, prepare_arguments)
-        keep_log(output, args, argv)
-        run(args)
+    entry.start(argv, "megatron_espo.training.pretrain", prepare_arguments, run)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -196,6 +196,10 @@ def test_broken_tracker_without_a_checkpoint_is_named(tmp_path: Path) -> None:
         repair_tracker(str(tmp_path))
 
 
+def check(saved: dict, step: int, source: str, espo, seed: int, tokenizer, data) -> None:
+    check_provenance(saved, step, source, espo, seed, settings_of(espo, seed, tokenizer), data)
+
+
 RIGHT = {"espo": ESPO, "seed": 1, "tokenizer": TOKENIZER, "data": DATA}
 OTHER_PROMPTS = TaskData(DATA.examples, [(*ids, 66) for ids in DATA.encoded])
 
@@ -234,13 +238,13 @@ def test_what_a_rollout_in_hand_was_made_with_stays(
 ) -> None:
     root = checkpoint_at(step, tmp_path)
     saved = state.read_state(root, step)
-    check_provenance(saved, step, f"--load {root}", **RIGHT)
+    check(saved, step, f"--load {root}", **RIGHT)
     if always or step == 3:
         with pytest.raises(UserError, match=f"--load {root}: .*{said}"):
-            check_provenance(saved, step, f"--load {root}", **(RIGHT | changed))
+            check(saved, step, f"--load {root}", **(RIGHT | changed))
     else:
-        check_provenance(saved, step, f"--load {root}", **(RIGHT | changed))
-        assert state.load_run_state(root, step, None).rollout is None
+        check(saved, step, f"--load {root}", **(RIGHT | changed))
+        assert state.load_run_state(root, step, saved, None).rollout is None
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_what_a_rollout_in_hand_does_not_depend_on_may_change(
     tmp_path: Path, changed: dict
 ) -> None:
     saved = state.read_state(checkpoint_at(3, tmp_path), 3)
-    check_provenance(saved, 3, "", **(RIGHT | {"espo": replace(ESPO, **changed)}))
+    check(saved, 3, "", **(RIGHT | {"espo": replace(ESPO, **changed)}))
 
 
 def test_a_checkpoint_of_another_kind_is_named(tmp_path: Path) -> None:

@@ -196,6 +196,10 @@ def checkpoints(run: SimpleNamespace) -> state.Checkpoints:
     return state.Checkpoints([], None, None, None, {}, None, keeper)
 
 
+def taken_up(root: str, step: int) -> state.RunState:
+    return state.load_run_state(root, step, state.read_state(root, step), None)
+
+
 def test_a_better_step_is_saved_although_it_is_not_due(run: SimpleNamespace) -> None:
     ours = checkpoints(run)
     ours.evaluated(0, 0.9)  # the base is no checkpoint
@@ -206,8 +210,8 @@ def test_a_better_step_is_saved_although_it_is_not_due(run: SimpleNamespace) -> 
     assert not ours.is_due(3) and ours.is_due(4)
     ours.save(state.RunState(4))
     assert steps(Path(run.save)) == [2, 4] and read_best(run.save) == Best(2, 0.2)
-    assert state.load_run_state(run.save, 2, None).accuracy == 0.2
-    assert state.load_run_state(run.save, 4, None).accuracy is None
+    assert taken_up(run.save, 2).accuracy == 0.2
+    assert taken_up(run.save, 4).accuracy is None
 
 
 def test_an_evaluation_after_its_save_counts_and_so_does_one_before_a_kill(
@@ -220,7 +224,7 @@ def test_an_evaluation_after_its_save_counts_and_so_does_one_before_a_kill(
     Path(run.save, BEST).unlink()
     run.iteration = 4
     second = checkpoints(run)
-    second.evaluated(4, state.load_run_state(run.save, 4, None).accuracy)
+    second.evaluated(4, taken_up(run.save, 4).accuracy)
     assert read_best(run.save) == Best(4, 0.2)
     # SIGTERM broke the evaluation of step 8 off; it is done after the restart.
     second.save(state.RunState(8, evaluation_due=True))
