@@ -13,12 +13,11 @@ from megatron_espo.errors import UserError
 from megatron_espo.evaluation.scoring import (
     completion_lengths,
     decode_completions,
-    raise_on_all,
     score_completions,
 )
 from megatron_espo.generation.sampler import Interrupted, generate
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.parallel.layout import sum_over_data_parallel
+from megatron_espo.parallel.layout import raise_on_all, sum_over_data_parallel
 from megatron_espo.tasks.base import Example, Score, Task
 from megatron_espo.transfer import on_device
 

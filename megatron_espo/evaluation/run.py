@@ -12,12 +12,11 @@ from megatron_espo.errors import UserError
 from megatron_espo.evaluation.completing import complete_problems
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.protocol import Protocol
-from megatron_espo.evaluation.scoring import raise_on_all
 from megatron_espo.evaluation.statistics import Record, Summary, summarize
 from megatron_espo.evaluation.store import CompletionStore
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.progress import Progress
-from megatron_espo.parallel.layout import Layout
+from megatron_espo.parallel.layout import Layout, raised_on_all
 from megatron_espo.tasks.base import Task
 
 Item = tuple[int, int]
@@ -116,15 +115,10 @@ def _complete(
     layout = model.layout
     share = chunk[layout.dp_rank :: layout.dp_size]
     started = time.perf_counter()
-    scored, mistake = None, None
-    try:
+    with raised_on_all(layout):
         scored = complete_problems(
             model, task, data.examples, data.encoded, share, tokenizer, config, seed
         )
-    except UserError as error:
-        mistake = error
-    raise_on_all(mistake, layout)
-    assert scored is not None
     rows: list[tuple[Any, ...]] = [
         (*item, *row)
         for item, *row in zip(

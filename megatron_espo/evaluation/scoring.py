@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_espo.data.encoding import decode_completion
@@ -54,7 +53,7 @@ def score_completions(
     Raises:
         RewardError: the task's score raised an exception in a worker.
         UserError: the task's score returned something that cannot be used; raised on every rank
-            that works on these samples. `raise_on_all` tells the others.
+            that works on these samples. `parallel.layout.raise_on_all` tells the others.
     """
     scores: list[Score] | UserError = []
     if layout.is_first_of_samples:
@@ -78,21 +77,3 @@ def _score(
     if isinstance(task, RewardWorkers):
         return collect([ahead.get(i) or task.submit(*pair) for i, pair in enumerate(pairs)])
     return [checked_score(task.name, e, task.score(e, text)) for e, text in pairs]
-
-
-def raise_on_all(error: UserError | None, layout: Layout) -> None:
-    """Raise on every data-parallel rank what one of them has found; a collective.
-
-    Args:
-        error: what this rank has found.
-        layout: process groups.
-
-    Raises:
-        UserError: the first rank's error, where there is any.
-    """
-    errors: list[UserError | None] = [error] * layout.dp_size
-    if layout.dp_size > 1:
-        dist.all_gather_object(errors, error, group=layout.dp)
-    for found in errors:
-        if found is not None:
-            raise found

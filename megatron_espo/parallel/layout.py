@@ -1,11 +1,15 @@
 """The process groups of a run, looked up once and passed down."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
 from torch import Tensor
+
+from megatron_espo.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,44 @@ def object_from_first_of_samples[Value](value: Value, layout: Layout) -> Value:
         if group.size() > 1 and (group is layout.mp or layout.mp.rank() == 0):
             dist.broadcast_object_list(box, dist.get_global_rank(group, 0), group=group)
     return box[0]
+
+
+def raise_on_all(error: UserError | None, layout: Layout) -> None:
+    """Raise on every data-parallel rank what one of them has found; a collective.
+
+    Args:
+        error: what this rank has found.
+        layout: process groups.
+
+    Raises:
+        UserError: the first rank's error, where there is any.
+    """
+    errors: list[UserError | None] = [error] * layout.dp_size
+    if layout.dp_size > 1:
+        dist.all_gather_object(errors, error, group=layout.dp)
+    for found in errors:
+        if found is not None:
+            raise found
+
+
+@contextlib.contextmanager
+def raised_on_all(layout: Layout) -> Iterator[None]:
+    """Raise a user's error of the block on every data-parallel rank; see :func:`raise_on_all`.
+
+    All ranks enter, and the collective comes after the block.
+
+    Args:
+        layout: process groups.
+
+    Raises:
+        UserError: the first rank's error, where there is any.
+    """
+    mistake = None
+    try:
+        yield
+    except UserError as error:
+        mistake = error
+    raise_on_all(mistake, layout)
 
 
 def any_over_samples(vote: bool, layout: Layout, device: torch.device) -> bool:

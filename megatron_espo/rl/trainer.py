@@ -15,16 +15,16 @@ from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
-from megatron_espo.errors import UserError
 from megatron_espo.evaluation.completing import evaluate_task
 from megatron_espo.evaluation.problems import TaskData
-from megatron_espo.evaluation.scoring import decode_completions, raise_on_all, score_completions
+from megatron_espo.evaluation.scoring import decode_completions, score_completions
 from megatron_espo.generation.sampler import Interrupted
 from megatron_espo.model.fp8 import Phase, fp8_phase
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.progress import Progress
 from megatron_espo.monitor.watch import WatchState
+from megatron_espo.parallel.layout import raised_on_all
 from megatron_espo.passes.batch import ViewBatch, view_batches
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
@@ -236,12 +236,8 @@ def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> 
         return None
     with clock("reward"):
         texts = decode_completions(generation.completions, trainer.tokenizer, model.stop_token_ids)
-        scores, mistake = [], None
-        try:
+        with raised_on_all(model.layout):
             scores = score_completions(trainer.task, examples, texts, model.layout, ahead.futures)
-        except UserError as error:
-            mistake = error
-        raise_on_all(mistake, model.layout)
         return assemble_rollout(model, prompts, generation, texts, scores, espo)
 
 
