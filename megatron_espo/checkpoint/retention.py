@@ -11,7 +11,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_espo.checkpoint.tracker import iteration_folder, latest_checkpoint
+from megatron_espo.checkpoint.tracker import (
+    is_finished,
+    iteration_folder,
+    iteration_folders,
+    latest_checkpoint,
+)
 
 BEST = "best_checkpoint.json"
 _REMOVED = ".removed."
@@ -93,14 +98,13 @@ def clean_up(root: str, retention: Retention) -> list[int]:
         latest = int(latest_checkpoint(root))
     except (OSError, ValueError):
         return []
-    # Megatron writes metadata.json last: what has none is what a kill has left.
-    found = {
-        int(path.name.removeprefix("iter_")): path
-        for path in Path(root).glob("iter_*")
-        if path.name.removeprefix("iter_").isdigit() and not path.is_symlink()
+    older = {
+        iteration: path
+        for iteration, path in iteration_folders(root).items()
+        if iteration <= latest and not path.is_symlink()
     }
-    older = {iteration: path for iteration, path in found.items() if iteration <= latest}
-    finished = {i for i, path in older.items() if (path / "metadata.json").is_file()} | {latest}
+    # What is not finished is what a kill has left.
+    finished = {iteration for iteration, path in older.items() if is_finished(path)} | {latest}
     best = read_best(root)
     stay = retention.kept(finished, best.iteration if best else None)
     removed = sorted(older.keys() - stay) if retention.last or retention.every else []

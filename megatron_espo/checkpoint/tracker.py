@@ -99,6 +99,20 @@ def resumed_iteration(args: argparse.Namespace) -> int:
     return int(mark) if mark.isdigit() else 0
 
 
+def iteration_folders(root: str) -> dict[int, Path]:
+    """Find the folders of a run's iterations, finished or not, by their numbers."""
+    return {
+        int(path.name.removeprefix("iter_")): path
+        for path in Path(root).glob("iter_*")
+        if path.name.removeprefix("iter_").isdecimal()
+    }
+
+
+def is_finished(folder: Path) -> bool:
+    """Say whether an iteration is whole: Megatron writes metadata.json last."""
+    return (folder / "metadata.json").is_file()
+
+
 def repair_tracker(root: str) -> None:
     """Mend a tracker file that was cut short when the run was killed, or the disk was full.
 
@@ -117,11 +131,7 @@ def repair_tracker(root: str) -> None:
         if not has_checkpoint(root) or re.fullmatch(r"\d+|release", latest_checkpoint(root)):
             return
         time.sleep(0.5)  # a run that is still ending may be writing it
-    # Megatron writes metadata.json when everything else is on the disk.
-    finished = [
-        int(path.parent.name.removeprefix("iter_"))
-        for path in Path(root).glob("iter_*/metadata.json")
-    ]
+    finished = [number for number, path in iteration_folders(root).items() if is_finished(path)]
     if not finished:
         raise UserError(
             f"{tracker}: names no iteration, and no finished checkpoint lies beside it; remove the "
