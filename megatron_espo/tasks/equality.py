@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_espo.errors import UserError
 from megatron_espo.tasks.latex import plain_text, tidy
+from megatron_espo.tasks.numbers import SCALE_WORDS
 from megatron_espo.tasks.units import read_unit, split_unit
 
 _SECONDS = 5
@@ -41,11 +42,9 @@ _MIXED = re.compile(r"(?<![0-9/^_.}])([0-9]+)\s+([0-9]+)/([0-9]+)(?![0-9/])")
 _TEXT_NUMBER = re.compile(
     r"\\(?:text(?:bf|it|rm)?|mbox|math(?:rm|bf))\s*\{(\s*[-+]?[.$0-9][^{}]*)\}"
 )
-_SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9,
-           "trillion": 10**12}  # fmt: skip
 _SCALE = re.compile(
     rf"(?<=[0-9])(?:\s|\\[,;: ]|~)*(?P<text>\\(?:text|mbox|mathrm)\s*\{{\s*)?"
-    rf"(?P<scale>{'|'.join(_SCALES)})s?\b(?(text)(?P<rest>[^{{}}]*)\}})"
+    rf"(?P<scale>{'|'.join(SCALE_WORDS)})s?\b(?(text)(?P<rest>[^{{}}]*)\}})"
 )
 _SQRT = re.compile(r"\\?\bsqrt\s*(?:\(([^()]*)\)|([0-9]+|[a-z]\b))")
 _BASED = re.compile(
@@ -110,7 +109,7 @@ def _tidy(text: str) -> str:
 
 def _scaled(scale: re.Match[str]) -> str:
     rest = (scale["rest"] or "").strip()
-    return f"\\cdot {_SCALES[scale['scale']]}" + (f"\\text{{ {rest}}}" if rest else "")
+    return f"\\cdot {SCALE_WORDS[scale['scale']]}" + (f"\\text{{ {rest}}}" if rest else "")
 
 
 def _compare_words(reference: str, answer: str) -> bool | None:

@@ -10,10 +10,12 @@ from fractions import Fraction
 from megatron_espo.tasks.answers import MAX_ANSWER, Statement, without_reason
 from megatron_espo.tasks.latex import formulas, inside, plain_text
 
-_SCALES = {
-    **{"dozen": 12, "hundred": 100, "thousand": 10**3, "k": 10**3},
+SCALE_WORDS = {
+    **{"dozen": 12, "hundred": 100, "thousand": 10**3},
     **{"million": 10**6, "billion": 10**9, "trillion": 10**12},
 }
+"""Words after a number, and what they multiply it by."""
+_SCALES = {**SCALE_WORDS, "k": 10**3}
 _UNSIGNED = (
     r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
     r"|[0-9]{1,3}(?: [0-9]{3})+(?![0-9])(?:\.[0-9]+)?"
@@ -24,7 +26,7 @@ _QUANTITY = re.compile(
     rf"(?<![\w.])(?P<number>{_UNSIGNED})(?:[eE](?P<power>[-+]?[0-9]{{1,2}})(?![\w.]))?"
     r"(?:\s*(?:(?<=\s)|(?<=\s[-+]))(?P<top>[0-9]+)\s*/\s*(?P<bottom>[0-9]+)(?![\w.])"
     rf"|\s*/\s*(?P<under>{_UNSIGNED})(?![\w]))?"
-    r"(?P<scales>(?:[\s-]*(?:dozen|hundred|thousand|million|billion|trillion)s?\b|(?<=[0-9])[kK]\b)*)"
+    rf"(?P<scales>(?:[\s-]*(?:{'|'.join(SCALE_WORDS)})s?\b|(?<=[0-9])[kK]\b)*)"
 )
 _EQUALS = re.compile(r"(?<![<>!\\])=+(?!>)|:\s|:$|\b(?:is|are|was|were|equals?|makes?|will\s+be)\b")
 _RELATION = re.compile(

@@ -1,12 +1,12 @@
 """tools/check_rewards.py: answers of every kind of file, what it counts and what it refuses."""
 
-import importlib.util
 import json
 from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tool_loading import load_tool
 
 from megatron_espo.command_line import status_of
 from megatron_espo.tasks import BUILT_IN, Score, countdown
@@ -50,11 +50,7 @@ def unknown(x):
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_rewards", ROOT / "tools/check_rewards.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("check_rewards")
 
 
 @pytest.fixture

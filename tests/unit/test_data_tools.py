@@ -1,10 +1,8 @@
 """Invariants of the tools that make tokenizers and pre-training data."""
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ from megatron.core.tokenizers import MegatronTokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tool_loading import load_tool
 from transformers import PreTrainedTokenizerFast
 
 from megatron_espo.data import preprocess as data_preprocess
@@ -24,15 +23,6 @@ from megatron_espo.errors import UserError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 EOS = byte_tokenizer().eos_token_id
-
-
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", TOOLS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +193,7 @@ def test_large_vocabularies_get_wide_tokens(
 
 
 def run(name: str, arguments: Sequence[object]) -> None:
-    tool(name).main([str(argument) for argument in arguments])
+    load_tool(name).main([str(argument) for argument in arguments])
 
 
 def test_tools_make_a_tokenizer_and_data_and_print_the_flags(

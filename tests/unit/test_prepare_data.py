@@ -1,6 +1,5 @@
 """tools/prepare_data.py: complete files, disjoint problems, one sentence and exit code 2."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ from types import ModuleType
 
 import pytest
 from interpreter import python
+from tool_loading import load_tool
 
 from megatron_espo.command_line import status_of
 from megatron_espo.errors import UserError
@@ -24,12 +24,7 @@ COUNTS = ["--train", "30", "--validation", "7", "--test", "5", "--demonstrations
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("prepare_data")
 
 
 def prompts(name: str, path: Path) -> list[object]:

@@ -3,12 +3,12 @@ r"""tests/data/reward_cases.jsonl: completions as models write them, right and w
 Each line has the task, a record of its data, a completion, and whether it deserves full reward.
 """
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tool_loading import load_tool
 
 from megatron_espo.errors import UserError
 from megatron_espo.tasks import BUILT_IN, equality
@@ -21,11 +21,7 @@ CASES = ROOT / "tests" / "data" / "reward_cases.jsonl"
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("check_rewards", ROOT / "tools/check_rewards.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("check_rewards")
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math", "countdown", "sudoku"])

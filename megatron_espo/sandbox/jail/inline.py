@@ -1,7 +1,6 @@
 """Unfolds test functions that are called once, so that each of their asserts is judged apart."""
 
 import ast
-import builtins
 from collections.abc import Sequence
 
 from .scopes import bound_names
@@ -91,6 +90,3 @@ class _Rename(ast.NodeTransformer):
         """Rename what an exception is bound to."""
         node.name = self.names.get(node.name, node.name) if node.name else None
         return self.generic_visit(node)
-
-
-BUILTINS = frozenset(dir(builtins)) | {"__name__"}

@@ -11,12 +11,12 @@ the expression around it is then evaluated there, too.
 """
 
 import ast
+import builtins
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .inline import BUILTINS
 from .parsed import Parsed, number_of, pure_imports, required_asserts
 from .scopes import (
     Function,
@@ -39,6 +39,7 @@ _AMBIENT = frozenset(
     "open input print exec eval compile globals locals vars dir id __import__ exit quit breakpoint "
     "help memoryview".split()
 )
+_BUILTINS = frozenset(dir(builtins)) | {"__name__"}
 # Expressions that cannot be taken apart.
 _WHOLE = (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Lambda)
 _LINED_UP = (ast.Eq, ast.NotEq, ast.In, ast.NotIn)
@@ -76,7 +77,7 @@ class Split:
         self._tree, self.marks = parsed.tree, parsed.marks
         self._bound = bound_names(self._tree.body)
         self._imports = pure_imports(self._tree, PURE_MODULES)
-        unknown = free_names(self._tree) - self._bound - BUILTINS - modules
+        unknown = free_names(self._tree) - self._bound - _BUILTINS - modules
         self.live = self.marks.live | unknown | overriding | (_AMBIENT - self._bound)
         self._closures: list[ast.expr] | None = None  # within an assert of a function
         self._here: frozenset[str] = frozenset()  # names of the functions around it

@@ -3,11 +3,12 @@
 import ctypes
 import os
 import re
-import signal
 import stat
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+from .limits import die_with_parent
 
 SCRATCH = "/scratch"
 """Where a completion may write, a folder in memory that ends with it."""
@@ -46,7 +47,7 @@ def enter_namespaces(folders: Sequence[str]) -> None:
     child = os.fork()
     if child:
         _follow(child)
-    _die_with_parent()
+    die_with_parent()
     _make_root(folders)
 
 
@@ -79,13 +80,9 @@ def mount_processes() -> None:
 def _follow(child: int) -> None:
     """Wait for a child and end as it does."""
     os.closerange(3, 1024)
-    _die_with_parent()
+    die_with_parent()
     _, status = os.waitpid(child, 0)
     os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def _make_root(folders: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
 """The warm jail of a worker: forks a judge and a process for the code of each completion.
 
 :func:`main` enters the jail, loads what is needed and then forks, which takes milliseconds where a
-start of Python takes tens. It never runs code itself. A completion's process
-has an own process, IPC and mount namespace with an empty folder, or at least an own user where this
-process is root; it ends with everything that it has started.
+start of Python takes tens. It never runs code itself. A completion's process has an own process,
+IPC and mount namespace with an empty folder, or at least an own user where this process is root; it
+ends with everything that it has started.
 """
 
 import gc
@@ -75,7 +75,8 @@ def main(fd: int, settings: dict[str, Any]) -> None:
         request = json.loads(data)
         if "start" in request:
             jail.start(request["start"], fds)
-        jail.end() if "end" in request else None
+        if "end" in request:
+            jail.end()
         control.send(b"{}")
 
 
