@@ -91,13 +91,13 @@ def check_arguments(args: argparse.Namespace) -> None:
             "Engine refuses to open, so that the run could not be resumed; use tensorwise or "
             f"blockwise, or set {OPEN_PICKLES}=1 if nobody else can write to --save."
         )
-    needed, tp = alignment(args.fp8_recipe), args.tensor_model_parallel_size
-    for flag, size in _layer_dimensions(args).items():
-        if size % (needed * tp):
+    needed = alignment(args.fp8_recipe)
+    for flag, (size, parts) in _layer_dimensions(args).items():
+        if size % (needed * parts):
+            split = f" on {parts} tensor-parallel ranks" if parts > 1 else ""
             raise UserError(
-                f"{flag} gives a layer dimension of {size}, which --fp8-recipe {args.fp8_recipe} "
-                f"cannot split over --tensor-model-parallel-size {tp}: it must be a multiple of "
-                f"{needed} on every rank."
+                f"{flag} gives a layer dimension of {size}; --fp8-recipe {args.fp8_recipe} needs "
+                f"a multiple of {needed * parts}{split}."
             )
 
 
@@ -126,16 +126,16 @@ def check_stored(stored: argparse.Namespace, transformer_impl: str, source: str)
         )
 
 
-def _layer_dimensions(args: argparse.Namespace) -> dict[str, int]:
-    """The dimensions of the layers' matrices that tensor parallelism splits, and the hidden one."""
+def _layer_dimensions(args: argparse.Namespace) -> dict[str, tuple[int, int]]:
+    """The dimensions of the layers' matrices, and among how many ranks each is split."""
+    tp = args.tensor_model_parallel_size
     groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
     heads = args.num_attention_heads * args.kv_channels
     return {
-        # Not split, but a multiple of what is needed on every rank all the same.
-        "--hidden-size": args.hidden_size * args.tensor_model_parallel_size,
-        "--num-attention-heads x --kv-channels": heads,
-        "--num-query-groups x --kv-channels": heads + 2 * groups * args.kv_channels,
-        "--ffn-hidden-size": args.ffn_hidden_size,
+        "--hidden-size": (args.hidden_size, 1),
+        "--num-attention-heads x --kv-channels": (heads, tp),
+        "--num-query-groups x --kv-channels": (heads + 2 * groups * args.kv_channels, tp),
+        "--ffn-hidden-size": (args.ffn_hidden_size, tp),
     }
 
 

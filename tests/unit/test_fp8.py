@@ -89,6 +89,14 @@ def test_unfit_shapes_and_flags_are_refused(changes: dict[str, Any], flag: str) 
     check_arguments(arguments(fp8=None, **changes))
 
 
+def test_the_size_that_does_not_fit_is_the_one_that_is_named() -> None:
+    """The hidden dimension is whole on every tensor-parallel rank, the others are split."""
+    with pytest.raises(ValueError, match=r"--hidden-size gives a layer dimension of 4104; .* 16\."):
+        check_arguments(arguments(hidden_size=4104, tensor_model_parallel_size=2))
+    with pytest.raises(ValueError, match=r"dimension of 12304; .* 32 on 2 tensor-parallel ranks"):
+        check_arguments(arguments(ffn_hidden_size=12304, tensor_model_parallel_size=2))
+
+
 def test_mxfp8_needs_more_than_the_others() -> None:
     half = {"tensor_model_parallel_size": 1, "ffn_hidden_size": 1008}
     check_arguments(arguments(**half))
