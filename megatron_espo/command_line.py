@@ -5,7 +5,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_espo.errors import UserError
 
@@ -28,7 +28,35 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: always.
         """
-        refuse(message, self._option_string_actions)
+        refuse(message, flags_of(self))
+
+
+def flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """List the flags of a parser and of its commands."""
+    commands = [
+        command
+        for action in parser._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for command in action.choices.values()
+    ]
+    return [*parser._option_string_actions, *(flag for one in commands for flag in flags_of(one))]
+
+
+_elsewhere: list[str] = []
+
+
+def parse_own(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Any, list[str]]:
+    """Parse the flags that a parser knows; the rest is for another one, which knows of these.
+
+    Args:
+        parser: a tool's own.
+        argv: the command line.
+
+    Returns:
+        The values, and what the parser does not know.
+    """
+    _elsewhere[:] = flags_of(parser)
+    return parser.parse_known_args(argv)
 
 
 def refuse(message: str, known: Iterable[str]) -> NoReturn:
@@ -47,7 +75,7 @@ def refuse(message: str, known: Iterable[str]) -> NoReturn:
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]
     if not flags:
         raise UserError(f"{words[0]} belongs to no flag; --help lists the flags.")
-    guess = nearest(flags[0], known)
+    guess = nearest(flags[0], [*_elsewhere, *known])
     wanted = f"did you mean {guess}?" if guess else "--help lists the flags."
     raise UserError(f"{flags[0]} is no flag; {wanted}")
 

@@ -7,6 +7,7 @@ For trying out conversions and jobs; the text such a model writes is noise.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 from megatron_espo.command_line import Parser
@@ -15,6 +16,7 @@ from megatron_espo.conversion.convert import DTYPES
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
+from megatron_espo.errors import UserError
 from megatron_espo.model.shape import ModelShape
 from megatron_espo.startup.setup import run_entry_point
 
@@ -52,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--std", type=float, default=0.02, help="standard deviation of weights")
     parser.add_argument("--max-shard-size", default="5GB", help="most bytes of a file")
     args = parser.parse_args(argv)
+    if not re.fullmatch(r"\d+ ?[KMGT]B", args.max_shard_size):
+        raise UserError(f"--max-shard-size {args.max_shard_size}: give a size such as 5GB.")
     shape = PUBLISHED[args.family]
     if not args.full_size:
         shape = tiny(shape)

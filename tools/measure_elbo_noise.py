@@ -20,7 +20,7 @@ import torch
 from megatron.training.checkpointing import load_checkpoint
 from torch import Tensor
 
-from megatron_espo.command_line import Parser
+from megatron_espo.command_line import Parser, parse_own
 from megatron_espo.commands.inference import load_eval_problems, load_model
 from megatron_espo.config import RolloutConfig
 from megatron_espo.errors import UserError
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     """Measure from the command line; prints a Markdown table."""
     parser = Parser(add_help=False)
     parser.add_argument("--other")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parse_own(parser, argv)
     if options.other is None:
         raise UserError("--other is missing: the checkpoint to compare --load with.")
     model, args = load_model(rest)

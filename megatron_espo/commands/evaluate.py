@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_espo.checkpoint.fingerprint import folder_fingerprint
 from megatron_espo.checkpoint.tracker import checkpoint_folder
-from megatron_espo.command_line import Parser
+from megatron_espo.command_line import Parser, parse_own
 from megatron_espo.commands.inference import (
     add_checkpoint_arguments,
     checkpoint_flags,
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
     if "--help" in argv or "-h" in argv:
         parser.print_help()
         print("\nand the flags of training, the --rollout-* and --espo-* groups among them:\n")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parse_own(parser, argv)
     protocol: Protocol | None = None
 
     def prepare(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.text import Text
 
-from megatron_espo.command_line import Parser
+from megatron_espo.command_line import Parser, parse_own
 from megatron_espo.commands.inference import (
     add_checkpoint_arguments,
     checkpoint_flags,
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     if "--help" in argv or "-h" in argv:
         parser.print_help()
         print("\nand the flags of training, the --rollout-* group among them:\n")
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parse_own(parser, argv)
     if options.save_frames is not None:
         check_frames_path(options.save_frames)
         if options.prompt is None or len(options.prompt) != 1:

@@ -18,6 +18,7 @@ from megatron_espo.startup.arguments import (
     checkpoint_arguments,
     config_from_args,
     initialize_arguments,
+    reading_checkpoint,
 )
 from megatron_espo.startup.setup import diffusion_model, initialize_process_groups, pad_multiple
 from megatron_espo.tasks import Task
@@ -100,9 +101,10 @@ def load_model(
         args = initialize_arguments(["--use-checkpoint-args", *argv], prepare)
         store = initialize_process_groups(args)
         megatron_training.initialize_megatron(store=store)
-        chunks, _, _ = megatron_training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
-        )
+        with reading_checkpoint(args.load):
+            chunks, _, _ = megatron_training.setup_model_and_optimizer(
+                ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+            )
         output.settle(None, argv, args.verbose)
     for chunk in chunks:
         chunk.eval()

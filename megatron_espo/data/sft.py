@@ -81,7 +81,7 @@ class SftDataset(Dataset[dict[str, Tensor]]):
             )
         self.ids, self.seq_length, self.completion_length = ids, seq_length, completion_length
         self.seed, self.shuffle, self.split = seed, shuffle, split
-        self.num_skipped = 0
+        self.path, self.num_skipped = path, 0
         # One flat array: Python lists would be copied page by page into every loader process.
         tokens, starts, prompts = array("i"), array("q", [0]), array("q")
         for example in read_examples(path, tokenizer, ids, spelled):

@@ -81,6 +81,8 @@ _LINES = ("-", "--", ":", "-.", (0, (1, 3)))
 
 def find_events(run: Path) -> Path:
     """Find the event files of a run: ``tensorboard/espo`` or ``tensorboard`` in it, or itself."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; pass a run's folder.")
     for folder in (run / "tensorboard" / "espo", run / "tensorboard"):
         if folder.is_dir():
             return folder

@@ -2,6 +2,8 @@
 
 import time
 
+from megatron_espo.console import say
+
 
 def format_duration(seconds: float) -> str:
     """Write a duration the way people read it: 45s, 3m20s, 2h05m."""
@@ -11,6 +13,27 @@ def format_duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+class Heartbeat:
+    """Says now and then that long work goes on; work that is done soon says nothing."""
+
+    def __init__(self, what: str, interval: float = 60.0) -> None:
+        """Start the clock.
+
+        Args:
+            what: is going on.
+            interval: seconds from one line to the next.
+        """
+        self._what, self._interval = what, interval
+        self._started = self._said = time.monotonic()
+
+    def beat(self) -> None:
+        """Look at the clock."""
+        now = time.monotonic()
+        if now - self._said >= self._interval:
+            self._said = now
+            say(f"{self._what}: for {format_duration(now - self._started)} so far")
 
 
 class Progress:

@@ -143,7 +143,14 @@ def read_state(root: str, step: int) -> dict[str, Any]:
             f"--load {root}: iteration {step} was not written by an ESPO run; pass that folder "
             "with --pretrained-checkpoint and another one with --load and --save."
         )
-    state: dict[str, Any] = torch.load(path, weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+    # Whatever PyTorch raises of a file that was cut short means the same to the user.
+    except Exception as error:
+        raise UserError(
+            f"{path}: cannot be read; go on from an older checkpoint with --ckpt-step, or restore "
+            "the file."
+        ) from error
     return state
 
 

@@ -22,7 +22,7 @@ from megatron_espo.generation.sampler import Interrupted
 from megatron_espo.model.fp8 import Phase, fp8_phase
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.dashboard import Dashboard
-from megatron_espo.monitor.progress import Progress
+from megatron_espo.monitor.progress import Heartbeat, Progress
 from megatron_espo.monitor.watch import WatchState
 from megatron_espo.parallel.layout import raised_on_all
 from megatron_espo.passes.batch import ViewBatch, view_batches
@@ -200,13 +200,15 @@ def _fp8(trainer: Trainer, phase: Phase) -> AbstractContextManager[None]:
     return fp8_phase(trainer.model.chunks, phase, trainer.espo.fp8_phases)
 
 
-def _look_out(trainer: Trainer) -> Callable[[Tensor], None]:
-    """Make a hook for the sampler that breaks it off after a signal."""
-    steps = 0
+def _look_out(trainer: Trainer, what: str) -> Callable[[Tensor], None]:
+    """Make a hook for the sampler that breaks it off after a signal, and says that it goes on."""
+    steps, heartbeat = 0, Heartbeat(what)
 
     def look(tokens: Tensor) -> None:
         nonlocal steps
         steps += 1
+        if trainer.dashboard.is_reporter:
+            heartbeat.beat()
         if steps % _STEPS_PER_LOOK == 0 and trainer.interrupted():
             raise Interrupted
 
@@ -227,7 +229,7 @@ def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> 
             trainer.rollout,
             espo.group_size,
             trainer.seed,
-            _look_out(trainer),
+            _look_out(trainer, "sampling a rollout"),
             ahead,
         )
     # One copy of the model may have seen the signal while another finished: they agree here.
@@ -415,7 +417,7 @@ def _evaluate(trainer: Trainer, step: int) -> bool:
             trainer.tokenizer,
             trainer.rollout,
             trainer.seed,
-            _look_out(trainer),
+            _look_out(trainer, "evaluating held-out problems"),
         )
     if result is None:
         return True

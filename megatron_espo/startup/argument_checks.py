@@ -22,6 +22,13 @@ _OF_TRANSFORMER_ENGINE = {
     "use_precision_aware_optimizer": False,
 }
 
+_COUNTS = (
+    "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
+    "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
+    "kv_channels", "vocab_size", "seq_length", "max_position_embeddings", "micro_batch_size",
+    "global_batch_size", "save_interval", "log_interval", "make_vocab_size_divisible_by",
+)  # fmt: skip
+
 
 def check_layout(args: argparse.Namespace) -> None:
     """Check that the model can be split as asked.
@@ -84,6 +91,21 @@ def check_layout(args: argparse.Namespace) -> None:
             f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
             "none with --context-parallel-size above 1."
         )
+
+
+def check_counts(args: argparse.Namespace) -> None:
+    """Check that what is counted is at least one, before anything is divided by it.
+
+    Args:
+        args: parsed arguments.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    for name in _COUNTS:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1.")
 
 
 def check_schedule(args: argparse.Namespace) -> None:

@@ -1,13 +1,16 @@
 """Command line: Megatron's flags and a group per settings dataclass; the only argparse reader."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
+import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -44,6 +47,7 @@ from megatron_espo.model.supported import MODEL, check_supported, flag_of
 from megatron_espo.recipes import expand_recipes
 from megatron_espo.startup.argument_checks import (
     check_backend,
+    check_counts,
     check_layout,
     check_precision,
     check_wandb,
@@ -166,6 +170,8 @@ def initialize_arguments(
     for path in (args.load, args.pretrained_checkpoint):
         if path is not None:
             repair_tracker(path)
+        if has_checkpoint(path):
+            checkpoint_folder(path, args.ckpt_step if path == args.load else None)
     _settle_model(args)
     check_backend(args)
     prepare(args)
@@ -178,6 +184,7 @@ def initialize_arguments(
     check_wandb(args)
     if args.tensorboard_dir is not None:
         check_writable("--tensorboard-dir", args.tensorboard_dir, args.rank)
+    load_tokenizer(args.tokenizer_model)  # says in a sentence what Megatron would not
     set_global_variables(args)
     _complete_from_tokenizer(args)
     _check_checkpoint(args)
@@ -296,6 +303,7 @@ def _complete_from_tokenizer(args: argparse.Namespace) -> None:
 def _settle_model(args: argparse.Namespace) -> None:
     """Say what the model is, and refuse what no pass of it was written for."""
     _load_model_settings(args)
+    check_counts(args)
     config_from_args(DiffusionConfig, args).validate()
     check_supported(args)
 
@@ -307,10 +315,13 @@ def _load_model_settings(args: argparse.Namespace) -> None:
     source = "load" if has_checkpoint(args.load) else "pretrained_checkpoint"
     if not has_checkpoint(getattr(args, source)):
         raise UserError(
-            "--use-checkpoint-args: there is no checkpoint in --load or --pretrained-checkpoint."
+            f"--use-checkpoint-args: there is no checkpoint in --load {args.load} or "
+            f"--pretrained-checkpoint {args.pretrained_checkpoint}."
         )
     tokenizer = args.tokenizer_model
     root = getattr(args, source)
+    # Says in a sentence what Megatron would not.
+    stored_arguments(checkpoint_folder(root, args.ckpt_step if source == "load" else None))
     loaded = load_args_from_checkpoint(args, load_arg=source)
     # Megatron takes some of them itself.
     for name in (*MODEL, *_SETTINGS):
@@ -383,12 +394,33 @@ def stored_arguments(folder: str) -> argparse.Namespace:
     """
     from megatron.core.dist_checkpointing import load_common_state_dict
 
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # PyTorch logs the traceback of what is said here
     try:
-        stored: argparse.Namespace = load_common_state_dict(folder)["args"]
+        with warnings.catch_warnings(action="ignore"):  # that this is one process
+            stored: argparse.Namespace = load_common_state_dict(folder)["args"]
     # torch.distributed.checkpoint's own error is no Exception.
     except (Exception, CheckpointException) as error:
         raise UserError(f"{folder}: cannot read this checkpoint ({_reason(error)}).") from error
+    finally:
+        logging.disable(disabled)
     return stored
+
+
+@contextlib.contextmanager
+def reading_checkpoint(path: str | None) -> Iterator[None]:
+    """Say in a sentence that weights cannot be read.
+
+    Args:
+        path: the folder they are read from.
+
+    Raises:
+        UserError: PyTorch failed to read the files of a checkpoint.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        raise UserError(f"{path}: cannot read this checkpoint ({_reason(error)}).") from error
 
 
 def _reason(error: BaseException) -> str:

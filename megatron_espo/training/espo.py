@@ -33,7 +33,7 @@ from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
 from megatron_espo.startup.argument_checks import check_schedule
-from megatron_espo.startup.arguments import config_from_args
+from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     diffusion_model,
@@ -176,9 +176,10 @@ def _train(
     args.check_for_nan_in_loss_and_grad = check_gradient and not args.clip_grad
     store = initialize_process_groups(args)
     megatron_training.initialize_megatron(store=store)
-    chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
-    )
+    with reading_checkpoint(args.load if resumed_iteration(args) else args.pretrained_checkpoint):
+        chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
+            ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+        )
     _connect_schedule(chunks, optimizer)
     for group in SEPARATE_GRAD_NORM_GROUPS:
         # All ranks are asked once, for which the host waits: here, not in the first step.

@@ -19,7 +19,9 @@ from megatron.training.training import pretrain
 from megatron_espo.checkpoint.retention import Keeper
 from megatron_espo.checkpoint.tracker import checkpoint_folder, resumed_iteration
 from megatron_espo.config import SftConfig
+from megatron_espo.console import say
 from megatron_espo.data.atomic_folder import full_disk_named
+from megatron_espo.data.corpus import split_spans
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft import SftDataset
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
@@ -72,6 +74,9 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"that share a row{recipe} need; change it."
         )
     sft = config_from_args(SftConfig, args)
+    if sft.train_data is None and args.split is not None and not args.skip_train:
+        if split_spans(args.split)[0] is None:
+            raise UserError(f"--split {args.split} leaves no document to train on; change it.")
     if sft.train_data is not None and sft.valid_data is None:
         args.eval_iters = 0
     if args.save_keep_best:
@@ -193,8 +198,11 @@ def _saving(args: argparse.Namespace, keeper: Keeper | None) -> Iterator[None]:
 
 def _check_data(args: argparse.Namespace) -> None:
     """Read the data once before any rank waits for another, so that a bad file ends all ranks."""
-    if args.sft_train_data is not None:
-        build_datasets((1, 1 if args.sft_valid_data else 0, 0))
+    if args.sft_train_data is None:
+        return
+    for data in build_datasets((1, 1 if args.sft_valid_data else 0, 0)):
+        if args.rank == 0 and isinstance(data, SftDataset) and data.num_skipped:
+            say(f"{data.path}: {data.num_skipped} examples that do not fit are left out.")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import pytest
 
 from megatron_espo.console import captured, rank_log, say
 from megatron_espo.errors import UserError
+from megatron_espo.monitor import progress
 from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.startup import setup
 
@@ -129,3 +130,15 @@ def test_torchrun_repeats_a_users_mistake_at_the_end_of_its_report(
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
     report = str(ChildFailedError("job", {0: failure})).rstrip("=\n ")
     assert report.endswith("traceback : error: --lr is missing.")
+
+
+def test_long_work_says_that_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    heartbeat = progress.Heartbeat("sampling", interval=60)
+    for second in range(151):
+        now[0] = 100.0 + second
+        heartbeat.beat()
+    assert capsys.readouterr().out == "sampling: for 1m00s so far\nsampling: for 2m00s so far\n"

@@ -490,3 +490,21 @@ def test_text_pretraining_samples_at_the_end(folder: Path, tmp_path: Path) -> No
     assert "lm loss" in done.stdout and "Masked diffusion " in done.stdout
     names = ["lm loss", "lm loss validation", "grad-norm"]
     assert_golden("pre-training", read_scalars(folder / "text/tensorboard"), names)
+
+
+def test_text_pretraining_takes_a_few_files_from_where_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "notes/deep").mkdir(parents=True)
+    for number in range(5):
+        (tmp_path / f"notes/deep/{number}.rst").write_text("A cat sat on the mat.\n" * 20)
+    (tmp_path / "notes/picture").write_bytes(bytes(range(256)))
+    (tmp_path / "one").write_text("One file more.\n" * 20)
+    done = subprocess.run(
+        ["bash", str(ROOT / "examples/pretrain_tiny.sh"), "--text", "notes", "one", "--out", "made",
+         "--", "--train-iters", "2", "--lr-warmup-iters", "1", "--log-interval", "1"],
+        cwd=tmp_path, env={**ENVIRONMENT, "PYTHON": python(), "RANKS": "1"}, text=True,
+        timeout=560, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    pages = (tmp_path / "made/text.jsonl").read_text().splitlines()
+    assert len(pages) == 6 and "One file more." in pages[-1]
+    assert "iteration 2/2" in done.stdout and "Masked diffusion " in done.stdout

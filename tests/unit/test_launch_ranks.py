@@ -71,6 +71,10 @@ def by_bash(folder: Path) -> str:
     save = "runs/sudoku-tiny"
     check_rollout(printed, folder, save)
     assert list((folder / save / "tensorboard").iterdir())
+    # A page on the console, everything in the log, and no alarm in a run that is well.
+    log = (folder / save / "logs/rank-0.log").read_text()
+    assert printed.count("\n") < 40 and log.count("\n") > 600 and "end of arguments" in log
+    assert "Overwriting old incomplete" not in log and "rollout 1/1 | " in log
     return save
 
 
