@@ -40,6 +40,7 @@ from megatron_espo.config import (
     SftConfig,
     SimulateConfig,
 )
+from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
@@ -285,8 +286,6 @@ def _complete_from_tokenizer(args: argparse.Namespace) -> None:
             f"--vocab-size {args.vocab_size} is smaller than the {tokenizer.vocab_size} tokens of "
             f"--tokenizer-model {args.tokenizer_model}."
         )
-    from megatron_espo.data.tokenizer import load_tokenizer, special_ids
-
     ids = special_ids(load_tokenizer(args.tokenizer_model), args.mask_token_id)
     args.mask_token_id = ids.mask_token_id
     args.frozen_embedding_id = ids.pad_token_id if args.padding_embedding == "freeze" else None

@@ -74,9 +74,9 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"that share a row{recipe} need; change it."
         )
     sft = config_from_args(SftConfig, args)
-    if sft.train_data is None and args.split is not None and not args.skip_train:
-        if split_spans(args.split)[0] is None:
-            raise UserError(f"--split {args.split} leaves no document to train on; change it.")
+    is_split = sft.train_data is None and args.split is not None
+    if is_split and not args.skip_train and split_spans(args.split)[0] is None:
+        raise UserError(f"--split {args.split} leaves no document to train on; change it.")
     if sft.train_data is not None and sft.valid_data is None:
         args.eval_iters = 0
     if args.save_keep_best:
