@@ -275,3 +275,21 @@ def test_where_a_run_goes_on(tmp_path: Path, mark: str | None, flags: dict, iter
         (tmp_path / TRACKER).write_text(mark)
     args = {"load": str(tmp_path), "finetune": False, "ckpt_step": None}
     assert resumed_iteration(Namespace(**(args | flags))) == iteration
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"no such thing"])
+def test_a_state_that_cannot_be_read_is_named(content: bytes, tmp_path: Path) -> None:
+    path = Path(espo_folder(str(tmp_path), 4), "state.pt")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"state\.pt: cannot be read.*--ckpt-step"):
+        state.read_state(str(tmp_path), 4)
+
+
+def test_a_copy_of_a_checkpoint_beside_it_is_not_taken_for_one(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").touch()
+    for name in ("iter_0000004", "iter_0000009.bak"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metadata.json").touch()
+    repair_tracker(str(tmp_path))
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "4"
