@@ -32,6 +32,23 @@ _ATTENTION = ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN")
 _ATTENTION_BACKENDS = {"flash": "100", "fused": "010", "unfused": "001", "auto": "111"}
 
 
+_parent = os.getppid()
+
+
+def _remember_parent() -> None:
+    global _parent
+    _parent = os.getppid()
+
+
+# A fork has a parent of its own.
+os.register_at_fork(after_in_child=_remember_parent)
+
+
+def first_parent() -> int:
+    """The process that started this one: under torchrun, torchrun, whether it lives or not."""
+    return _parent
+
+
 def set_environment(
     environment: MutableMapping[str, str] = os.environ, argv: Sequence[str] | None = None
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_espo.checkpoint.lock import FolderLock, held
 from megatron_espo.checkpoint.retention import Keeper, Retention
 from megatron_espo.console import say
+from megatron_espo.environment import first_parent
 from megatron_espo.errors import UserError
 
 _LOOK = 1.0
@@ -99,7 +100,8 @@ def _watch_torchrun(lock: FolderLock | None) -> threading.Event:
     Returns:
         What ends the watch.
     """
-    over, launcher = threading.Event(), os.getppid()
+    # Start-up takes a while, in which torchrun may have gone.
+    over, launcher = threading.Event(), first_parent()
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return over
 
