@@ -12,6 +12,7 @@ assert VERSION is not None
 
 TEST = [
     "hypothesis>=6.100",
+    "peft>=0.18",
     "pyarrow>=17",
     "mypy>=1.10",
     "pytest>=8",

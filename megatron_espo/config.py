@@ -13,6 +13,10 @@ from megatron_espo.errors import UserError
 from megatron_espo.rollout_config import RolloutConfig as RolloutConfig
 
 _OPTIONAL_INTS = {"argparse_meta": {"type": int, "nargs": "+"}}
+REFERENCE_MIX_INTERVAL = 64
+"""Optimizer steps between mixes of the reference where all weights are trained (published)."""
+
+_STRINGS = {"argparse_meta": {"type": str, "nargs": "+"}}
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,54 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """LoRA adapters (arXiv 2106.09685): train low-rank updates of a base that stays as it is."""
+
+    rank: int | None = None
+    """Rank of the adapters. Default: none; all weights are trained."""
+
+    alpha: float | None = None
+    """The update is scaled by alpha / rank. Default: the rank, a scale of 1."""
+
+    targets: list[str] | None = field(default=None, metadata=_STRINGS)
+    """Projections to adapt, by PEFT's names: q_proj k_proj v_proj o_proj gate_proj up_proj
+    down_proj lm_head, LLaDA's attn_out ff_proj ff_out among them, or all-linear. Default:
+    all-linear, which is all but the output head (lm_head)."""
+
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rank-stabilized, arXiv 2312.03732)."""
+
+    base: str | None = None
+    """Checkpoint of the weights under the adapters. Default: --pretrained-checkpoint, or what the
+    checkpoint of adapters in --load or --pretrained-checkpoint names."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        if self.rank is None:
+            for name in ("alpha", "targets", "base"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--lora-{name} has no effect without --lora-rank.")
+            if self.rslora:
+                raise UserError("--lora-rslora has no effect without --lora-rank.")
+            return
+        if self.rank < 1:
+            raise UserError(f"--lora-rank {self.rank} must be at least 1.")
+        if self.alpha is not None and not 0.0 < self.alpha < math.inf:
+            raise UserError(f"--lora-alpha {self.alpha} must be a positive number.")
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update."""
+        assert self.rank is not None
+        alpha = float(self.rank) if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True)
 class SftConfig:
     """Supervised fine-tuning data."""
 
@@ -295,8 +347,9 @@ class EspoConfig:
     reference_mix: float = 0.6
     """Share a of the policy when the reference is mixed: ref <- a policy + (1-a) ref."""
 
-    reference_mix_interval: int = 64
-    """Optimizer steps between mixes of the reference policy; 0 never mixes."""
+    reference_mix_interval: int | None = None
+    """Optimizer steps between mixes of the reference policy; 0 never mixes. Default: 64, and 0 with
+    --lora-rank, where the reference is the base."""
 
     fp8_phases: Literal["both", "rollout", "elbo"] = "both"
     """With --fp8-format, what computes in FP8: rollouts and held-out evaluation (rollout), ELBOs
@@ -338,7 +391,6 @@ class EspoConfig:
         for name in (
             "eval_interval",
             "eval_samples",
-            "reference_mix_interval",
             "samples_to_log",
             "reward_workers",
         ):
@@ -346,6 +398,10 @@ class EspoConfig:
                 raise UserError(
                     f"--espo-{name.replace('_', '-')} {getattr(self, name)} must be 0 or more."
                 )
+        if self.reference_mix_interval is not None and self.reference_mix_interval < 0:
+            raise UserError(
+                f"--espo-reference-mix-interval {self.reference_mix_interval} must be 0 or more."
+            )
         if not 0.0 < self.reward_timeout < math.inf:
             raise UserError(
                 f"--espo-reward-timeout {self.reward_timeout} must be a positive number of seconds."

@@ -4,6 +4,9 @@
     python tools/convert_hf.py to-hf --megatron runs/espo --hf-template GSAI-ML/LLaDA-8B-Instruct \
         --out llada-8b-espo
     python tools/convert_hf.py to-hf --megatron runs/own-model --family llada --out own-model
+    python tools/convert_hf.py to-peft --megatron runs/lora --hf-template GSAI-ML/LLaDA-1.5 \
+        --out adapter
+    python tools/convert_hf.py from-peft --lora adapter --base llada-8b --out adapter-to-train
 
 One process, no GPU, a few gigabytes of memory.
 """
@@ -19,6 +22,7 @@ from megatron_espo.conversion.convert import (
     convert_to_megatron,
 )
 from megatron_espo.conversion.families import FAMILIES
+from megatron_espo.conversion.peft import convert_from_peft, convert_to_peft
 from megatron_espo.startup.setup import run_entry_point
 
 
@@ -32,12 +36,29 @@ def main(argv: Sequence[str]) -> None:
     forward.add_argument(
         "--tokenizer-model", help="tokenizer folder, where the model folder has none"
     )
-    back = commands.add_parser("to-hf", help="torch_dist -> Hugging Face folder")
-    back.add_argument("--megatron", required=True, help="--save folder of a run")
-    back.add_argument("--iteration", type=int, help="which checkpoint of it (default: the latest)")
-    form = back.add_mutually_exclusive_group(required=True)
-    form.add_argument("--hf-template", help="model whose config, tokenizer and code are copied")
-    form.add_argument("--family", choices=FAMILIES, help="write the config of such a model")
+    back = commands.add_parser(
+        "to-hf", help="torch_dist -> Hugging Face folder; LoRA adapters are merged into their base"
+    )
+    peft = commands.add_parser("to-peft", help="LoRA adapters of a run -> PEFT folder")
+    for command in (back, peft):
+        command.add_argument("--megatron", required=True, help="--save folder of a run")
+        command.add_argument(
+            "--iteration", type=int, help="which checkpoint of it (default: the latest)"
+        )
+        form = command.add_mutually_exclusive_group(required=True)
+        form.add_argument("--hf-template", help="model whose config, tokenizer and code are copied")
+        form.add_argument("--family", choices=FAMILIES, help="write the config of such a model")
+    back.add_argument(
+        "--base", help="where the base of LoRA adapters is now (default: where it was)"
+    )
+    peft.add_argument(
+        "--base-name", help="what the adapter's config calls its model (default: the template)"
+    )
+    again = commands.add_parser("from-peft", help="PEFT folder -> LoRA adapters to train on")
+    again.add_argument("--lora", required=True, help="adapter: folder, or its name on the hub")
+    again.add_argument("--base", required=True, help="--save folder of the model it belongs to")
+    for command in (peft, again):
+        command.add_argument("--out", required=True, help="folder to make; must not exist")
     back.add_argument(
         "--tokenizer-model", help="tokenizer folder, with --family (default: the checkpoint's)"
     )
@@ -56,6 +77,12 @@ def main(argv: Sequence[str]) -> None:
         convert_to_megatron(
             args.hf, args.out, args.lora, args.tokenizer_model, args.dtype, args.verify
         )
+    elif args.command == "to-peft":
+        convert_to_peft(
+            args.megatron, args.out, args.hf_template, args.family, args.iteration, args.base_name
+        )
+    elif args.command == "from-peft":
+        convert_from_peft(args.lora, args.base, args.out)
     else:
         convert_to_hugging_face(
             args.megatron,
@@ -66,6 +93,7 @@ def main(argv: Sequence[str]) -> None:
             args.iteration,
             args.dtype,
             args.verify,
+            args.base,
         )
 
 

@@ -13,14 +13,18 @@ from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.model.provider import model_provider
 from megatron_espo.startup.arguments import (
     checkpoint_arguments,
     config_from_args,
     initialize_arguments,
     reading_checkpoint,
 )
-from megatron_espo.startup.setup import diffusion_model, initialize_process_groups, pad_multiple
+from megatron_espo.startup.setup import (
+    build_model,
+    diffusion_model,
+    initialize_process_groups,
+    pad_multiple,
+)
 from megatron_espo.tasks import Task
 
 
@@ -103,7 +107,7 @@ def load_model(
         megatron_training.initialize_megatron(store=store)
         with reading_checkpoint(args.load):
             chunks, _, _ = megatron_training.setup_model_and_optimizer(
-                ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+                ModelType.encoder_or_decoder, build_model, checkpointing_context={}
             )
         output.settle(None, argv, args.verbose)
     for chunk in chunks:

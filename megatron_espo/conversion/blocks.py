@@ -1,7 +1,7 @@
 """Streams weights between a Hugging Face folder and a torch_dist checkpoint, block by block."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights, write_weights
+from megatron_espo.conversion.lora import merge
 from megatron_espo.conversion.mapping import Block
 from megatron_espo.conversion.torch_dist import CheckpointReader, write_checkpoint
 from megatron_espo.errors import UserError
@@ -88,6 +89,7 @@ def write_hugging_face(
     dtype: torch.dtype,
     files: Mapping[str, str] | None,
     copies: Mapping[str, str],
+    delta: Callable[[str], Tensor | None] | None = None,
 ) -> None:
     """Write a Hugging Face folder's weights from a torch_dist checkpoint.
 
@@ -98,6 +100,7 @@ def write_hugging_face(
         dtype: type to write; bits are kept where it is the source's.
         files: which file takes which tensor; None splits them anew.
         copies: tensors that are written where ``files`` has them -> what they are copies of.
+        delta: makes what is added to the weight of a module, in float32, or None.
     """
     home = {name: block for block in blocks for name in block.sources}
     tensors = {name: (block.sources[name], dtype) for name, block in home.items()}
@@ -113,7 +116,10 @@ def write_hugging_face(
                 parts.clear()
                 block = home[name]
                 parts.update(block.unpack(reader.read(block.key, block.offset, block.shape)))
-            tensor = parts.pop(name).to(dtype)
+            tensor = parts.pop(name)
+            if delta is not None:
+                tensor = merge(tensor, delta(name.removesuffix(".weight")))
+            tensor = tensor.to(dtype)
             bar.update(tensor.nbytes)
             return tensor
 

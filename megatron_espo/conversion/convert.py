@@ -14,12 +14,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch._C._distributed_c10d import HashStore
 
+from megatron_espo.adapters.base import lora_settings
 from megatron_espo.checkpoint.tracker import (
     TRACKER,
     checkpoint_folder,
     stored_tokenizer,
     tokenizer_folder,
 )
+from megatron_espo.conversion.adapters import CheckpointAdapters
 from megatron_espo.conversion.blocks import check_weights, write_hugging_face, write_megatron
 from megatron_espo.conversion.families import FAMILIES, Family, family_of
 from megatron_espo.conversion.hugging_face import (
@@ -37,6 +39,7 @@ from megatron_espo.conversion.mapping import (
     model_blocks,
     tied_copies,
 )
+from megatron_espo.conversion.peft import base_folder
 from megatron_espo.conversion.side_files import write_side_files
 from megatron_espo.conversion.torch_dist import CheckpointReader
 from megatron_espo.conversion.verification import quiet, verify
@@ -46,6 +49,7 @@ from megatron_espo.errors import UserError
 from megatron_espo.model.provider import model_provider
 from megatron_espo.model.shape import Config, ModelShape
 from megatron_espo.model.supported import refusals
+from megatron_espo.startup.adapters import SETTINGS
 from megatron_espo.startup.arguments import initialize_arguments, stored_arguments
 
 # Longer sequences are a matter of flags, not of the checkpoint: Dream names 131072 positions.
@@ -132,7 +136,9 @@ def convert_to_megatron(
         write_megatron(weights, release, model.blocks, kept, extra_states(model.shape), common)
         (partial / TRACKER).write_text("release")
         if check_logits:
-            verify(release, weights, args.logit_shift, model.shape.mask_token_id)
+            verify(
+                [CheckpointReader(release)], weights, args.logit_shift, model.shape.mask_token_id
+            )
     print(
         f"{out}: {model.describe(kept)}. Pass it with --load or --pretrained-checkpoint, and "
         "--use-checkpoint-args."
@@ -148,6 +154,7 @@ def convert_to_hugging_face(
     iteration: int | None = None,
     dtype: str | None = None,
     check_logits: bool = False,
+    base: str | None = None,
 ) -> None:
     """Write a checkpoint's model as a folder that the original Hugging Face code loads.
 
@@ -162,12 +169,21 @@ def convert_to_hugging_face(
         iteration: which checkpoint; None takes the latest.
         dtype: convert the weights to this type; None keeps them.
         check_logits: compare the logits of both sides at the end.
+        base: of a checkpoint of adapters, which are merged into it, the place of the base; None
+            takes the one that it names.
 
     Raises:
         UserError: one sentence on what is wrong; ``out`` does not exist then.
     """
     folder = checkpoint_folder(megatron, iteration)
     args, reader = stored_arguments(folder), CheckpointReader(Path(folder))
+    adapted = lora_settings(args).rank is not None
+    readers = [reader]
+    if adapted:
+        reader = CheckpointReader(Path(base_folder(megatron, args, base)))
+        readers.append(reader)
+    elif base is not None:
+        raise UserError(f"--base: --megatron {megatron} holds a whole model; leave it out.")
     kept = DTYPES[dtype] if dtype else reader.dtype()
     with tempfile.TemporaryDirectory() as scratch:
         if template is not None:
@@ -184,17 +200,24 @@ def convert_to_hugging_face(
             found = "; ".join(differences)
             raise UserError(f"--megatron {megatron} does not fit {flag}: {found}.")
         check_weights(reader, model.blocks)
-        files = _files(model)
+        files, delta = _files(model), None
+        if adapted:
+            names = model.family.names
+            delta = CheckpointAdapters.of(readers[0], args, model.shape, names).delta
         with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
             copy_other_files(model.folder, partial)
-            write_hugging_face(reader, partial, model.blocks, kept, files, model.copies)
+            write_hugging_face(
+                reader, partial, model.blocks, kept, files, model.copies, delta
+            )
             written = HuggingFaceWeights(partial)
             written.check(model.sources, model.copies)
             if check_logits:
                 copied = Path(scratch, "tokenizer")
                 copy_tokenizer(model.folder, copied, model.family.tokenizer_class)
-                shift = _initialize_megatron(model, copied).logit_shift
-                verify(Path(folder), written, shift, model.shape.mask_token_id)
+                own = _initialize_megatron(model, copied)
+                for name in SETTINGS if adapted else ():
+                    setattr(own, name, getattr(args, name))
+                verify(readers, written, own.logit_shift, model.shape.mask_token_id)
         print(f"{out}: {model.describe(kept)}.")
         named = read_json(model.folder / "config.json").get("torch_dtype")
     if named is not None and named != _name(kept):

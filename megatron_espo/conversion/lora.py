@@ -34,6 +34,19 @@ class Side(NamedTuple):
     shape: tuple[int, ...]
 
 
+def merge(weight: Tensor, delta: Tensor | None) -> Tensor:
+    """Add an update to a weight in float32 and round once, as PEFT does.
+
+    Args:
+        weight: of any type.
+        delta: float32 of its shape, or None.
+
+    Returns:
+        A tensor of the weight's type; the weight itself without an update.
+    """
+    return weight if delta is None else (weight.float() + delta).to(weight.dtype)
+
+
 class MergedWeights(HuggingFaceWeights):
     """The weights of a model folder with an adapter merged in."""
 
@@ -65,9 +78,7 @@ class MergedWeights(HuggingFaceWeights):
 
     def read(self, name: str) -> Tensor:
         """Read a tensor; an adapted weight is merged in float32 and rounded once."""
-        weight = super().read(name)
-        delta = self._adapter.delta(name.removesuffix(".weight"))
-        return weight if delta is None else (weight.float() + delta).to(weight.dtype)
+        return merge(super().read(name), self._adapter.delta(name.removesuffix(".weight")))
 
     def unused_targets(self) -> list[str]:
         """List the adapter's target modules that no weight of the model is called by.
@@ -93,6 +104,8 @@ class Adapter:
     Attributes:
         modules: path of the adapted layer -> the names of its A and B, and their shapes.
         targets: the names of layers that were to be adapted; empty where a pattern said which.
+        alpha: the update is scaled by alpha / rank,
+        rank_stabilized: or by alpha / sqrt(rank).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -105,8 +118,8 @@ class Adapter:
             raise UserError(f"--lora {folder}: must be a folder with {CONFIG} and {WEIGHTS}.")
         config = Config(read_json(folder / CONFIG), str(folder / CONFIG))
         _require_plain_lora(config)
-        self._alpha = config.number("lora_alpha", float)
-        self._rank_stabilized = bool(config.fields.get("use_rslora", False))
+        self.alpha = config.number("lora_alpha", float)
+        self.rank_stabilized = bool(config.fields.get("use_rslora", False))
         targets = config.fields.get("target_modules") or []
         self.targets = [] if isinstance(targets, str) else list(targets)
         self._file = folder / WEIGHTS
@@ -125,7 +138,7 @@ class Adapter:
             return None
         a, b = (read_tensor(self._file, side.name).float() for side in self.modules[module])
         rank = a.size(0)
-        return torch.mm(b, a).mul_(self._alpha / (rank**0.5 if self._rank_stabilized else rank))
+        return torch.mm(b, a).mul_(self.alpha / (rank**0.5 if self.rank_stabilized else rank))
 
 
 # Fields of adapter_config.json that change nothing of what an adapter computes, or are read here.

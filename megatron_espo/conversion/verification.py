@@ -4,13 +4,13 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor
 from tqdm import tqdm
 
+from megatron_espo.adapters.attach import whole_state
 from megatron_espo.conversion.hf_oracle import HfOracle
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights, read_json
 from megatron_espo.conversion.layerwise import stream_weights
@@ -27,7 +27,10 @@ _ROWS, _WIDTH = 3, 32
 
 
 def verify(
-    checkpoint: Path, weights: HuggingFaceWeights, logit_shift: bool, mask_token_id: int
+    checkpoints: Sequence[CheckpointReader],
+    weights: HuggingFaceWeights,
+    logit_shift: bool,
+    mask_token_id: int,
 ) -> None:
     """Compare the logits of both sides on random tokens, some of them masked, a row padded.
 
@@ -36,8 +39,8 @@ def verify(
     layer at a time.
 
     Args:
-        checkpoint: the folder of a torch_dist checkpoint whose model Megatron's global arguments
-            describe, in float32.
+        checkpoints: that of the model which Megatron's global arguments describe, in float32, or
+            those of its adapters and of their base.
         weights: the Hugging Face side.
         logit_shift: whether position i is predicted from the hidden state at i - 1.
         mask_token_id: the mask token, which some of the tokens are.
@@ -49,7 +52,7 @@ def verify(
     torch.set_float32_matmul_precision("highest")
     fields = read_json(weights.folder / "config.json")
     tokens, lengths = _random_tokens(fields["vocab_size"], mask_token_id)
-    ours = _checkpoint_logits(checkpoint, tokens, lengths, logit_shift)
+    ours = _checkpoint_logits(checkpoints, tokens, lengths, logit_shift)
     theirs = HfOracle(fields, weights, torch.float32).logits(tokens, lengths)
     # The first position of a shifted model has no prediction.
     compared = torch.arange(_WIDTH)[None, :] < lengths[:, None]
@@ -67,20 +70,20 @@ def _random_tokens(vocab_size: int, mask_token_id: int) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def _checkpoint_logits(
-    checkpoint: Path, tokens: Tensor, lengths: Tensor, logit_shift: bool
+    checkpoints: Sequence[CheckpointReader], tokens: Tensor, lengths: Tensor, logit_shift: bool
 ) -> Tensor:
     """Compute float32 ``[b, s, vocabulary]`` with Megatron's model."""
-    reader = CheckpointReader(checkpoint)
+    home = {key: reader for reader in checkpoints for key in reader.weights()}
     with quiet(), torch.device("meta"):
         model = model_provider().float().eval()
-        sharded = model.sharded_state_dict()
+        sharded = whole_state(model)
 
     def read(target: ShardedTensor | ShardedTensorFactory) -> Tensor:
         if isinstance(target, ShardedTensorFactory):  # gate and up are stored one by one
             merged: Tensor = target.merge_fn([read(part) for part in target.build()])
             return merged
         shape = (1,) * target.prepend_axis_num + target.local_shape
-        block = reader.read(target.key, target.global_offset, shape)
+        block = home[target.key].read(target.key, target.global_offset, shape)
         return block.view(target.local_shape).float()
 
     def read_part(names: Sequence[str]) -> dict[str, Tensor]:

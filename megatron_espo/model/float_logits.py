@@ -95,6 +95,25 @@ class _FusedFloatLogits(_FloatLogits):
         return of_hidden, of_weight, *(None for _ in _OPTIONS)
 
 
+class _FrozenFloatLogits(torch.autograd.Function):
+    """The same for a weight that is not trained: neither its gradient nor the input is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, *options: Any) -> Tensor:
+        named = dict(zip(_OPTIONS, options, strict=True))
+        ctx.save_for_backward(weight)
+        ctx.group = named["tp_group"] if named["allreduce_dgrad"] else None
+        return float_product(hidden, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (weight,) = ctx.saved_tensors
+        of_hidden = gradient.to(weight.dtype) @ weight
+        if ctx.group is not None:
+            dist.all_reduce(of_hidden, group=ctx.group)
+        return of_hidden, None, *(None for _ in _OPTIONS)
+
+
 def use_float_logits(head: ColumnParallelLinear, fused: bool = False) -> None:
     """Let an output head give float32 logits for weights in half precision.
 
@@ -110,6 +129,7 @@ def use_float_logits(head: ColumnParallelLinear, fused: bool = False) -> None:
         if weight.dtype == torch.float32 or options["gtp_remat_size"] != 1:
             return multiply(plain, input, weight, **options)
         assert options["bias"] is None and not options["sequence_parallel"]
-        return product.apply(input, weight, *(options[name] for name in _OPTIONS))
+        function = product if weight.requires_grad else _FrozenFloatLogits
+        return function.apply(input, weight, *(options[name] for name in _OPTIONS))
 
     head._forward_impl = forward

@@ -7,6 +7,7 @@ from megatron.training import get_args
 from megatron.training.argument_utils import core_transformer_config_from_args
 from torch import Tensor
 
+from megatron_espo.adapters.base import adapt, lora_settings
 from megatron_espo.device import skip_interception
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
@@ -41,8 +42,10 @@ def model_provider(
     # bug in old versions of PyTorch (its own words); a denoising step has several of them.
     config.batch_p2p_sync = False
     with_te = args.transformer_impl == "transformer_engine"
-    fused = config.gradient_accumulation_fusion and with_te
-    with built_unfused(config, fused):
+    # Frozen weights have no buffer to add a gradient to.
+    adapted = lora_settings(args).rank is not None
+    fused = config.gradient_accumulation_fusion and with_te and not adapted
+    with built_unfused(config, fused or adapted):
         model = GPTModel(
             config=config,
             transformer_layer_spec=bidirectional_block_spec(
@@ -79,6 +82,7 @@ def model_provider(
         # Context-parallel ranks take contiguous parts here, see passes/pipeline.py: without a
         # causal mask there is no load to balance.
         model.rotary_pos_emb.cp_group = None
+    adapt(model, args)
     skip_interception(model.decoder)
     if post_process:
         skip_interception(model.output_layer)

@@ -1,22 +1,81 @@
-"""The reference policy: a second set of weights that visits the model when its ELBO is needed.
+"""The reference policy: what the model is pulled towards by the KL penalty.
 
-Each rank keeps a copy of its own parameters, on the host where there is a GPU. For an ELBO pass
-the copy and the model's parameters change places bit for bit; the optimizer's float32 master
+Where all weights are trained it is a second set of them, which visits the model when its ELBO is
+needed. Each rank keeps a copy of its own parameters, on the host where there is a GPU. For an ELBO
+pass the copy and the model's parameters change places bit for bit; the optimizer's float32 master
 weights are not touched.
+
+Where LoRA adapters are trained it is their base: the model with the adapters off. Nothing is kept,
+copied or moved.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from megatron_espo.adapters.attach import adapters_of, without_adapters
 from megatron_espo.errors import UserError
 from megatron_espo.rl.pinned import host_copies
+
+
+class Reference(Protocol):
+    """What a run asks of its reference policy."""
+
+    def in_model(self) -> contextlib.AbstractContextManager[None]:
+        """Let the model compute as the reference does inside the context."""
+
+    def mix(self, share: float) -> None:
+        """Move towards the policy by a share of it."""
+
+    def save(self, folder: str) -> None:
+        """Write what a run needs to find it again."""
+
+    def load(self, folder: str) -> None:
+        """Read what :meth:`save` wrote."""
+
+
+def reference_policy(chunks: Sequence[torch.nn.Module]) -> Reference:
+    """Take a model as it is now, or the base of its adapters, for the reference.
+
+    Args:
+        chunks: this rank's model chunks.
+
+    Returns:
+        The reference policy.
+    """
+    return AdapterBase(chunks) if adapters_of(chunks) else ReferencePolicy(chunks)
+
+
+class AdapterBase:
+    """The base under a model's adapters as the reference policy."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        """Remember the model.
+
+        Args:
+            chunks: this rank's model chunks.
+        """
+        self._chunks = list(chunks)
+
+    def in_model(self) -> contextlib.AbstractContextManager[None]:
+        """Turn the adapters off inside the context."""
+        return without_adapters(self._chunks)
+
+    def mix(self, share: float) -> None:
+        """Refuse: a mix with the policy would have to keep adapters of its own."""
+        raise NotImplementedError("the base of adapters does not move")
+
+    def save(self, folder: str) -> None:
+        """Write nothing: a checkpoint of adapters names its base."""
+
+    def load(self, folder: str) -> None:
+        """Read nothing: the base was read when the model was built."""
 
 
 class ReferencePolicy:

@@ -24,7 +24,7 @@ from megatron_espo.device import current_device
 from megatron_espo.errors import UserError
 from megatron_espo.parallel.layout import Layout, any_over_samples
 from megatron_espo.rl.provenance import Settings
-from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.rl.reference import Reference
 from megatron_espo.rl.trainer import RunState
 from megatron_espo.startup.setup import inference_mode
 
@@ -37,7 +37,7 @@ class Checkpoints:
         chunks: Sequence[torch.nn.Module],
         optimizer: Any,
         scheduler: Any,
-        reference: ReferencePolicy | None,
+        reference: Reference | None,
         made_with: Settings,
         writer: Any,
         keeper: Keeper | None = None,

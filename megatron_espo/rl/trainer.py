@@ -31,7 +31,7 @@ from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.objective import espo_terms
 from megatron_espo.rl.prompts import prompts_of_rollout
 from megatron_espo.rl.provenance import prompts_digest
-from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.rl.reference import Reference
 from megatron_espo.rl.resume import RolloutRecord, record_rollout, restore_rollout
 from megatron_espo.rl.rollout import (
     ScoringAhead,
@@ -108,7 +108,7 @@ class Trainer:
     """
 
     model: DiffusionModel
-    reference: ReferencePolicy | None
+    reference: Reference | None
     optimizer: Any
     scheduler: Any
     tokenizer: FastTokenizer

@@ -34,6 +34,7 @@ from megatron_espo.config import (
     DiffusionConfig,
     EspoConfig,
     LaunchConfig,
+    LoraConfig,
     MonitorConfig,
     PromptConfig,
     RolloutConfig,
@@ -46,6 +47,13 @@ from megatron_espo.model import fp8
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.model.supported import MODEL, check_supported, flag_of
 from megatron_espo.recipes import expand_recipes
+from megatron_espo.startup.adapters import (
+    SETTINGS,
+    Stored,
+    check_adapters,
+    check_stored_adapters,
+    settle_base,
+)
 from megatron_espo.startup.argument_checks import (
     check_backend,
     check_counts,
@@ -62,6 +70,7 @@ _PREFIXES: dict[type, str] = {
     LaunchConfig: "",
     DiffusionConfig: "",
     PromptConfig: "prompt",
+    LoraConfig: "lora",
     SftConfig: "sft",
     RolloutConfig: "rollout",
     EspoConfig: "espo",
@@ -188,7 +197,7 @@ def initialize_arguments(
     load_tokenizer(args.tokenizer_model)  # says in a sentence what Megatron would not
     set_global_variables(args)
     _complete_from_tokenizer(args)
-    _check_checkpoint(args)
+    settle_base(args, _check_checkpoint(args))
     if args.save is not None:
         check_writable("--save", args.save, args.rank)
     if resumed_iteration(args) and not args.no_load_optim:
@@ -305,6 +314,7 @@ def _settle_model(args: argparse.Namespace) -> None:
     check_counts(args)
     config_from_args(DiffusionConfig, args).validate()
     check_supported(args)
+    check_adapters(args)
 
 
 def _load_model_settings(args: argparse.Namespace) -> None:
@@ -323,7 +333,8 @@ def _load_model_settings(args: argparse.Namespace) -> None:
     stored_arguments(checkpoint_folder(root, args.ckpt_step if source == "load" else None))
     loaded = load_args_from_checkpoint(args, load_arg=source)
     # Megatron takes some of them itself.
-    for name in (*MODEL, *_SETTINGS):
+    adapted = getattr(loaded[1], "lora_rank", None) is not None
+    for name in (*MODEL, *_SETTINGS, *(SETTINGS if adapted else ())):
         value = getattr(loaded[1], name, None)
         if value is not None or (name in _OPTIONAL and hasattr(loaded[1], name)):
             setattr(args, name, value)
@@ -333,8 +344,13 @@ def _load_model_settings(args: argparse.Namespace) -> None:
     args.iteration = 0
 
 
-def _check_checkpoint(args: argparse.Namespace) -> None:
-    """Compare the model with that of the checkpoints to load, before Megatron reads them."""
+def _check_checkpoint(args: argparse.Namespace) -> list[Stored]:
+    """Compare the model with that of the checkpoints to load, before Megatron reads them.
+
+    Returns:
+        Those that are there.
+    """
+    found = []
     for flag, path in (
         ("--load", args.load),
         ("--pretrained-checkpoint", args.pretrained_checkpoint),
@@ -347,6 +363,8 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
                 raise UserError(f"{flag} {path}: no checkpoint there.")
             continue
         fp8.check_stored(stored, args.transformer_impl, f"{flag} {path}")
+        found.append(Stored(flag, path, stored))
+        check_stored_adapters(args, found[-1])
         for name in _COMPARED:
             theirs, ours = _model_field(stored, name), _model_field(args, name)
             stands = theirs is not None or (name in _OPTIONAL and hasattr(stored, name))
@@ -355,6 +373,7 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
                     f"{flag} {path} holds another model: {flag_of(name)} is {theirs} there and "
                     f"{ours} here; pass --use-checkpoint-args or the checkpoint's value."
                 )
+    return found
 
 
 def _model_field(args: argparse.Namespace, name: str) -> Any:

@@ -20,12 +20,14 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device, megatron_patches
+from megatron_espo.adapters.base import load_adapters, load_base
 from megatron_espo.console import Output, rank_log, say
 from megatron_espo.data.atomic_folder import is_disk_full
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.model.provider import model_provider
 from megatron_espo.parallel.layout import current_layout
 from megatron_espo.passes.shapes import few_widths
 from megatron_espo.recipes import last_value
@@ -154,6 +156,24 @@ def _rendezvous(args: argparse.Namespace) -> Store | None:
     # are gone.
     store, _, _ = next(rendezvous("env://", args.rank, args.world_size))
     return PrefixStore(f"restart/{restarts}", store)
+
+
+def build_model(*args: Any, **settings: Any) -> Any:
+    """Build one pipeline stage; of a model with adapters with what these start from.
+
+    Args:
+        *args: see :func:`model_provider`.
+        **settings: likewise.
+
+    Returns:
+        The stage.
+    """
+    model, own = model_provider(*args, **settings), get_args()
+    if own.lora_rank is not None:
+        load_base(model, os.path.join(own.lora_base, own.lora_base_mark))
+        if own.lora_start is not None:
+            load_adapters(model, own.lora_start)
+    return model
 
 
 def sequence_split(args: argparse.Namespace) -> int:

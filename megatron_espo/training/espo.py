@@ -14,13 +14,17 @@ from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
 from megatron.training import training as megatron_training
 
 from megatron_espo.checkpoint.tracker import resumed_iteration
-from megatron_espo.config import EspoConfig, MonitorConfig, RolloutConfig
+from megatron_espo.config import (
+    REFERENCE_MIX_INTERVAL,
+    EspoConfig,
+    MonitorConfig,
+    RolloutConfig,
+)
 from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.fp8 import check_policy_arguments
-from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.flops import ModelDimensions
 from megatron_espo.monitor.hardware import open_gpu
@@ -29,13 +33,14 @@ from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.watch import Watch
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
-from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
+    build_model,
     diffusion_model,
     inference_mode,
     initialize_process_groups,
@@ -55,6 +60,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
+    _settle_mixing(args)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
     config_from_args(MonitorConfig, args).validate()
@@ -128,6 +134,21 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--save-keep-best goes by --espo-eval-data, which is missing; pass it.")
 
 
+def _settle_mixing(args: argparse.Namespace) -> None:
+    """Choose how often the reference is mixed where the command line does not say."""
+    if args.lora_rank is None:
+        if args.espo_reference_mix_interval is None:
+            args.espo_reference_mix_interval = REFERENCE_MIX_INTERVAL
+    elif args.espo_reference_mix_interval:
+        raise UserError(
+            f"--espo-reference-mix-interval {args.espo_reference_mix_interval}: with --lora-rank "
+            "the reference is the base, and a mix of it with the policy would be adapters of "
+            "another rank; leave it out or use 0."
+        )
+    else:
+        args.espo_reference_mix_interval = 0
+
+
 def main(argv: Sequence[str]) -> None:
     """Run ESPO from the command line.
 
@@ -178,7 +199,7 @@ def _train(
     megatron_training.initialize_megatron(store=store)
     with reading_checkpoint(args.load if resumed_iteration(args) else args.pretrained_checkpoint):
         chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+            ModelType.encoder_or_decoder, build_model, checkpointing_context={}
         )
     _connect_schedule(chunks, optimizer)
     for group in SEPARATE_GRAD_NORM_GROUPS:
@@ -186,7 +207,7 @@ def _train(
         optimizer.has_grad_norm_group(group)
     for chunk in chunks:
         chunk.train()
-    reference = ReferencePolicy(chunks) if espo.kl_coef > 0.0 else None
+    reference = reference_policy(chunks) if espo.kl_coef > 0.0 else None
     start = load_run_state(args.load, args.iteration, saved, reference)
     writer = get_tensorboard_writer()
     begin_events(writer, start.step)

@@ -28,12 +28,12 @@ from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import around_each_save
 from megatron_espo.model import fp8
-from megatron_espo.model.provider import model_provider
 from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, stored_arguments
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
+    build_model,
     initialize_process_groups,
     run_entry_point,
     sequence_split,
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
             build_datasets,
             ModelType.encoder_or_decoder,
             forward_step,
-            model_provider,
+            build_model,
             store=store,
         )
 

@@ -32,9 +32,8 @@ from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa: E402
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
-from megatron_espo.model.provider import model_provider  # noqa: E402
 from megatron_espo.startup.arguments import initialize_arguments  # noqa: E402
-from megatron_espo.startup.setup import diffusion_model  # noqa: E402
+from megatron_espo.startup.setup import build_model, diffusion_model  # noqa: E402
 from megatron_espo.training.espo import _connect_schedule  # noqa: E402
 
 WORLD = 4
@@ -144,7 +143,7 @@ def build_layout(
     )
     megatron_training.initialize_megatron()
     chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
-        ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+        ModelType.encoder_or_decoder, build_model, checkpointing_context={}
     )
     _connect_schedule(chunks, optimizer)
     model = diffusion_model(chunks)
@@ -159,6 +158,27 @@ def build_layout(
 def checkpoints(shared_folder: str, tokenizer_folder: str) -> dict[bool, str]:
     """Random weights of a model without and with the logit shift; every layout loads them."""
     return {shift: save_weights(shared_folder, tokenizer_folder, shift) for shift in (False, True)}
+
+
+# A rank that no layout splits evenly, a scale, and the head besides all other projections.
+LORA = "--lora-rank 5 --lora-alpha 8 --lora-targets all-linear lm_head".split()
+
+
+@pytest.fixture(scope="session")
+def adapters(shared_folder: str, tokenizer_folder: str, checkpoints: dict[bool, str]) -> list[str]:
+    """Flags of a model with adapters that change what it computes; every layout loads them."""
+    folder = os.path.join(shared_folder, "adapters")
+    flags = ["--pretrained-checkpoint", checkpoints[False], *LORA]
+    built = build_layout(tokenizer_folder, 1, 1, (*flags, "--save", folder))
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for chunk in built.model.chunks:
+            for name, parameter in chunk.named_parameters():
+                if name.endswith("_b"):
+                    parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    built.optimizer.reload_model_params()
+    save_checkpoint(1, list(built.model.chunks), built.optimizer, built.scheduler, 0)
+    return [*flags, "--load", folder, "--no-load-optim"]
 
 
 def save_weights(shared_folder: str, tokenizer_folder: str, shift: bool) -> str:

@@ -24,6 +24,8 @@ class Case(NamedTuple):
     cp: int = 1
     # Model and sampling are those of another case: two samplers say enough.
     few_samplers: bool = False
+    # With LoRA adapters, which alone are trained.
+    lora: bool = False
 
 
 _SP, _DO = "--sequence-parallel", "--use-distributed-optimizer"
@@ -59,6 +61,16 @@ CASES = {
     "logit shift: tp 2, sequence parallel, dp 2": Case(2, 1, (_SP,), shift=True),
     "logit shift: tp 2, pp 2": Case(2, 2, shift=True),
     "logit shift: cp 2, tp 2": Case(2, 1, cp=2, shift=True),
+    "LoRA: tp 2, dp 2": Case(2, 1, lora=True, few_samplers=True),
+    "LoRA: tp 4, sequence parallel": Case(4, 1, (_SP,), lora=True, few_samplers=True),
+    "LoRA: tp 2, pp 2, full recomputation": Case(2, 2, tuple(_FULL), lora=True, few_samplers=True),
+    "LoRA: pp 2 with 2 virtual stages, dp 2": Case(1, 2, _VPP, lora=True, few_samplers=True),
+    "LoRA: cp 2, tp 2, sequence parallel, distributed optimizer": Case(
+        2, 1, (_SP, _DO), cp=2, lora=True, few_samplers=True
+    ),
+    "LoRA: dp 4, distributed optimizer, overlapped": Case(
+        1, 1, _OVERLAP, lora=True, few_samplers=True
+    ),
 }
 
 COLUMNS = {

@@ -80,16 +80,29 @@ class Compared:
 
 
 @pytest.fixture(scope="session")
-def references(tokenizer_folder: str, checkpoints: dict[bool, str]) -> dict[bool, Expected]:
-    """What one rank computes, without and with the logit shift."""
+def references(
+    tokenizer_folder: str, checkpoints: dict[bool, str], adapters: list[str]
+) -> dict[str, Expected]:
+    """What one rank computes: plain, with the logit shift, and with adapters."""
+    flags = model_flags(checkpoints, adapters)
+    return {kind: reference(tokenizer_folder, flags[kind], kind == "shift") for kind in flags}
+
+
+def model_flags(checkpoints: dict[bool, str], adapters: list[str]) -> dict[str, list[str]]:
+    """What each kind of model is started with."""
     return {
-        shift: reference(tokenizer_folder, folder, shift) for shift, folder in checkpoints.items()
+        "plain": ["--pretrained-checkpoint", checkpoints[False]],
+        "shift": ["--pretrained-checkpoint", checkpoints[True], "--logit-shift"],
+        "lora": adapters,
     }
 
 
-def reference(tokenizer_folder: str, checkpoint: str, shift: bool) -> Expected:
-    flags = ("--pretrained-checkpoint", checkpoint, *(["--logit-shift"] if shift else []))
-    solo = build_layout(tokenizer_folder, 1, 1, flags, solo=True)
+def kind_of(case: Case) -> str:
+    return "lora" if case.lora else "shift" if case.shift else "plain"
+
+
+def reference(tokenizer_folder: str, flags: list[str], shift: bool) -> Expected:
+    solo = build_layout(tokenizer_folder, 1, 1, tuple(flags), solo=True)
     losses, gradients = {}, {}
     for sft in (False, True):
         losses[sft] = pretrain_loss(solo, 4, sft)
@@ -115,16 +128,16 @@ def dashes(name: str) -> str:
 @pytest.fixture(scope="module", params=CASES, ids=dashes)
 def compared(
     request: Any,
-    references: dict[bool, Expected],
+    references: dict[str, Expected],
     tokenizer_folder: str,
     checkpoints: dict[bool, str],
+    adapters: list[str],
 ) -> Compared:
     case = CASES[request.param]
-    shift = ("--logit-shift",) if case.shift else ()
-    flags = ("--pretrained-checkpoint", checkpoints[case.shift], *shift, *case.flags)
-    flags = (*flags, "--context-parallel-size", str(case.cp))
+    own = model_flags(checkpoints, adapters)[kind_of(case)]
+    flags = (*own, *case.flags, "--context-parallel-size", str(case.cp))
     built = build_layout(tokenizer_folder, case.tp, case.pp, flags)
-    return Compared(request.param, case, built, references[case.shift])
+    return Compared(request.param, case, built, references[kind_of(case)])
 
 
 def prompts_and_completions() -> tuple[list[list[int]], Tensor]:
@@ -303,10 +316,10 @@ def test_planned_caches_are_those_that_the_sampler_keeps(compared: Compared) -> 
             assert compared.sampled(name).cache_bytes == cache_memory(built.args, passes) > 0
 
 
-def test_samplers_and_models_differ(references: dict[bool, Expected]) -> None:
+def test_samplers_and_models_differ(references: dict[str, Expected]) -> None:
     """Equal tokens show something only if the tokens depend on the settings."""
     seen = [str(t.tolist()) for expected in references.values() for t in expected.tokens.values()]
-    assert len(set(seen)) == len(seen) == 2 * len(SAMPLERS) - 2
+    assert len(set(seen)) == len(seen) == 3 * len(SAMPLERS) - 2
 
 
 def gradients_of(built: Built) -> dict[str, Tensor]:
@@ -321,6 +334,8 @@ def gradients_of(built: Built) -> dict[str, Tensor]:
             for i, layer in enumerate(chunk.decoder.layers)
         }
         for name, parameter in chunk.named_parameters():
+            if not parameter.requires_grad:
+                continue  # a base under adapters
             prefix = next((p for p in numbers if name.startswith(p)), None)
             if prefix is not None:
                 name = numbers[prefix] + name.removeprefix(prefix)
@@ -406,7 +421,7 @@ def assert_gradients_close(
 ) -> None:
     assert actual and actual.keys() <= expected.keys()
     for name, gradient in actual.items():
-        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+        if name.endswith(("word_embeddings.weight", "output_layer.weight", "lm_head_b")):
             assert not gradient[262:].any(), "gradient on padded vocabulary"
         assert_close(compared.name, "gradient", gradient[:262], expected[name][:262], name)
 

@@ -14,7 +14,7 @@ FLOORS = (
     "rollout_config", "config", "json_lines",
     # The machine, and what Megatron needs to run on it.
     "megatron_patches", "device",
-    "diffusion", "parallel", "data", "passes", "model", "generation",
+    "diffusion", "parallel", "data", "passes", "adapters", "model", "generation",
     "sandbox", "tasks", "rewards", "checkpoint",
     "monitor", "evaluation", "plan", "startup", "conversion", "rl", "supervised",
     "dry_run", "training", "commands", "simulate", "doctor",

@@ -70,7 +70,8 @@ def _product(hidden: Tensor, weight: Tensor, by_features: bool) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, by_features: bool) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
+        # A frozen weight has no use for the input.
+        ctx.save_for_backward(hidden if ctx.needs_input_grad[1] else None, weight)
         return _product(hidden, weight, by_features)
 
     @staticmethod
