@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 """:" # bash reads up to the closing quotes, Python what follows them
-# ESPO on LLaDA-8B or Dream-7B, all weights trained, with the published settings of a task.
+# ESPO on LLaDA-8B or Dream-7B with the published settings of a task.
 #
 #   torchrun --nproc-per-node 8 examples/run_espo_8b.sh [FLAGS]
 #   examples/run_espo_8b.sh [FLAGS]                  (calls torchrun itself, see launch.sh)
@@ -8,6 +8,7 @@
 #
 #   --recipe gsm8k | math | countdown | sudoku | code   the task (gsm8k)
 #   --recipe llada_8b | dream_7b                        the model (llada_8b)
+#   --recipe lora | lora_80gb | lora_24gb               train adapters (all weights)
 #   --dry-run                                           only check and plan; needs no GPU
 # All flags of Megatron and of the project work, and win over the recipes: examples/recipes.
 set -euo pipefail

@@ -3,16 +3,16 @@
 # that spends ESPO's compute on more fine-tuning, and accuracy on a held-out test split.
 #
 #   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [--base DIR] [--no-control]
-#     [--positions rotary|learned] [-- flags for the ESPO run]
+#     [--positions rotary|learned] [--lora] [-- flags for the ESPO run]
 #
 # --base DIR starts from the data and the fine-tuned model of an earlier run in DIR. A model with
 # rotary positions is a LLaDA and is written as one at the end; learned ones suit so small a model
-# better, but fit no Hugging Face folder.
+# better, but fit no Hugging Face folder. With --lora ESPO trains adapters of rank 8 on the base.
 # Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of two minutes that learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-task=sudoku seed=1 out="" base="" control=1 positions=rotary
+task=sudoku seed=1 out="" base="" control=1 positions=rotary lora=()
 while (($#)); do
   case $1 in
     sudoku | countdown) task=$1; shift ;;
@@ -21,6 +21,7 @@ while (($#)); do
     --base) base=$2; shift 2 ;;
     --no-control) control=0; shift ;;
     --positions) positions=$2; shift 2 ;;
+    --lora) lora=(--lora-rank 8 --lora-alpha 16); shift ;;
     --) shift; break ;;
     *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
   esac
@@ -63,6 +64,8 @@ ranks() {
 source examples/tiny_"$task".sh
 sft_rate=(--lr 3e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 30)
 espo_rate=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 4)
+# Adapters begin at no update at all, and want larger steps.
+((${#lora[@]})) && espo_rate=(--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 4)
 prompts=32 group=8 updates=2
 espo=(--espo-prompts-per-rollout "$prompts" --espo-group-size "$group"
   --espo-updates-per-rollout "$updates" --espo-num-mc 1 --espo-kl-coef 5e-3 --espo-gradient joint
@@ -106,8 +109,8 @@ fi
 say "ESPO ($rollouts rollouts)"
 ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-task "$task" \
   --espo-train-data "$out/data/train.jsonl" --espo-eval-data "$out/data/validation.jsonl" \
-  --espo-num-rollouts "$rollouts" "${espo[@]}" "${espo_rate[@]}" --pretrained-checkpoint "$out/base" \
-  --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
+  --espo-num-rollouts "$rollouts" "${espo[@]}" "${espo_rate[@]}" "${lora[@]}" \
+  --pretrained-checkpoint "$out/base" --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
 
 tested=(base espo)
 if [[ $positions == rotary ]]; then

@@ -55,7 +55,8 @@ class Adapter(torch.nn.Module):
         packing: Packing,
         rank: int,
         scale: float,
-        like: Tensor,
+        dtype: torch.dtype,
+        device: torch.device,
         tp_group: dist.ProcessGroup,
         sequence_parallel: bool,
     ) -> None:
@@ -66,7 +67,8 @@ class Adapter(torch.nn.Module):
             packing: how the layer holds them.
             rank: r.
             scale: factor of the update.
-            like: a weight of the type and on the device to use.
+            dtype: of the matrices.
+            device: where they are.
             tp_group: tensor-parallel group.
             sequence_parallel: whether its ranks split the positions outside of the layer.
         """
@@ -76,8 +78,8 @@ class Adapter(torch.nn.Module):
         self._group = tp_group
         self._by_sequence = sequence_parallel and tp_group.size() > 1
         for name in targets:
-            a = Parameter(like.new_empty(rank, packing.columns))
-            b = Parameter(like.new_zeros(packing.rows[name], rank))
+            a = Parameter(torch.empty(rank, packing.columns, dtype=dtype, device=device))
+            b = Parameter(torch.zeros(packing.rows[name], rank, dtype=dtype, device=device))
             whole, split = (a, b) if packing.splits_rows else (b, a)
             # Each rank sees the whole one's gradient of its own positions: Megatron adds them up.
             whole.sequence_parallel = self._by_sequence  # type: ignore[attr-defined]

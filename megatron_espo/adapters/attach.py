@@ -56,13 +56,18 @@ def attach_adapters(model: Any, lora: LoraConfig, seed: int, *, initialize: bool
                 _packing(model, name, group.size()),
                 lora.rank,
                 lora.scale,
-                linear.weight,
+                config.params_dtype,
+                linear.weight.device,
                 group,
                 # The head gets the states of all positions (passes/pipeline.py).
                 config.sequence_parallel and not head,
             )
+            # Transformer Engine's layers that have the norm before them inside.
+            with_norm = hasattr(linear, "return_layernorm_output")
+            if with_norm:
+                linear.return_layernorm_output = True
             kind: Any = type(linear)
-            linear.__class__ = _adapted(kind)
+            linear.__class__ = _adapted(kind, with_norm)
             if initialize and not linear.weight.is_meta:
                 _initialize(linear.adapter, seed, number, group)
     # Nothing before the first adapter wants a gradient, and a layer that is computed again in the
@@ -154,10 +159,27 @@ class _Adapted:
         return {**state, **described}
 
 
+class _AdaptedWithNorm(_Adapted):
+    """Of a layer that normalizes its input itself: the adapter gets what the norm makes of it."""
+
+    def forward(self, hidden: Tensor, *args: Any, **settings: Any) -> tuple[Tensor, Tensor | None]:
+        """Normalize, project, and add the adapter's update; see the layer's own class."""
+        # Past the class above to the layer's own. Megatron hands on what Transformer Engine gives:
+        # output, bias, norm; or the first and the last as one, with None for the bias.
+        output, bias, *rest = super(_Adapted, self).forward(  # type: ignore[misc]
+            hidden, *args, **settings
+        )
+        output, normed = (output, *rest) if rest else output
+        adapter: Adapter = self.adapter  # type: ignore[attr-defined]
+        return adapter(normed, output) if adapter.active else output, bias
+
+
 @functools.cache
-def _adapted(layer: type[Any]) -> type[Any]:
+def _adapted(layer: type[Any], with_norm: bool) -> type[Any]:
     """Make the class of a linear layer with an adapter."""
-    return type(f"Adapted{layer.__name__}", (_Adapted, layer), {})
+    return type(
+        f"Adapted{layer.__name__}", (_AdaptedWithNorm if with_norm else _Adapted, layer), {}
+    )
 
 
 def _keep_base_out_of_checkpoints(model: Any) -> None:

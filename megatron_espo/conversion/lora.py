@@ -5,6 +5,7 @@ layer computes with W + scale * B A, where scale is lora_alpha / r (rank-stabili
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from megatron_espo.model.shape import Config
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # base_model.model.PATH.lora_A.weight; older files name the adapter after lora_A.
+# Beside the adapter of a head PEFT saves the head's own weight.
+_COPY = re.compile(r"base_model\.model\.(?P<path>.+)\.base_layer\.weight")
 _NAME = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")
 
 
@@ -75,6 +78,9 @@ class MergedWeights(HuggingFaceWeights):
                     f"--lora {adapter}: the adapter of {path} fits a weight of "
                     f"{[b.shape[0], a.shape[1]]}, {folder} has {list(weight.shape)}."
                 )
+        self._adapter.check_copies(
+            lambda path: super(MergedWeights, self).read(f"{path}.weight"), str(folder)
+        )
 
     def read(self, name: str) -> Tensor:
         """Read a tensor; an adapted weight is merged in float32 and rounded once."""
@@ -123,7 +129,25 @@ class Adapter:
         targets = config.fields.get("target_modules") or []
         self.targets = [] if isinstance(targets, str) else list(targets)
         self._file = folder / WEIGHTS
-        self.modules = _find_modules(self._file)
+        self.modules, self._copies = _find_modules(self._file)
+
+    def check_copies(self, read: Callable[[str], Tensor], base: str) -> None:
+        """Compare the weights of the base that the file brings along with the base's own.
+
+        Args:
+            read: reads the weight of an adapted layer by its path.
+            base: where from, for messages.
+
+        Raises:
+            UserError: they differ.
+        """
+        for path, name in self._copies.items():
+            theirs, ours = read_tensor(self._file, name), read(path)
+            if not torch.equal(theirs.to(ours.dtype), ours):
+                raise UserError(
+                    f"{self._file}: brings its own weight of {path}, which is not that of {base}; "
+                    "the adapter was made for another model."
+                )
 
     def delta(self, module: str) -> Tensor | None:
         """Compute what is added to a layer's weight.
@@ -174,10 +198,14 @@ def _require_plain_lora(config: Config) -> None:
             )
 
 
-def _find_modules(path: Path) -> dict[str, tuple[Side, Side]]:
-    """Pair the matrices of an adapter file by layer."""
+def _find_modules(path: Path) -> tuple[dict[str, tuple[Side, Side]], dict[str, str]]:
+    """Pair the matrices of an adapter file by layer; also list what it holds of the base."""
     sides: dict[str, dict[str, Side]] = {}
+    copies: dict[str, str] = {}
     for name, stored in read_headers(path).items():
+        if copy := _COPY.fullmatch(name):
+            copies[copy["path"]] = name
+            continue
         match = _NAME.fullmatch(name)
         if match is None or len(stored.shape) != 2 or stored.dtype not in DTYPES:
             raise UserError(f"{path}: {name} is no LoRA matrix of a linear layer.")
@@ -185,4 +213,7 @@ def _find_modules(path: Path) -> dict[str, tuple[Side, Side]]:
     for module, pair in sides.items():
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise UserError(f"{path}: the LoRA matrices of {module} do not fit together.")
-    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
+    for module, name in copies.items():
+        if module not in sides:
+            raise UserError(f"{path}: {name} belongs to no adapted layer.")
+    return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}, copies

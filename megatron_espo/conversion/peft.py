@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_espo.adapters.base import lora_settings
-from megatron_espo.adapters.projections import targets_of
+from megatron_espo.adapters.projections import HEAD, targets_of
 from megatron_espo.checkpoint.weights_mark import fingerprint
 from megatron_espo.checkpoint.tracker import TRACKER, checkpoint_folder, has_checkpoint
 from megatron_espo.conversion.adapters import (
@@ -20,6 +20,7 @@ from megatron_espo.conversion.adapters import (
     CheckpointAdapters,
     adapter_blocks,
     peft_config,
+    shape_of,
     targets_in,
 )
 from megatron_espo.conversion.families import FAMILIES, Family, family_of
@@ -144,6 +145,11 @@ def convert_from_peft(lora: str, base: str, out: str) -> None:
                 f"--lora {lora}: {name} is {list(stored[name][1])}, --base {base} asks for "
                 f"{list(size)}; the adapter was made for another model."
             )
+    of_head = shape_of(shape, HEAD)
+    # PEFT saves no other weight of the base than that of an adapted head.
+    adapter.check_copies(
+        lambda _: CheckpointReader(Path(folder)).read("output_layer.weight", (0, 0), of_head), base
+    )
     args.lora_rank, args.lora_alpha, args.lora_targets = rank, adapter.alpha, list(targets)
     args.lora_rslora = adapter.rank_stabilized
     args.lora_base, args.lora_base_mark = os.path.abspath(base), os.path.basename(folder)

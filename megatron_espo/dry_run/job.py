@@ -11,6 +11,8 @@ from megatron_espo.dry_run.roofline import Ceilings
 # Stands in a job's flags for a folder that each rank has for itself: what one writes, another one,
 # which runs later, must not take for its own past.
 OWN_FOLDER = "@rank"
+# Fingerprint of a base that is not there.
+SIMULATED_BASE = "simulated"
 
 
 @dataclass(frozen=True)

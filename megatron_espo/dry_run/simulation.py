@@ -22,7 +22,7 @@ from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.dry_run import support
 from megatron_espo.dry_run.compare import find_mismatch
 from megatron_espo.dry_run.extrapolate import Cost, espo_costs, update_cost
-from megatron_espo.dry_run.job import OWN_FOLDER, Job
+from megatron_espo.dry_run.job import OWN_FOLDER, SIMULATED_BASE, Job
 from megatron_espo.dry_run.planned import (
     entry_point,
     planned_world_size,
@@ -35,6 +35,7 @@ from megatron_espo.dry_run.simulated_text import estimate, failures, refusals, r
 from megatron_espo.errors import UserError
 from megatron_espo.plan.plan import PEAK_FLOPS
 from megatron_espo.recipes import expand_recipes, last_value
+from megatron_espo.startup.adapters import SETTINGS
 from megatron_espo.startup.arguments import config_from_args, plan_arguments
 
 # All ranks of a job of up to so many are compared.
@@ -344,13 +345,17 @@ def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
         save_tokenizer(byte_tokenizer(), tokenizer)
         changes += ["--tokenizer-model", tokenizer]
     if args.pretrained_checkpoint is not None and not has_checkpoint(args.pretrained_checkpoint):
-        _write_checkpoint(folder / "base", args)
+        _write_checkpoint(folder / "base", _base(args))
         changes += ["--pretrained-checkpoint", str(folder / "base")]
     entry = entry_point(module)
     if entry in ("evaluate", "generate"):
         if not has_checkpoint(args.load):
-            _write_checkpoint(folder / "base", args)
-            changes += ["--load", str(folder / "base")]
+            loaded = folder / "base"
+            _write_checkpoint(loaded, _base(args))
+            if args.lora_rank is not None:
+                loaded = folder / "adapters"
+                _write_checkpoint(loaded, _of_base(args, folder / "base"))
+            changes += ["--load", str(loaded)]
         if entry == "evaluate":
             (folder / "problems.jsonl").write_text("", "utf-8")
             changes += ["--espo-reward-workers", "0", "--out", f"{OWN_FOLDER}/out"]
@@ -377,6 +382,17 @@ def simulated_batches(args: argparse.Namespace) -> int:
     total = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     # Enough to fill the pipeline; a multiple of its stages, as virtual stages want it.
     return int(min(2 * stages, total))
+
+
+def _base(args: argparse.Namespace) -> argparse.Namespace:
+    """Arguments of the model under the adapters, if any."""
+    return argparse.Namespace(**{**vars(args), **dict.fromkeys(SETTINGS)})
+
+
+def _of_base(args: argparse.Namespace, root: Path) -> argparse.Namespace:
+    """Arguments of adapters on the base in a folder; see simulate/stand_ins.py."""
+    base = {"lora_base": str(root), "lora_base_mark": "iter_0000001"}
+    return argparse.Namespace(**{**vars(args), **base, "lora_base_fingerprint": SIMULATED_BASE})
 
 
 def _write_checkpoint(root: Path, args: argparse.Namespace) -> None:

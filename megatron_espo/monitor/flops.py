@@ -3,8 +3,10 @@
 Counted are the matrix products, two operations per multiply-add: projections, attention scores
 and their application, gated MLP, output head. Norms, softmax, rotary positions and sampling are
 left out, as is usual for MFU (model FLOPs utilization; PaLM, arXiv 2204.02311, appendix B). A
-backward pass costs twice its forward pass. What activation recomputation repeats is not counted;
-what the algorithm asks for (the gradient-free pass of ``two_pass``, the frozen policies) is.
+backward pass costs twice its forward pass; a frozen weight under LoRA adapters has no gradient of
+its own, so that its product costs as much again, not twice. What activation recomputation repeats
+is not counted; what the algorithm asks for (the gradient-free pass of ``two_pass``, the frozen
+policies) is.
 
 Four things differ from the count of a causal language model:
 
@@ -17,8 +19,12 @@ Rows are counted at the width that they are given, the same for all.
 """
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from megatron_espo.adapters.base import lora_settings
+from megatron_espo.adapters.projections import targets_of
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
 from megatron_espo.model.shape import query_groups
@@ -37,6 +43,8 @@ class ModelDimensions:
         head_dim: channels of one head.
         vocab_size: rows of the output head, without padding.
         gated: whether the MLP has a gate beside its up projection (SwiGLU).
+        adapters: parameters of the LoRA adapters of a layer's q, k and v, of its other projections,
+            and of the head; None where all weights are trained.
     """
 
     num_layers: int
@@ -47,6 +55,7 @@ class ModelDimensions:
     head_dim: int
     vocab_size: int
     gated: bool = True
+    adapters: tuple[int, int, int] | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "ModelDimensions":
@@ -60,7 +69,44 @@ class ModelDimensions:
             head_dim=args.kv_channels,
             vocab_size=args.vocab_size,
             gated=bool(args.swiglu),
+            adapters=_adapter_parameters(args),
         )
+
+    @property
+    def base(self) -> "ModelDimensions":
+        """The model without its adapters."""
+        return replace(self, adapters=None)
+
+
+def _adapter_parameters(args: argparse.Namespace) -> tuple[int, int, int] | None:
+    lora = lora_settings(args)
+    if lora.rank is None:
+        return None
+    hidden, inner = args.hidden_size, args.ffn_hidden_size
+    queries = args.num_attention_heads * args.kv_channels
+    pair = query_groups(args) * args.kv_channels
+    sides = {
+        "q_proj": hidden + queries,
+        "k_proj": hidden + pair,
+        "v_proj": hidden + pair,
+        "o_proj": queries + hidden,
+        "lm_head": hidden + args.vocab_size,
+    }
+    chosen = {
+        name: lora.rank * sides.get(name, hidden + inner)
+        for name in targets_of(lora.targets, gated=bool(args.swiglu))
+    }
+    first = sum(chosen.get(name, 0) for name in ("q_proj", "k_proj", "v_proj"))
+    head = chosen.get("lm_head", 0)
+    return first, sum(chosen.values()) - first - head, head
+
+
+class _Parts(NamedTuple):
+    """Operations of a pass: of the model's weights, of adapters, of attention."""
+
+    weights: float
+    adapters: float
+    attention: float
 
 
 def forward_flops(
@@ -85,10 +131,20 @@ def forward_flops(
         Operations. Attention of the last layer is counted as if all sequences had the same number
         of positions that are read; where they differ, the shorter ones are filled up.
     """
+    return sum(_forward(model, rows, positions, head_rows, keys))
+
+
+def _forward(
+    model: ModelDimensions,
+    rows: float,
+    positions: int,
+    head_rows: float,
+    keys: int | None = None,
+) -> _Parts:
     keys = positions if keys is None else keys
     passed = rows * positions
     read = min(head_rows, passed)
-    return passed_flops(model, passed, passed * keys, head_rows, read * keys)
+    return _parts(model, passed, passed * keys, head_rows, read * keys)
 
 
 def passed_flops(
@@ -106,6 +162,12 @@ def passed_flops(
     Returns:
         Operations.
     """
+    return sum(_parts(model, positions, pairs, head_rows, head_pairs))
+
+
+def _parts(
+    model: ModelDimensions, positions: float, pairs: float, head_rows: float, head_pairs: float
+) -> _Parts:
     attention_size = model.num_attention_heads * model.head_dim
     key_value_size = model.num_query_groups * model.head_dim
     inputs = model.hidden_size * (attention_size + 2 * key_value_size)  # q, k, v
@@ -113,18 +175,23 @@ def passed_flops(
         attention_size * model.hidden_size  # output projection
         + (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
     )
+    first, others, of_head = model.adapters or (0, 0, 0)
+    weights = head_rows * model.hidden_size * model.vocab_size
+    adapters, attention = head_rows * of_head, 0.0
     if model.num_layers:
-        layers = model.num_layers * positions * inputs
-        layers += ((model.num_layers - 1) * positions + min(head_rows, positions)) * outputs
+        all_read = model.num_layers * positions
+        some_read = (model.num_layers - 1) * positions + min(head_rows, positions)
+        weights += all_read * inputs + some_read * outputs
+        adapters += all_read * first + some_read * others
         # Scores (one product per key and channel), and as many to apply them to the values.
-        layers += ((model.num_layers - 1) * pairs + head_pairs) * 2 * attention_size
-    else:
-        layers = 0
-    return 2.0 * (layers + head_rows * model.hidden_size * model.vocab_size)
+        attention = ((model.num_layers - 1) * pairs + head_pairs) * 2 * attention_size
+    return _Parts(2.0 * weights, 2.0 * adapters, 2.0 * attention)
 
 
 def training_flops(model: ModelDimensions, rows: float, positions: int, head_rows: float) -> float:
-    """Count a forward and backward pass; the backward pass is twice the forward pass.
+    """Count a forward and backward pass.
+
+    The backward pass is twice the forward pass, or once for weights that are frozen.
 
     Args:
         model: dimensions.
@@ -135,7 +202,9 @@ def training_flops(model: ModelDimensions, rows: float, positions: int, head_row
     Returns:
         Operations.
     """
-    return 3.0 * forward_flops(model, rows, positions, head_rows)
+    weights, adapters, attention = _forward(model, rows, positions, head_rows)
+    frozen = model.adapters is not None
+    return (2.0 if frozen else 3.0) * weights + 3.0 * (adapters + attention)
 
 
 def generation_flops(
@@ -179,9 +248,14 @@ def generation_flops(
 
 
 def elbo_flops(
-    model: ModelDimensions, completions: float, positions: int, length: int, espo: EspoConfig
+    model: ModelDimensions,
+    completions: float,
+    positions: int,
+    length: int,
+    espo: EspoConfig,
+    count: Callable[[ModelDimensions, float, int, float], float] = forward_flops,
 ) -> float:
-    """Count one gradient-free evaluation of the ELBOs of some completions.
+    """Count one evaluation of the ELBOs of some completions.
 
     Args:
         model: dimensions.
@@ -189,6 +263,7 @@ def elbo_flops(
         positions: padded width of a row.
         length: completion length.
         espo: estimator and number of draws.
+        count: counts its passes, without gradients or with them (:func:`training_flops`).
 
     Returns:
         Operations; for estimators other than ``coupled`` with the expected number of masked
@@ -197,7 +272,7 @@ def elbo_flops(
     masked = {"coupled": length, "exact_count": (length + 1) / 2, "bernoulli": length / 2}
     head_rows = completions * espo.num_mc * masked[espo.elbo_estimator]
     rows = completions * espo.views_per_completion
-    return forward_flops(model, rows, positions, head_rows)
+    return count(model, rows, positions, head_rows)
 
 
 @dataclass(frozen=True)
@@ -238,10 +313,13 @@ def rollout_flops(
         Operations by phase.
     """
     completions, mu = espo.completions_per_rollout, espo.updates_per_rollout
-    one = elbo_flops(model, completions, positions, rollout.completion_length, espo)
+    asked = (completions, positions, rollout.completion_length, espo)
+    one, trained = elbo_flops(model, *asked), elbo_flops(model, *asked, training_flops)
+    # The reference policy of adapters is their base.
+    ref = elbo_flops(model.base, *asked)
     return RolloutFlops(
         generation=generation_flops(model, completions, positions, rollout),
         old_elbo=(mu - 1) * one,
-        ref_elbo=mu * one if espo.kl_coef > 0.0 else 0.0,
-        update=mu * one * (4 if espo.gradient == "two_pass" else 3),
+        ref_elbo=mu * ref if espo.kl_coef > 0.0 else 0.0,
+        update=mu * (trained + (one if espo.gradient == "two_pass" else 0.0)),
     )

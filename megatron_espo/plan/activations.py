@@ -160,7 +160,7 @@ def layer_transient(sizes: Sizes, tokens: float) -> float:
     return sizes.width * tokens * needed
 
 
-def head_memory(sizes: Sizes, head_rows: float, fused: bool) -> float:
+def head_memory(sizes: Sizes, head_rows: float, fused: bool, frozen: bool = False) -> float:
     """Bytes of the head's forward and backward pass.
 
     Logits are float32 (model/float_logits.py). Megatron's cross entropy works in place: softmax and
@@ -170,13 +170,16 @@ def head_memory(sizes: Sizes, head_rows: float, fused: bool) -> float:
         sizes: of the layers.
         head_rows: r.
         fused: whether the weight gradient is added to the buffer in parts.
+        frozen: whether the weight has no gradient.
 
     Returns:
         Bytes: logits and their gradient, states and theirs, and the weight's gradient.
     """
     entry = 4 + (sizes.width if sizes.width < 4 else 0)
     of_weight = sizes.vocabulary * sizes.hidden * sizes.width
-    if fused:
+    if frozen:
+        of_weight = 0.0
+    elif fused:
         of_weight = min(_BLOCK, sizes.vocabulary) * sizes.hidden * 4
     return head_rows * (sizes.vocabulary * entry + 3 * sizes.hidden * sizes.width) + of_weight
 

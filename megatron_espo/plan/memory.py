@@ -142,7 +142,12 @@ def _chunks_in_flight(args: argparse.Namespace, stage: int, num_batches: int) ->
 
 
 def activation_memory(
-    args: argparse.Namespace, passes: Passes, sizes: Sizes, stage: int, fused: bool
+    args: argparse.Namespace,
+    passes: Passes,
+    sizes: Sizes,
+    stage: int,
+    fused: bool,
+    frozen: bool = False,
 ) -> float:
     """Most bytes that an update takes on a stage beside what lasts.
 
@@ -152,6 +157,7 @@ def activation_memory(
         sizes: of the layers.
         stage: pipeline stage.
         fused: whether weight gradients are added to the buffer where they are computed.
+        frozen: whether the weights have no gradients, under adapters.
 
     Returns:
         Bytes: the largest of the backward passes of the head, of a layer and of the embedding.
@@ -165,7 +171,7 @@ def activation_memory(
     state = sizes.width * tokens * sizes.part
     # Between stages: what came in, and the gradient that goes back.
     between = 2 * state if pp > 1 else 0.0
-    head = activations.head_memory(sizes, passes.head_rows, fused) if is_last else 0.0
+    head = activations.head_memory(sizes, passes.head_rows, fused, frozen) if is_last else 0.0
     transient = activations.layer_transient(sizes, tokens)
     all_kept = (number - 1) * kept + last
     # The last layer's own backward pass is that of few rows: the one before it takes most.
@@ -178,7 +184,7 @@ def activation_memory(
         else:
             inputs = chunks * layers / group * state
         moments = [inputs + head, inputs + group * kept + transient]
-    if stage == 0:
+    if stage == 0 and not frozen:
         embedding = sizes.vocabulary * sizes.hidden * sizes.width
         others = all_kept * (chunks - 1) / chunks
         if args.recompute_granularity == "full":
@@ -230,12 +236,12 @@ def saving_memory(
     if args.overlap_grad_reduce and index == 0:
         # Only the first chunk, which has the embedding, is cut.
         cut = min(bucket, stage.largest + max(40_000_000, 1_000_000 * ranks))
-        bucket = max(cut, (stage.total - bucket) // max(virtual - 1, 1))
+        bucket = max(cut, (stage.trained - bucket) // max(virtual - 1, 1))
     if args.distrib_optim_fully_reshardable_mem_efficient:
         # The first of the data-parallel ranks does, on the host alone.
         share = min(1.0, args.tensor_model_parallel_size / args.dry_run_gpus_per_node)
-        return 0.0, 12.0 * stage.total * share
-    return 4.0 * bucket * (1 + 1 / ranks), 12.0 * stage.total
+        return 0.0, 12.0 * stage.trained * share
+    return 4.0 * bucket * (1 + 1 / ranks), 12.0 * stage.trained
 
 
 def cache_memory(args: argparse.Namespace, passes: Passes) -> float:
@@ -297,30 +303,31 @@ def plan_memory(
     """
     weight, gradient, optimizer = parameter_bytes(args)
     moved = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
-    state = stage.total * optimizer
+    state = stage.trained * optimizer
+    frozen = stage.trained < stage.total
     sizes = activations.layer_sizes(args, bool(args.fp8) and passes.fp8_gradients)
-    fused = args.gradient_accumulation_fusion and sizes.with_te
+    fused = args.gradient_accumulation_fusion and sizes.with_te and not frozen
     sampling, rollout, most_rows = passes.sampling, 0.0, passes.rows
     if sampling is not None:
         rollout = rollout_memory(args, passes, sampling, sizes)
         most_rows = max(passes.rows, min(sampling.micro_batch_size, passes.sampled_rows))
     most_tokens = most_rows * passes.positions / args.context_parallel_size
-    weights, gradients = float(stage.total * weight), float(stage.total * gradient)
+    weights, gradients = float(stage.total * weight), float(stage.trained * gradient)
     saved, saving = saving_memory(args, stage, index)
     swapped = float(stage.largest * weight) if passes.keeps_reference else 0.0
     # The distributed optimizer's weights move to a buffer of their own.
-    twice = 2 if args.use_distributed_optimizer else 1
+    moved_weights = float(stage.trained * weight) if args.use_distributed_optimizer else 0.0
     return Memory(
         weights=weights,
         quantised=quantised_memory(args, stage.linear, with_gradients=passes.fp8_gradients),
         gradients=gradients,
         optimizer=state * (1.0 - moved),
         buffers=activations.lasting_buffers(args, sizes, most_tokens, fused),
-        activations=activation_memory(args, passes, sizes, index, fused),
+        activations=activation_memory(args, passes, sizes, index, fused, frozen),
         rollout=rollout,
         cache=cache_memory(args, passes),
         others=max(swapped, saved if args.save is not None else 0.0),
-        build=twice * weights + gradients,
+        build=weights + moved_weights + gradients,
         reserve=float(RESERVE),
         reference=weights if passes.keeps_reference else 0.0,
         offloaded=state * moved,

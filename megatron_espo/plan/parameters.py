@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import mpu
 from megatron.training import global_vars
 
+from megatron_espo.adapters.attach import is_adapter
 from megatron_espo.device import CPU_ARGUMENT_DEFAULTS
 from megatron_espo.model.provider import model_provider
 
@@ -22,18 +23,22 @@ class StageParameters:
 
     Attributes:
         total: all of them.
+        trained: those that are trained: all, or the adapters.
         linear: weights of the layers' linear projections, those that FP8 quantises.
-        largest: the largest one.
-        largest_chunk: those of the largest model chunk; all without virtual stages.
+        largest: the largest trained one.
+        largest_chunk: trained ones of the largest model chunk; all without virtual stages.
         whole_model: those of the stage over all its tensor-parallel ranks, without the rows that
             pad the vocabulary.
+        whole_trained: the trained ones of these.
     """
 
     total: int
+    trained: int
     linear: int
     largest: int
     largest_chunk: int
     whole_model: int
+    whole_trained: int
 
 
 def count_parameters(args: argparse.Namespace) -> list[StageParameters]:
@@ -74,18 +79,29 @@ def _count(args: argparse.Namespace, stage: int) -> StageParameters:
                 vp_stage=part if virtual else None,
             )
         named += list(chunk.named_parameters())
-        chunks.append(sum(weight.numel() for weight in chunk.parameters()))
+        chunks.append(sum(w.numel() for w in chunk.parameters() if w.requires_grad))
     tp = args.tensor_model_parallel_size
     padding = args.padded_vocab_size - args.vocab_size
-    whole = 0
+    whole = trained = 0
     for name, weight in named:
         split = getattr(weight, "tensor_model_parallel", False)
-        whole += weight.numel() * (tp if split else 1)
-        if "word_embeddings" in name or "output_layer" in name:
-            whole -= padding * args.hidden_size
-    sizes = [weight.numel() for _, weight in named]
-    linear = sum(w.numel() for name, w in named if ".linear_" in name and w.dim() == 2)
-    return StageParameters(sum(sizes), linear, max(sizes), max(chunks), whole)
+        size = weight.numel() * (tp if split else 1)
+        if name.endswith(("word_embeddings.weight", "output_layer.weight", "lm_head_b")):
+            size -= padding * weight.size(1)
+        whole += size
+        trained += size if weight.requires_grad else 0
+    linear = [
+        w for name, w in named if ".linear_" in name and w.dim() == 2 and not is_adapter(name)
+    ]
+    return StageParameters(
+        total=sum(w.numel() for _, w in named),
+        trained=sum(w.numel() for _, w in named if w.requires_grad),
+        linear=sum(w.numel() for w in linear),
+        largest=max((w.numel() for _, w in named if w.requires_grad), default=0),
+        largest_chunk=max(chunks),
+        whole_model=whole,
+        whole_trained=trained,
+    )
 
 
 @contextlib.contextmanager

@@ -51,14 +51,24 @@ class Plan:
         return sum(stage.whole_model for stage in self.stages)
 
     @property
+    def num_trained(self) -> int:
+        """Those of them that are trained."""
+        return sum(stage.whole_trained for stage in self.stages)
+
+    @property
     def peak(self) -> Memory:
         """Memory of the most loaded stage."""
         return max(self.memory, key=lambda memory: memory.total)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint: weights, master weights and moments, reference policy."""
+        """Size of one checkpoint: weights, master weights and moments, reference policy.
+
+        One of adapters holds neither their base nor a reference policy.
+        """
         weight = 2 if self.args.bf16 or self.args.fp16 else 4
+        if self.num_trained < self.num_parameters:
+            return self.num_trained * (weight + 12)
         copies = 2 if self.passes.keeps_reference else 1
         return self.num_parameters * (weight * copies + 12)
 
@@ -114,7 +124,7 @@ def make_plan(
             num_batches=completions * espo.views_per_completion // rows,
             sampling=rollout,
             sampled_rows=_sampled_rows(args, espo, rollout),
-            keeps_reference=espo.kl_coef > 0.0,
+            keeps_reference=espo.kl_coef > 0.0 and args.lora_rank is None,
             fp8_gradients=espo.fp8_phases != "rollout",
         )
         flops = rollout_flops(dimensions, args.seq_length, espo, rollout)

@@ -1,5 +1,7 @@
 """The plan of a run as text."""
 
+from megatron_espo.adapters.base import lora_settings
+from megatron_espo.adapters.projections import targets_of
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.plan.memory import GB
 from megatron_espo.plan.plan import PEAK_FLOPS, Plan, gpus_per_node, warnings
@@ -59,6 +61,19 @@ def _layout(plan: Plan) -> list[str]:
         f"{', '.join([precision, *used])}",
         f"Model: {args.preset or 'of the command line'}, {plan.num_parameters:,} parameters "
         f"(vocabulary {args.vocab_size:,} + {padding:,} rows of padding), {per_gpu:,} on a GPU",
+        *_adapters(plan),
+    ]
+
+
+def _adapters(plan: Plan) -> list[str]:
+    lora = lora_settings(plan.args)
+    if lora.rank is None:
+        return []
+    targets = " ".join(targets_of(lora.targets, gated=bool(plan.args.swiglu)))
+    share = 100 * plan.num_trained / plan.num_parameters
+    return [
+        f"LoRA: rank {lora.rank}, scale {lora.scale:g}, on {targets}: {plan.num_trained:,} of the "
+        f"parameters are trained ({share:.2f}%); the reference is the base"
     ]
 
 

@@ -15,6 +15,9 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from megatron_espo.checkpoint.fingerprint import fingerprint as real_fingerprint
+from megatron_espo.dry_run.job import SIMULATED_BASE
+from megatron_espo.errors import UserError
 from megatron_espo.random import randint, stream
 from megatron_espo.simulate.ledger import Ledger, size_of
 from megatron_espo.tasks.base import Example, Score
@@ -88,6 +91,14 @@ class StandInRows(Dataset[dict[str, Tensor]]):
             row["prompt_length"] = torch.tensor(prompt)
             row["completion_length"] = torch.tensor(self._length - prompt)
         return row
+
+
+def mark_of_base(folder: str) -> str:
+    """Stand in for the fingerprint of a base that has no weights."""
+    try:
+        return real_fingerprint(folder)
+    except UserError:
+        return SIMULATED_BASE
 
 
 def replace_checkpoint_files(ledger: Ledger) -> None:

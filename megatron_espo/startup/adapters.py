@@ -39,6 +39,11 @@ def check_adapters(args: argparse.Namespace) -> None:
             f"--lora-targets {HEAD}: only the last pipeline stage would have anything to train; "
             "add others or use --pipeline-model-parallel-size 1."
         )
+    if args.fp8_param_gather:
+        raise UserError(
+            "--fp8-param-gather keeps trained weights in FP8, and those under --lora-rank are not "
+            "trained; leave it out."
+        )
     if args.fp8 and args.fp8_recipe == "delayed":
         raise UserError(
             "--fp8-recipe delayed carries scales of the base from step to step, which checkpoints "

@@ -41,6 +41,7 @@ GENERATION = (
     "--load checkpoints/llada-8b --bf16 --rollout-completion-length 32 "
     "--rollout-block-length 8 --rollout-denoising-steps 16 --tokenizer-model none"
 ).split()
+LORA = "--lora-rank 4 --fp8-format hybrid".split()
 COMPARE = "--dry-run --simulate --dry-run-world-size 4 --simulate-compare".split()
 # What is started, with which flags.
 STARTED = {
@@ -54,9 +55,14 @@ STARTED = {
         "run_espo_8b.sh",
         ["--recipe", "countdown", *WIDTH, *ESPO, "--fp8-format", "hybrid", *COMPARE[:-1]],
     ),
+    "espo, lora": (
+        "run_espo_8b.sh",
+        ["--recipe", "countdown", "--recipe", "lora_dream", *WIDTH, *ESPO, *LORA, *COMPARE],
+    ),
     "pretrain": ("pretrain_8b.sh", [*WIDTH, *LOOP, *COMPARE]),
     "sft": ("sft_8b.sh", [*WIDTH, *LOOP, "--sft-valid-data", "none.jsonl", *COMPARE[:-1]]),
     "evaluate": (evaluation, [*MODEL, *EVALUATION, *COMPARE[:-1]]),
+    "evaluate, lora": (evaluation, [*MODEL, *EVALUATION, "--lora-rank", "4", *COMPARE[:-1]]),
     "generate": (generate, [*MODEL, *GENERATION, *COMPARE[:-1]]),
     "module": (
         espo,

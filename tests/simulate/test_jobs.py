@@ -15,12 +15,14 @@ OK = [
     "espo, cp",
     "espo, dual cache",
     "espo, fp8",
+    "espo, lora",
     "pretrain",
     "sft",
     "evaluate",
+    "evaluate, lora",
     "generate",
 ]
-COMPARED = ["espo", "espo, cp", "espo, dual cache", "pretrain", "module"]
+COMPARED = ["espo", "espo, cp", "espo, dual cache", "espo, lora", "pretrain", "module"]
 ESPO_PHASES = [
     *("build", "load", "reference", "evaluation", "rollout", "old_elbo", "ref_elbo", "update"),
     *("update: passes", "save"),
@@ -64,6 +66,18 @@ def test_espo_reaches_every_phase(ran: dict[str, Any], name: str) -> None:
         assert all(rank["phases"][phase]["flops"] > 0 for phase in ("rollout", "ref_elbo"))
 
 
+def test_adapters_keep_no_reference_and_save_no_base(ran: dict[str, Any]) -> None:
+    """In FP8, with tensor and sequence parallelism."""
+    for rank, whole in zip(ran["espo, lora"]["ranks"], ran["espo, fp8"]["ranks"], strict=False):
+        phases = set(ESPO_PHASES) - {"reference"}
+        assert phases <= set(rank["phases"]) and "reference" not in rank["phases"]
+        assert rank["phases"]["rollout"]["operations"]["quantize"] > 0
+        assert rank["phases"]["ref_elbo"]["flops"] > 0
+        # Adapters of rank 4 with their state beside a model of width 64 with a reference.
+        assert 0 < rank["facts"]["saved_bytes"] < 0.02 * whole["facts"]["saved_bytes"]
+        assert rank["pinned"] < 0.1 * whole["pinned"]
+
+
 @pytest.mark.parametrize("name", COMPARED)
 def test_ranks_agree_in_their_collectives(ran: dict[str, Any], name: str) -> None:
     assert len(ran[name]["ranks"]) == 4
@@ -97,7 +111,7 @@ def test_what_was_found_is_printed(ran: dict[str, Any], name: str) -> None:
     for phase, found in first["phases"].items():
         if found["kernels"]:
             assert f"  {phase}: peak {found['peak'] / 1e9:.2f} GB" in printed
-    training = name not in ("evaluate", "generate")
+    training = not name.startswith(("evaluate", "generate"))
     assert ("the plan's arithmetic" in printed) == training
     assert ("tokens/s on all ranks" in printed) == training
     assert ("agree" in printed) == (name in COMPARED)
@@ -105,7 +119,9 @@ def test_what_was_found_is_printed(ran: dict[str, Any], name: str) -> None:
         assert f" x: {place}" in printed
 
 
-@pytest.mark.parametrize("name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "module"])
+@pytest.mark.parametrize(
+    "name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "espo, lora", "module"]
+)
 def test_the_host_waits_for_the_device_where_it_must_only(ran: dict[str, Any], name: str) -> None:
     for rank in ran[name]["ranks"]:
         phases, batches = rank["phases"], rank["facts"]["simulated_micro_batches"]

@@ -32,10 +32,9 @@ from transformer_engine.pytorch import quantization as te_fp8  # noqa: E402
 
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa: E402
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
-from megatron_espo.model.provider import model_provider  # noqa: E402
 from megatron_espo.startup import arguments  # noqa: E402
 from megatron_espo.startup.arguments import initialize_arguments  # noqa: E402
-from megatron_espo.startup.setup import diffusion_model  # noqa: E402
+from megatron_espo.startup.setup import build_model, diffusion_model  # noqa: E402
 from megatron_espo.training.espo import _connect_schedule  # noqa: E402
 
 SHAPE = (
@@ -107,7 +106,7 @@ def build(tokenizer: str) -> Iterator[Build]:
         )
         megatron_training.initialize_megatron()
         chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
+            ModelType.encoder_or_decoder, build_model, checkpointing_context={}
         )
         _connect_schedule(chunks, optimizer)
         te_fp8.calls.clear()

@@ -13,6 +13,7 @@ from megatron.training import get_args
 from megatron.training.global_vars import destroy_global_vars
 from torch.utils.flop_counter import FlopCounterMode
 
+from megatron_espo.adapters.attach import without_adapters
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.diffusion.noise import elbo_views
@@ -164,6 +165,37 @@ def test_rollout_flops_are_those_of_its_phases(
     assert flops.ref_elbo == (1.5 * flops.old_elbo if kl_coef else 0)
     assert flops.update == pytest.approx(3 * counted(update), rel=0.02)
     assert flops.total == sum((flops.generation, flops.old_elbo, flops.ref_elbo, flops.update))
+
+
+def test_flops_of_adapters_are_those_of_an_update(model: DiffusionModel) -> None:
+    """Frozen weights have a gradient of their inputs alone; the reference is without adapters."""
+    args = get_args()
+    args.lora_rank, args.lora_targets = 3, ["q_proj", "v_proj", "o_proj", "up_proj", "lm_head"]
+    try:
+        adapted = replace(model, chunks=(model_provider(),))
+        dimensions = ModelDimensions.from_args(args)
+    finally:
+        args.lora_rank = args.lora_targets = None
+    espo = EspoConfig(prompts_per_rollout=1, group_size=2, updates_per_rollout=3, num_mc=2)
+    rollout = RolloutConfig(completion_length=LENGTH, block_length=8, denoising_steps=8)
+    ids = torch.arange(2)
+    views = elbo_views("coupled", stream(1, "e"), ids, ids, 2, LENGTH, espo.num_mc)
+    completions = torch.randint(0, 250, (2, LENGTH))
+    sequences = pack_sequences(PROMPTS, completions, model.pad_token_id, Shapes())
+    batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, 4)
+    flops = rollout_flops(dimensions, POSITIONS, espo, rollout)
+    one = counted(lambda: elbo_of_views(adapted, batches, views))
+    with without_adapters(adapted.chunks):
+        base = counted(lambda: elbo_of_views(adapted, batches, views))
+    update = counted(
+        lambda: accumulate_gradient(
+            adapted, batches, views, None, torch.zeros(2, 2), torch.ones(2), LENGTH, espo, 2
+        )
+    )
+    assert flops.old_elbo == pytest.approx(2 * one, rel=0.02) and base < one
+    assert flops.ref_elbo == pytest.approx(3 * base, rel=0.02)
+    assert flops.update == pytest.approx(3 * update, rel=0.02)
+    assert flops.update < 0.8 * rollout_flops(dimensions.base, POSITIONS, espo, rollout).update
 
 
 def test_forward_flops_by_hand() -> None:

@@ -9,7 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_espo.commands.launch import complete_flags, missing_ranks, warn_of_restarts
-from megatron_espo.config import REFERENCE_MIX_INTERVAL, EspoConfig, RolloutConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.recipes import RECIPES, expand_recipes, last_value, read_flags
 from megatron_espo.startup.arguments import add_arguments, config_from_args
@@ -50,8 +50,7 @@ def test_recipes_hold_the_published_settings(task: str, parser: argparse.Argumen
     )  # fmt: skip
     assert (espo.prompts_per_rollout, espo.updates_per_rollout) == (16, 8)
     assert (espo.elbo_estimator, espo.kl_estimator) == ("coupled", "k2")
-    assert (espo.reference_mix, REFERENCE_MIX_INTERVAL) == (0.6, 64)
-    assert espo.reference_mix_interval is None  # the default of full training
+    assert (espo.reference_mix, espo.reference_mix_interval) == (0.6, 64)
     assert not espo.advantage_std_norm
     assert (rollout.completion_length, rollout.block_length, rollout.temperature) == (256, 32, 1.0)
     assert args.seq_length - rollout.completion_length == 400

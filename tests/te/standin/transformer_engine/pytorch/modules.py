@@ -140,10 +140,17 @@ class Linear(_Base):
 
 
 class LayerNormLinear(Linear):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.return_layernorm_output = kwargs.get("return_layernorm_output", False)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = bound("LayerNormLinear.forward", *args, **kwargs)
         inp = _norm(given["inp"], self.layer_norm_weight, self.eps)
-        return self._product(inp, given.get("is_first_microbatch"))
+        product = self._product(inp, given.get("is_first_microbatch"))
+        if not self.return_layernorm_output:
+            return product
+        return (*product, inp) if self.return_bias else (product, inp)
 
 
 class DotProductAttention(_Base):
