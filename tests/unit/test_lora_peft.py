@@ -243,7 +243,7 @@ def test_adapters_that_would_not_be_themselves_are_refused(
         return {name: t for name, t in tensors.items() if ".1." not in name}
 
     def renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name.replace(".lora_", ".more.lora_"): t for name, t in tensors.items()}
+        return {n.replace(".lora_", ".x.lora_"): t for n, t in tensors.items() if ".lora_" in n}
 
     def wider(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {n: torch.cat((t, t), 1) if "lora_A" in n else t for n, t in tensors.items()}
