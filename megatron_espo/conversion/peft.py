@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import HEAD, targets_of
-from megatron_espo.checkpoint.weights_mark import fingerprint
 from megatron_espo.checkpoint.tracker import TRACKER, checkpoint_folder, has_checkpoint
+from megatron_espo.checkpoint.weights_mark import fingerprint
 from megatron_espo.conversion.adapters import (
     PREFIX,
     CheckpointAdapters,

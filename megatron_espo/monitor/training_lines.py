@@ -40,7 +40,7 @@ def training_line(line: str) -> str | None:
     if step is not None:
         return _short_step(text, int(step[1]), int(step[2]))
     if text.endswith("will start from random"):
-        return "No checkpoint to go on from: the weights are random."
+        return "No checkpoint to go on from: what is trained begins anew."
     if _FOLLOWED.match(text):
         return _LAYOUT.sub("", re.sub(r" {2,}", " ", text)).rstrip(" |")
     return own_lines(line)

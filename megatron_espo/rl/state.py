@@ -155,7 +155,7 @@ def read_state(root: str, step: int) -> dict[str, Any]:
 
 
 def load_run_state(
-    root: str | None, step: int, state: Mapping[str, Any] | None, reference: ReferencePolicy | None
+    root: str | None, step: int, state: Mapping[str, Any] | None, reference: Reference | None
 ) -> RunState:
     """Take up ESPO's part of the checkpoint that Megatron has just loaded.
 

@@ -17,7 +17,7 @@ from megatron.training import get_args
 from megatron.training import training as megatron_training
 from torch import Tensor
 
-from megatron_espo.checkpoint import fingerprint
+from megatron_espo.checkpoint import weights_mark
 from megatron_espo.commands import evaluate as evaluation
 from megatron_espo.commands import generate
 from megatron_espo.dry_run.job import Job
@@ -72,7 +72,7 @@ def install(job: Job, ledger: Ledger) -> None:
     hooks.pretraining()
     replace_everywhere(problems.load_workers, lambda config: stand_ins.StandInTask())
     stand_ins.replace_checkpoint_files(ledger)
-    replace_everywhere(fingerprint.fingerprint, stand_ins.mark_of_base)
+    replace_everywhere(weights_mark.fingerprint, stand_ins.mark_of_base)
 
 
 class _Hooks:

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from megatron_espo.checkpoint.fingerprint import fingerprint as real_fingerprint
+from megatron_espo.checkpoint.weights_mark import fingerprint as real_fingerprint
 from megatron_espo.dry_run.job import SIMULATED_BASE
 from megatron_espo.errors import UserError
 from megatron_espo.random import randint, stream

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import HEAD, targets_of
-from megatron_espo.checkpoint.weights_mark import fingerprint
 from megatron_espo.checkpoint.tracker import checkpoint_folder, has_checkpoint
+from megatron_espo.checkpoint.weights_mark import fingerprint
 from megatron_espo.errors import UserError
 
 SETTINGS = ("lora_rank", "lora_alpha", "lora_targets", "lora_rslora")

@@ -35,7 +35,7 @@ LINES = {
     "[exiting program after receiving SIGTERM.] datetime: 2026-11-29 12:00:00.123456 ":
         "exiting program after receiving SIGTERM",
     "    will not load any checkpoints and will start from random":
-        "No checkpoint to go on from: the weights are random.",
+        "No checkpoint to go on from: what is trained begins anew.",
     "warning: tracker was cut short": "warning: tracker was cut short",
     "  adam_beta1 ...................................... 0.9": None,
     "WARNING: could not find the metadata file run/latest_checkpointed_iteration.txt": None,

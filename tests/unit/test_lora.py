@@ -18,7 +18,7 @@ from megatron_espo.adapters import attach
 from megatron_espo.adapters.adapter import Adapter, Packing
 from megatron_espo.adapters.attach import adapters_of, without_adapters
 from megatron_espo.adapters.projections import targets_of
-from megatron_espo.checkpoint.fingerprint import fingerprint
+from megatron_espo.checkpoint.weights_mark import fingerprint
 from megatron_espo.config import LoraConfig
 from megatron_espo.errors import UserError
 from megatron_espo.model.cpu import matmul
