@@ -206,9 +206,7 @@ def convert_to_hugging_face(
             delta = CheckpointAdapters.of(readers[0], args, model.shape, names).delta
         with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
             copy_other_files(model.folder, partial)
-            write_hugging_face(
-                reader, partial, model.blocks, kept, files, model.copies, delta
-            )
+            write_hugging_face(reader, partial, model.blocks, kept, files, model.copies, delta)
             written = HuggingFaceWeights(partial)
             written.check(model.sources, model.copies)
             if check_logits:
