@@ -82,6 +82,9 @@ def test_an_fp8_base_has_bf16_adapters(build: Build, adapters: list[str], recipe
     assert torch.equal(elbo(base), off) and not torch.equal(off, mine)
     plain = build(*TE, "--bf16", *adapters)
     gradient(plain, "two_pass")
-    for name, theirs in gradients(plain).items():
-        difference = (in_fp8[name] - theirs).norm() / theirs.norm()
-        assert 1e-4 < difference < 0.5, name
+    # Of all matrices together: single ones of so small a model are little but rounding.
+    pairs = [(in_fp8[name], theirs) for name, theirs in gradients(plain).items()]
+    ours, theirs = (
+        torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True)
+    )
+    assert 1e-4 < (ours - theirs).norm() / theirs.norm() < 0.5
