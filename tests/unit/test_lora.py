@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from test_float_logits import H, N, R, hidden_states, make_head
 from torch import Tensor
 
+from megatron_espo import megatron_patches
 from megatron_espo.adapters import attach
 from megatron_espo.adapters.adapter import Adapter, Packing
 from megatron_espo.adapters.attach import adapters_of, without_adapters
@@ -271,6 +272,7 @@ def save(folder: Path, weights: dict[str, Tensor], state: float = 0.0) -> str:
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing import save as save_sharded
 
+    megatron_patches.report_in_this_process()  # as a run does: no server process
     folder.mkdir()
     tensors = {**weights, "optimizer.exp_avg": torch.full((50,), state)}
     described = {

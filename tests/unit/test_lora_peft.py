@@ -21,7 +21,7 @@ from transformers import Qwen2ForCausalLM
 from megatron_espo.conversion import dream, llada
 from megatron_espo.conversion.convert import convert_to_hugging_face, convert_to_megatron
 from megatron_espo.conversion.families import FAMILIES
-from megatron_espo.conversion.hf_oracle import _dream_config
+from megatron_espo.conversion.hf_oracle import _llama_config
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights, read_json
 from megatron_espo.conversion.lora import CONFIG, WEIGHTS
 from megatron_espo.conversion.peft import convert_from_peft, convert_to_peft
@@ -82,7 +82,7 @@ def published(folder: Path, family: str) -> torch.nn.Module:
     if family == "llada":
         model: torch.nn.Module = LLaDALike(fields)
     else:
-        model = Qwen2ForCausalLM(_dream_config(fields))
+        model = Qwen2ForCausalLM(_llama_config(fields, biased=True))
     model.load_state_dict({name: weights.read(name) for name in weights.tensors})
     return model
 
