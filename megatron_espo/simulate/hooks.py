@@ -98,6 +98,9 @@ class _Hooks:
             ("setup_model_and_optimizer", "build"),
             ("load_checkpoint", "load"),
             ("evaluate_and_print_results", "evaluation"),
+            ("training_log", "log"),
+            ("post_training_step_callbacks", "log"),
+            ("checkpoint_and_decide_exit", "stop?"),
         ):
             wrapped = self._in_phase(name, getattr(megatron_training, function))
             setattr(megatron_training, function, wrapped)
@@ -107,6 +110,7 @@ class _Hooks:
             (ReferencePolicy, "__init__", "reference"),
             (ReferencePolicy, "save", "save"),
             (ReferencePolicy, "mix", "mix"),
+            (state.StopRequest, "agreed", "stop?"),
         ):
             setattr(owner, method, self._in_phase(name, getattr(owner, method)))
         create = ReferencePolicy.__init__

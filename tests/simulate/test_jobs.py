@@ -27,6 +27,7 @@ ESPO_PHASES = [
     *("build", "load", "reference", "evaluation", "rollout", "old_elbo", "ref_elbo", "update"),
     *("update: passes", "save"),
 ]
+STEP_PHASES = ["update: passes", "update", "log", "stop?"]
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +138,26 @@ def test_the_host_waits_for_the_device_where_it_must_only(ran: dict[str, Any], n
         assert waits("old_elbo") <= 1
         assert waits("ref_elbo") <= 2 + 2
         # Per update, the first one too, the results of its two passes over the micro-batches and
-        # the gradient's norm; Transformer Engine makes an empty tensor once. With the look for
-        # signals after each step that is 4, and 5 at most in a run's first step.
+        # the gradient's norm; Transformer Engine makes an empty tensor once.
         assert waits("update: passes") <= 2 * 2 + 1, phases["update: passes"]["waits"]
         assert waits("update") <= 2 * 1, phases["update"]["waits"]
+
+
+@pytest.mark.parametrize("name", [n for n in OK if not n.startswith(("evaluate", "generate"))])
+def test_an_optimizer_step_waits_for_the_device_five_times_at_most(
+    ran: dict[str, Any], name: str
+) -> None:
+    """With its passes, the check for NaN, what is logged and the look for signals after it."""
+    espo = name.startswith("espo")
+    for rank in ran[name]["ranks"]:
+        phases = rank["phases"]
+        of_step = {p: phases.get(p, {"waits": {}})["waits"] for p in STEP_PHASES}
+        updates = phases["update"]["entered"]
+        # After a rollout's last update comes the evaluation in place of the look.
+        assert phases["stop?"]["entered"] >= updates - espo
+        assert any("all_reduce" in p or "item" in p for p in of_step["stop?"]), of_step["stop?"]
+        in_all = sum(sum(waits.values()) for waits in of_step.values())
+        assert updates == 2 and in_all <= 5 * updates, of_step
 
 
 def test_the_reference_policy_is_pinned_in_its_own_size(ran: dict[str, Any]) -> None:
