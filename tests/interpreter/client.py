@@ -31,8 +31,10 @@ def _connect(python: str, server: str, folder: str, owner: int) -> socket.socket
         try:
             connection.connect(f"{folder}/socket")
             return connection
-        except (FileNotFoundError, ConnectionRefusedError):
+        except FileNotFoundError:
             pass
+        except ConnectionRefusedError:
+            os.unlink(f"{folder}/socket")  # of a server that is no more
         process = os.fork()
         if process == 0:
             os.setsid()

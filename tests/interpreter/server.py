@@ -37,12 +37,15 @@ import megatron_espo.training.espo
 import megatron_espo.training.pretrain  # noqa: F401
 
 
-def _receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    head, files, _, _ = socket.recv_fds(connection, 4, 3)
-    body = b""
-    while len(body) < int.from_bytes(head, "big"):
-        body += connection.recv(1 << 20)
-    return json.loads(body), files
+def _receive(connection: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """Read a request, and take its files; no request where the one who asks has been killed."""
+    head, files, body = b"", [], b""
+    with contextlib.suppress(OSError):
+        head, files, _, _ = socket.recv_fds(connection, 4, 3)
+        while part := connection.recv(int.from_bytes(head, "big") - len(body)):
+            body += part
+    is_whole = len(head) == 4 and len(body) == int.from_bytes(head, "big")
+    return json.loads(body) if is_whole else None, files
 
 
 class Server:
@@ -81,6 +84,11 @@ class Server:
     def _accept(self) -> dict[str, Any] | None:
         connection, _ = self._listener.accept()
         request, files = _receive(connection)
+        if request is None:
+            for file in files:
+                os.close(file)
+            connection.close()
+            return None
         process = os.fork()
         if process == 0:
             os.setsid()
@@ -104,6 +112,8 @@ class Server:
 
     def _pass_on(self, process: int, connection: socket.socket) -> None:
         """Give signals to a fork; end it where the one who asked for it is gone."""
+        if process not in self._forks:
+            return  # it has ended in the same moment
         signals = b""
         with contextlib.suppress(OSError):
             signals = connection.recv(16)
@@ -111,8 +121,7 @@ class Server:
             self._waiting.unregister(connection)
             signals = bytes([signal.SIGKILL])
         for number in signals:
-            if process in self._forks:
-                os.kill(process, number)
+            os.kill(process, number)
 
     def _answer(self, process: int, handle: int) -> None:
         """Say how a fork ended."""

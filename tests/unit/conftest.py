@@ -45,7 +45,12 @@ def tokenizer(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """A tokenizer's folder for a module that builds models; Megatron's state ends with it."""
     folder = tmp_path_factory.mktemp("model") / "tokenizer"
     save_tokenizer(byte_tokenizer(), folder)
+    _forget_megatron()  # what a conversion in this process has left
     yield str(folder)
+    _forget_megatron()
+
+
+def _forget_megatron() -> None:
     mpu.destroy_model_parallel()
     destroy_global_vars()
     unset_num_microbatches_calculator()

@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -218,3 +219,48 @@ def test_ranks_end_as_after_sigterm_when_torchrun_is_gone(
 def test_without_a_folder_nothing_is_held() -> None:
     with own_save_folder(argparse.Namespace(save=None, rank=0)):
         pass
+
+
+RANK = """
+import argparse, os, pathlib, signal, sys, threading
+from megatron_espo.checkpoint.lock import LOCK
+from megatron_espo.startup.save_folder import own_save_folder
+
+told, folder, rank = threading.Event(), pathlib.Path(sys.argv[1]), os.environ["RANK"]
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+with own_save_folder(argparse.Namespace(save=str(folder), rank=int(rank))):
+    (folder / f"ready.{rank}").touch()
+    told.wait(300)
+    left = '"leaving": true' in (folder / LOCK).read_text() if rank == "0" else ""
+(folder / f"ended.{rank}").write_text(str(left))
+"""
+
+
+def test_ranks_of_a_torchrun_that_is_killed_are_told(tmp_path: Path) -> None:
+    """torchrun itself, which tests elsewhere do without."""
+    script, folder = tmp_path / "rank.py", tmp_path / "run"
+    script.write_text(RANK)
+    folder.mkdir()
+    torchrun = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         str(script), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+    def appear(name: str) -> bool:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and torchrun.poll() in (None, -signal.SIGKILL):
+            if all((folder / f"{name}.{rank}").exists() for rank in range(2)):
+                return True
+            time.sleep(0.1)
+        return False
+
+    try:
+        assert appear("ready")
+    finally:
+        torchrun.kill()
+        torchrun.wait()
+    assert appear("ended")
+    assert (folder / "ended.0").read_text() == "True", "the next run would not wait"
+    assert not (folder / LOCK).exists()
