@@ -237,14 +237,15 @@ with own_save_folder(argparse.Namespace(save=str(folder), rank=int(rank))):
 
 
 def test_ranks_of_a_torchrun_that_is_killed_are_told(tmp_path: Path) -> None:
-    """torchrun itself, which tests elsewhere do without."""
+    """Ranks that torchrun itself has started: a forked interpreter has another parent."""
     script, folder = tmp_path / "rank.py", tmp_path / "run"
     script.write_text(RANK)
     folder.mkdir()
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          str(script), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        env={k: v for k, v in os.environ.items() if k != "PYTHON_EXEC"}
+        | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
