@@ -1,6 +1,12 @@
 """Masked-diffusion language models on Megatron-Core: pre-training, fine-tuning and ESPO."""
 
 import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_espo.api import Model, load
+
+__all__ = ["Model", "load"]
 
 __version__ = "0.1.0"
 
@@ -12,3 +18,12 @@ for _message in (
     r"\w+ is experimental and still under",
 ):  # fmt: skip
     warnings.filterwarnings("ignore", message=_message)
+
+
+def __getattr__(name: str) -> Any:
+    """Import the Python interface when it is asked for: it brings PyTorch and Megatron."""
+    if name in __all__:
+        from megatron_espo import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,7 +27,7 @@ def default_cache() -> Path:
     return Path(root, "megatron_espo")
 
 
-def converted_checkpoint(hf: str, cache: str | Path | None = None) -> str:
+def converted_checkpoint(hf: str, cache: str | Path | None = None, lora: str | None = None) -> str:
     """Convert a Hugging Face model to a Megatron checkpoint, or find the one made before.
 
     Every rank may call this at once, before the ranks have met: the first one of a machine
@@ -37,31 +37,35 @@ def converted_checkpoint(hf: str, cache: str | Path | None = None) -> str:
     Args:
         hf: folder of the model, or its name on the hub.
         cache: where to keep checkpoints; None takes :func:`default_cache`.
+        lora: PEFT adapter to merge, folder or name on the hub.
 
     Returns:
-        A folder for ``--load``. It is named by the files of the model: a folder that changes is
-        converted anew.
+        A folder for ``--load``. It is named by the files of the model and the adapter: a folder
+        that changes is converted anew.
 
     Raises:
         UserError: the converter's sentence.
     """
     source = resolve_folder(hf, "--hf")
     root = default_cache() if cache is None else Path(cache)
-    target = root / f"{source.resolve().name}-{folder_fingerprint(source)}"
+    folders = [source]
+    if lora is not None:
+        folders.append(resolve_folder(lora, "--lora", "adapter_config.json"))
+    target = root / "-".join([source.resolve().name, *map(folder_fingerprint, folders)])
     root.mkdir(parents=True, exist_ok=True)
     with open(f"{target}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not has_checkpoint(str(target)):
             print(f"converting {hf} to {target} (once)", file=sys.stderr, flush=True)
-            _convert(source, target)
+            _convert(source, target, *folders[1:])
     return str(target)
 
 
-def _convert(source: Path, target: Path) -> None:
+def _convert(source: Path, target: Path, *adapter: Path) -> None:
     """Run the converter in a process of its own: it sets Megatron's global state."""
     environment = {name: value for name, value in os.environ.items() if name not in _RANKS}
     done = subprocess.run(
-        [sys.executable, "-c", _CONVERT, str(source), str(target)],
+        [sys.executable, "-c", _CONVERT, str(source), str(target), *map(str, adapter)],
         env=environment,
         capture_output=True,
         text=True,

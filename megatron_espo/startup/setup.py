@@ -15,7 +15,10 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from megatron.core import mpu
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 from megatron.training import get_args
+from megatron.training.global_vars import destroy_global_vars
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -127,21 +130,34 @@ def initialize_process_groups(args: argparse.Namespace) -> Store | None:
     store = _rendezvous(args)
     if device.has_cuda():
         return store
-    dist.init_process_group(
-        "gloo",
-        store=store,
-        rank=args.rank,
-        world_size=args.world_size,
-        timeout=timedelta(minutes=args.distributed_timeout_minutes),
-    )
-    mpu.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.virtual_pipeline_model_parallel_size,
-        context_parallel_size=args.context_parallel_size,
-        order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
-    )
+    # A model before this one in the process may have made the groups.
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "gloo",
+            store=store,
+            rank=args.rank,
+            world_size=args.world_size,
+            timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        )
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            args.virtual_pipeline_model_parallel_size,
+            context_parallel_size=args.context_parallel_size,
+            order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
+        )
     return store
+
+
+def start_anew() -> None:
+    """Forget what Megatron keeps of a start-up, for another one in this process.
+
+    Process groups stay: models that were built before compute with them.
+    """
+    destroy_global_vars()
+    unset_num_microbatches_calculator()
+    destroy_rerun_state_machine()
 
 
 def _rendezvous(args: argparse.Namespace) -> Store | None:
