@@ -14,7 +14,7 @@ DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 
 setup: $(VENV)/.installed
 
-$(VENV)/.installed: setup.py
+$(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v >= (3, 12) else \
 		f"error: Python 3.12 or newer is needed, {v[0]}.{v[1]} was found; set PYTHON=/path/to/python3.12")'
 	$(PYTHON) -m venv $(VENV)

@@ -10,7 +10,7 @@
 #   --recipe llada_8b | dream_7b                        the model (llada_8b)
 #   --recipe lora | lora_80gb | lora_24gb               train adapters (all weights)
 #   --dry-run                                           only check and plan; needs no GPU
-# All flags of Megatron and of the project work, and win over the recipes: examples/recipes.
+# All flags of Megatron and of the project work, and win over the recipes: megatron_espo/recipes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 launch "${BASH_SOURCE[0]}" "$@"

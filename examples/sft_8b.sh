@@ -4,7 +4,7 @@
 #
 #   torchrun --nproc-per-node 8 examples/sft_8b.sh [FLAGS], or examples/sft_8b.sh [FLAGS]
 #
-# Flags as for run_espo_8b.sh; settings in examples/recipes/sft_8b.flags.
+# Flags as for run_espo_8b.sh; settings in megatron_espo/recipes/sft_8b.flags.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 launch "${BASH_SOURCE[0]}" "$@"

@@ -24,8 +24,8 @@ class LaunchConfig:
     """Where flags come from, and whether to train or only to plan."""
 
     recipe: str | None = None
-    """Recipe (examples/recipes/NAME.flags, or a file) that stands for its flags; what follows on
-    the command line wins, and several recipes may be given."""
+    """Recipe (megatron_espo/recipes/NAME.flags, or a file) that stands for its flags; what follows
+    on the command line wins, and several recipes may be given."""
 
     verbose: bool = False
     """Show all that Megatron and PyTorch say on the console, too. By default it goes only into

@@ -17,7 +17,7 @@ FLOORS = (
     "diffusion", "parallel", "data", "passes", "adapters", "model", "generation",
     "sandbox", "tasks", "rewards", "checkpoint",
     "monitor", "evaluation", "plan", "startup", "conversion", "rl", "supervised",
-    "dry_run", "training", "commands", "api", "simulate", "doctor",
+    "dry_run", "training", "commands", "api", "simulate", "doctor", "__main__",
 )  # fmt: skip
 FLOOR = {part: number for number, part in enumerate(FLOORS)}
 # These import nothing but what stands here, though there is more below them.

@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 from interpreter import python
-from tool_loading import load_tool
 
 from megatron_espo.command_line import status_of
+from megatron_espo.commands import prepare_data
 from megatron_espo.errors import UserError
 from megatron_espo.tasks import BUILT_IN
 from megatron_espo.tasks.base import split_of
@@ -24,7 +24,7 @@ COUNTS = ["--train", "30", "--validation", "7", "--test", "5", "--demonstrations
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    return load_tool("prepare_data")
+    return prepare_data
 
 
 def prompts(name: str, path: Path) -> list[object]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_espo.errors import UserError
 
-RECIPES = Path(__file__).resolve().parents[1] / "examples" / "recipes"
+RECIPES = Path(__file__).resolve().parent
 
 
 def expand_recipes(argv: Sequence[str], parents: tuple[Path, ...] = ()) -> list[str]:
