@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Model", "load"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Megatron warns a dozen times at import that optional GPU packages are missing. Without a GPU that
 # is as it should be; with one, the start-up check of the arguments says so in one sentence.
