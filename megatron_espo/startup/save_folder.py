@@ -12,8 +12,10 @@ from pathlib import Path
 from megatron_espo.checkpoint.lock import FolderLock, held
 from megatron_espo.checkpoint.retention import Keeper, Retention
 from megatron_espo.console import say
+from megatron_espo.data.atomic_folder import full_disk_named
 from megatron_espo.environment import first_parent
 from megatron_espo.errors import UserError
+from megatron_espo.startup.run_file import write_run_file
 
 _LOOK = 1.0
 """Seconds between looks at torchrun."""
@@ -39,6 +41,8 @@ def own_save_folder(args: argparse.Namespace) -> Iterator[None]:
         lock = None
         if args.rank == 0:
             lock = stack.enter_context(held(FolderLock(args.save, say=say), _end))
+            with full_disk_named(f"--save {args.save}"):
+                write_run_file(args)
         else:
             FolderLock(args.save).wait()
         over = _watch_torchrun(lock)

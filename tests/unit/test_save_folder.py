@@ -1,6 +1,8 @@
 """The --save folder belongs to one run, which can write it; who is gone holds nothing."""
 
 import argparse
+import importlib.metadata
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_espo.checkpoint.lock import LOCK, FolderLock, Owner, held, this_owner
 from megatron_espo.errors import UserError
@@ -202,7 +205,7 @@ def test_ranks_end_as_after_sigterm_when_torchrun_is_gone(
     told = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: told.set())
     try:
-        with own_save_folder(argparse.Namespace(save=str(tmp_path), rank=rank)):
+        with own_save_folder(argparse.Namespace(save=str(tmp_path), rank=rank, world_size=2)):
             time.sleep(0.2)
             assert not told.is_set() and (tmp_path / LOCK).exists() == (rank == 0)
             # As the system does with a process whose parent ends.
@@ -213,7 +216,23 @@ def test_ranks_end_as_after_sigterm_when_torchrun_is_gone(
     finally:
         signal.signal(signal.SIGTERM, before)
     assert ("torchrun is gone" in capfd.readouterr().out) == (rank == 0)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == (["run.json"] if rank == 0 else [])
+
+
+def test_a_run_leaves_its_command_and_settings(tmp_path: Path) -> None:
+    settings = {"lr": 1e-3, "dtype": torch.bfloat16, "data": ["a", Path("b")], "none": None}
+    args = argparse.Namespace(save=str(tmp_path), rank=0, world_size=2, **settings)
+    with own_save_folder(args):
+        known = json.loads((tmp_path / "run.json").read_text())
+    assert known["settings"] == vars(args) | {"dtype": "torch.bfloat16", "data": ["a", "b"]}
+    assert known["world_size"] == 2 and known["command"][1:] == sys.argv
+    assert known["versions"]["torch"] == importlib.metadata.version("torch")
+    # A run that is refused the folder does not write there.
+    (tmp_path / "run.json").unlink()
+    put(tmp_path, replace(owner_of(os.getppid()), name="another"))
+    with pytest.raises(UserError), own_save_folder(args):
+        pass
+    assert not (tmp_path / "run.json").exists()
 
 
 def test_without_a_folder_nothing_is_held() -> None:
@@ -228,7 +247,7 @@ from megatron_espo.startup.save_folder import own_save_folder
 
 told, folder, rank = threading.Event(), pathlib.Path(sys.argv[1]), os.environ["RANK"]
 signal.signal(signal.SIGTERM, lambda *_: told.set())
-with own_save_folder(argparse.Namespace(save=str(folder), rank=int(rank))):
+with own_save_folder(argparse.Namespace(save=str(folder), rank=int(rank), world_size=2)):
     (folder / f"ready.{rank}").touch()
     told.wait(300)
     left = '"leaving": true' in (folder / LOCK).read_text() if rank == "0" else ""
