@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,6 +28,8 @@ from megatron_espo.diffusion.noise import ElboEstimator
 from megatron_espo.errors import UserError
 from megatron_espo.generation.sampler import generate
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.monitor.denoising import Recorder, pieces_of
+from megatron_espo.monitor.frames import check_frames_path, save_frames
 from megatron_espo.rl.elbo import estimate_elbo
 from megatron_espo.startup.setup import start_anew
 
@@ -231,6 +234,38 @@ class Model:
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
         (text,) = self.generate([turns], **settings)
         return text
+
+    def animate(self, prompt: Prompt, path: str | os.PathLike[str], **settings: Any) -> str:
+        """Draw a completion as it fills in.
+
+        Args:
+            prompt: what is completed.
+            path: ``NAME.gif`` for an animation, ``NAME.png`` for a sheet of six moments, or a
+                folder for a picture per step.
+            **settings: see :meth:`sample`; one completion is drawn.
+
+        Returns:
+            The completion's text.
+
+        Raises:
+            UserError: the path cannot be written, or as of :meth:`sample`.
+        """
+        target = Path(path)
+        check_frames_path(target)
+        recorder: Recorder | None = None
+
+        def watch(tokens: Tensor) -> None:
+            nonlocal recorder
+            if recorder is None:
+                recorder = Recorder(1, tokens.size(1), self.handle.mask_token_id)
+            recorder.on_step(tokens)
+
+        (found,) = self.sample([prompt], on_step=watch, **settings)
+        assert recorder is not None
+        stops, tokenizer = self.handle.stop_token_ids, self.tokenizer
+        story = [(f.step, pieces_of(f, tokenizer, stops)) for f in recorder.frames[0]]
+        save_frames(target, prompt if isinstance(prompt, str) else "", story)
+        return found.text
 
     @torch.no_grad()
     def elbo(

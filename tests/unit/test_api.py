@@ -197,3 +197,12 @@ def test_what_cannot_be_loaded_is_said_in_a_sentence(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="of one process"):
         load(folders / "llada-megatron")
+
+
+def test_a_completion_is_drawn_as_it_fills_in(models: dict[str, Model], tmp_path: Path) -> None:
+    model, settings = models["llada"], {"completion_length": 8, "denoising_steps": 4}
+    text = model.animate("ab", tmp_path / "steps", **settings)
+    assert text == model.generate(["ab"], **settings)[0]
+    assert len(list((tmp_path / "steps").iterdir())) == 5
+    with pytest.raises(UserError, match="jpeg"):
+        model.animate("ab", tmp_path / "x.jpeg", **settings)
