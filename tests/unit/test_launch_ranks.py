@@ -72,9 +72,11 @@ def by_bash(folder: Path) -> str:
     check_rollout(printed, folder, save)
     assert list((folder / save / "tensorboard").iterdir())
     # A page on the console, everything in the log, and no alarm in a run that is well.
-    log = (folder / save / "logs/rank-0.log").read_text()
-    assert printed.count("\n") < 40 and log.count("\n") > 600 and "end of arguments" in log
-    assert "Overwriting old incomplete" not in log and "rollout 1/1 | " in log
+    logs = [(folder / save / f"logs/rank-{rank}.log").read_text() for rank in range(2)]
+    assert printed.count("\n") < 40
+    assert logs[0].count("\n") > 600 and "end of arguments" in logs[0]
+    assert sum(log.count("rollout 1/1 | ") for log in logs) == 1
+    assert not any("Overwriting old incomplete" in log for log in logs)
     return save
 
 
