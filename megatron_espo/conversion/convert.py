@@ -51,6 +51,7 @@ from megatron_espo.model.shape import Config, ModelShape
 from megatron_espo.model.supported import refusals
 from megatron_espo.startup.adapters import SETTINGS
 from megatron_espo.startup.arguments import initialize_arguments, stored_arguments
+from megatron_espo.startup.setup import start_anew
 
 # Longer sequences are a matter of flags, not of the checkpoint: Dream names 131072 positions.
 _LONGEST = 4096
@@ -325,11 +326,13 @@ def _initialize_megatron(model: _Model, tokenizer: Path) -> argparse.Namespace:
         *("--micro-batch-size", "1", "--train-iters", "1", "--lr", "0"),
         *("--seq-length", str(min(shape.max_position_embeddings, _LONGEST))),
     ]
+    start_anew()  # after another conversion, or a model, in this process
     with quiet():
         args = initialize_arguments(flags, lambda args: None)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
-    mpu.initialize_model_parallel()
+    if not mpu.model_parallel_is_initialized():
+        mpu.initialize_model_parallel()
     model_parallel_cuda_manual_seed(args.seed)
     return args
 

@@ -19,7 +19,6 @@ from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.rl.elbo import estimate_elbo
-from megatron_espo.startup.setup import start_anew
 
 SHAPES = {
     "llada": dataclasses.replace(llada.PUBLISHED, **TINY),
@@ -37,9 +36,7 @@ def folders(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_random_model(
             root / name, FAMILIES[name], shape, torch.float32, byte_tokenizer(), std=0.2
         )
-        start_anew()
         convert_to_megatron(str(root / name), str(root / f"{name}-megatron"))
-    start_anew()
     return root
 
 
@@ -68,7 +65,9 @@ def test_samples_are_told_apart_and_return(models: dict[str, Model]) -> None:
     model = models["llada"]
     settings = {"completion_length": 8, "temperature": 1.0, "num_samples": 3}
     first = model.sample(PROMPTS, seed=1, **settings)
-    assert first == model.sample(PROMPTS, seed=1, micro_batch_size=1, **settings)
+    assert first == model.sample(PROMPTS, seed=1, **settings)
+    one_by_one = model.sample(PROMPTS, seed=1, micro_batch_size=1, **settings)
+    assert [s.token_ids for s in one_by_one] == [s.token_ids for s in first]
     assert first != model.sample(PROMPTS, seed=2, **settings)
     assert len(first) == 12 and len({tuple(s.token_ids) for s in first}) == 12
     assert [s.text for s in first] == model.generate(PROMPTS, seed=1, **settings)
@@ -165,7 +164,6 @@ def test_a_hugging_face_folder_with_an_adapter_and_back(folders: Path, tmp_path:
         if name.endswith(("q_proj.weight", "up_proj.weight"))
     }
     adapter = write_adapter(tmp_path / "lora", layers=shapes)
-    start_anew()
     convert_to_megatron(str(folders / "llada"), str(tmp_path / "merged"), lora=str(adapter))
     expected = load(tmp_path / "merged").elbo(PROMPTS, COMPLETIONS)
     model = megatron_espo.load(folders / "llada", lora=adapter, cache=tmp_path / "cache")
@@ -175,7 +173,6 @@ def test_a_hugging_face_folder_with_an_adapter_and_back(folders: Path, tmp_path:
     )
     # What it is exported as is the merged model.
     model.export(tmp_path / "back")
-    start_anew()
     convert_to_megatron(str(tmp_path / "back"), str(tmp_path / "again"))
     again = load(tmp_path / "again", dtype="bfloat16").elbo(PROMPTS, COMPLETIONS).draws
     assert torch.equal(load(tmp_path / "again").elbo(PROMPTS, COMPLETIONS).draws, expected.draws)

@@ -11,6 +11,7 @@ from megatron.core.num_microbatches_calculator import unset_num_microbatches_cal
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training import get_args
 from megatron.training.global_vars import destroy_global_vars
+from megatron_state import new_groups
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_espo.adapters.attach import without_adapters
@@ -55,7 +56,7 @@ def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         f"--micro-batch-size 1 --train-iters 1 --tokenizer-model {folder}"
     )
     initialize_arguments(argv.split(), lambda args: None)
-    mpu.initialize_model_parallel()
+    new_groups()
     model_parallel_cuda_manual_seed(3)
     yield diffusion_model([model_provider()])
     mpu.destroy_model_parallel()

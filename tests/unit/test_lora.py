@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron_state import new_groups
 from test_float_logits import H, N, R, hidden_states, make_head
 from torch import Tensor
 
@@ -153,7 +153,7 @@ def built(tokenizer: str) -> Any:
     ).split()
     args = initialize_arguments([*flags, "--tokenizer-model", tokenizer], lambda args: None)
     args.lora_targets = ["all-linear", "lm_head"]
-    mpu.initialize_model_parallel()
+    new_groups()
     models = []
     for rank in (None, 3):
         args.lora_rank = rank

@@ -12,6 +12,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.global_vars import destroy_global_vars
+from megatron_state import new_groups
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -126,7 +127,7 @@ def with_adapters(bases: Path, family: str, started: Path) -> Any:
         ],
         lambda args: None,
     )  # fmt: skip
-    mpu.initialize_model_parallel()
+    new_groups()
     model_parallel_cuda_manual_seed(1)
     return build_model()
 

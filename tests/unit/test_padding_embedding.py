@@ -9,6 +9,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.global_vars import destroy_global_vars
+from megatron_state import new_groups
 
 from megatron_espo.model.padding_embedding import _without_gradient
 from megatron_espo.model.provider import model_provider
@@ -27,7 +28,7 @@ def embedding_gradient(tokenizer: str, *flags: str) -> torch.Tensor:
         f"--init-method-std 0.3 --tokenizer-model {tokenizer}"
     )
     initialize_arguments([*argv.split(), *flags], lambda args: None)
-    mpu.initialize_model_parallel()
+    new_groups()
     model_parallel_cuda_manual_seed(3)
     torch.manual_seed(3)
     model = model_provider().eval()

@@ -10,6 +10,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.global_vars import destroy_global_vars
+from megatron_state import new_groups
 from torch import Tensor
 
 from megatron_espo import device
@@ -35,7 +36,7 @@ def build(tokenizer: str, *flags: str) -> torch.nn.Module:
     argv = [*FLAGS.split(), "--tokenizer-model", tokenizer, *flags]
     initialize_arguments(argv, lambda args: None)
     if not mpu.model_parallel_is_initialized():
-        mpu.initialize_model_parallel()
+        new_groups()
     model_parallel_cuda_manual_seed(3)
     torch.manual_seed(3)
     return model_provider()

@@ -13,6 +13,7 @@ from megatron.core import mpu
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training.global_vars import destroy_global_vars
+from megatron_state import new_groups
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
@@ -47,7 +48,7 @@ def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         f"--micro-batch-size 1 --train-iters 1 --tokenizer-model {folder}"
     )
     initialize_arguments(argv.split(), lambda args: None)
-    mpu.initialize_model_parallel()
+    new_groups()
     model_parallel_cuda_manual_seed(3)
     torch.manual_seed(3)
     chunk = model_provider()
