@@ -36,7 +36,7 @@ def test_the_list_of_commands_is_whole() -> None:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_list_their_flags(name: str) -> None:
     printed = call(name, "--help")
-    assert "usage: megatron-espo" in printed and "Traceback" not in printed
+    assert "usage: " in printed and "--help" in printed and "Traceback" not in printed
 
 
 def test_tools_of_a_checkout_are_the_commands() -> None:
