@@ -16,7 +16,7 @@ while (($#)); do
       shift
       while (($#)) && [[ $1 != --* ]]; do text+=("$(realpath -m "$1")"); shift; done
       ;;
-    --out) out=$(realpath -m "$2"); shift 2 ;;
+    --out) out=$(realpath -ms "$2"); shift 2 ;;
     --) shift; break ;;
     *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
   esac
