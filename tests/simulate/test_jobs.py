@@ -27,7 +27,6 @@ ESPO_PHASES = [
     *("build", "load", "reference", "evaluation", "rollout", "old_elbo", "ref_elbo", "update"),
     *("update: passes", "save"),
 ]
-STEP_PHASES = ["update: passes", "update", "log", "stop?"]
 
 
 @pytest.fixture(scope="module")
@@ -143,21 +142,18 @@ def test_the_host_waits_for_the_device_where_it_must_only(ran: dict[str, Any], n
         assert waits("update") <= 2 * 1, phases["update"]["waits"]
 
 
-@pytest.mark.parametrize("name", [n for n in OK if not n.startswith(("evaluate", "generate"))])
+@pytest.mark.parametrize("name", [name for name in OK if name.startswith("espo")])
 def test_an_optimizer_step_waits_for_the_device_five_times_at_most(
     ran: dict[str, Any], name: str
 ) -> None:
-    """With its passes, the check for NaN, what is logged and the look for signals after it."""
-    espo = name.startswith("espo")
+    """With its passes, the check for NaN and the look for signals after it."""
     for rank in ran[name]["ranks"]:
         phases = rank["phases"]
-        of_step = {p: phases.get(p, {"waits": {}})["waits"] for p in STEP_PHASES}
-        updates = phases["update"]["entered"]
-        # After a rollout's last update comes the evaluation in place of the look.
-        assert phases["stop?"]["entered"] >= updates - espo
-        assert any("all_reduce" in p or "item" in p for p in of_step["stop?"]), of_step["stop?"]
+        of_step = {phase: phases[phase]["waits"] for phase in ("update: passes", "update", "stop?")}
+        assert phases["update"]["entered"] == 2 and phases["stop?"]["entered"] >= 1
+        assert sum(of_step["stop?"].values()) >= 1, "the look was not seen"
         in_all = sum(sum(waits.values()) for waits in of_step.values())
-        assert updates == 2 and in_all <= 5 * updates, of_step
+        assert in_all <= 5 * 2, of_step
 
 
 def test_the_reference_policy_is_pinned_in_its_own_size(ran: dict[str, Any]) -> None:
