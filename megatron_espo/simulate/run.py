@@ -106,6 +106,8 @@ def _environment(job: Job, number: int) -> None:
         "WORLD_SIZE": job.world_size,
         "LOCAL_RANK": local,
         "LOCAL_WORLD_SIZE": min(job.gpus_per_node, job.world_size),
+        # That one rank is meant to be alone, whatever GPUs there would be.
+        "GPUS_PER_NODE": min(job.gpus_per_node, job.world_size),
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": 29500,
         "TORCHELASTIC_RESTART_COUNT": 0,

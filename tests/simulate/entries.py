@@ -59,6 +59,10 @@ STARTED = {
         "run_espo_8b.sh",
         ["--recipe", "countdown", "--recipe", "lora_dream", *WIDTH, *ESPO, *LORA, *COMPARE],
     ),
+    "espo, one gpu": (
+        "run_espo_8b.sh",
+        ["--recipe", "lora_80gb", *WIDTH, *ESPO, *COMPARE[:2], "--dry-run-world-size", "1"],
+    ),
     "pretrain": ("pretrain_8b.sh", [*WIDTH, *LOOP, *COMPARE]),
     "sft": ("sft_8b.sh", [*WIDTH, *LOOP, "--sft-valid-data", "none.jsonl", *COMPARE[:-1]]),
     "evaluate": (evaluation, [*MODEL, *EVALUATION, *COMPARE[:-1]]),

@@ -16,6 +16,7 @@ OK = [
     "espo, dual cache",
     "espo, fp8",
     "espo, lora",
+    "espo, one gpu",
     "pretrain",
     "sft",
     "evaluate",
