@@ -298,6 +298,14 @@ def test_kept_tokens_are_found_for_logits_of_any_size(one_rank) -> None:
             assert sorted((kept[0] > -torch.inf).nonzero()[:, 0].tolist()) == sorted(order)
 
 
+def test_a_set_of_just_the_probability_is_enough(one_rank) -> None:
+    logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log2() * torch.tensor(2.0).log()
+    for top_p, count in ((0.5, 1), (0.75, 2), (0.76, 3), (0.875, 3), (0.9, 4)):
+        kept = logits.clone()
+        keep_likeliest(kept, 1.0, top_p, 0, one_rank)
+        assert (kept > -torch.inf).sum() == count, top_p
+
+
 def test_rows_that_are_cut_into_parts_keep_the_same_tokens(one_rank, monkeypatch) -> None:
     logits = random_logits(50, 300)
     whole, parts = logits.clone(), logits.clone()
