@@ -298,6 +298,14 @@ def test_kept_tokens_are_found_for_logits_of_any_size(one_rank) -> None:
             assert sorted((kept[0] > -torch.inf).nonzero()[:, 0].tolist()) == sorted(order)
 
 
+def test_a_set_of_just_the_probability_is_enough(one_rank) -> None:
+    logits = torch.tensor([[0.25, 0.5, 0.125, 0.125]]).log2() * torch.tensor(2.0).log()
+    for top_p, count in ((0.5, 1), (0.75, 2), (0.76, 3), (0.875, 3), (0.9, 4)):
+        kept = logits.clone()
+        keep_likeliest(kept, 1.0, top_p, 0, one_rank)
+        assert (kept > -torch.inf).sum() == count, top_p
+
+
 def test_rows_that_are_cut_into_parts_keep_the_same_tokens(one_rank, monkeypatch) -> None:
     logits = random_logits(50, 300)
     whole, parts = logits.clone(), logits.clone()
@@ -305,6 +313,35 @@ def test_rows_that_are_cut_into_parts_keep_the_same_tokens(one_rank, monkeypatch
     monkeypatch.setattr(nucleus, "_ENTRIES", 2000)
     keep_likeliest(parts, 0.8, 0.7, 40, one_rank)
     assert torch.equal(whole, parts) and whole.isinf().any()
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.8, 0), (1.0, 40), (0.7, 40)])
+def test_shards_keep_the_very_tokens_of_a_whole_vocabulary(
+    one_rank, on_shards, top_p: float, top_k: int
+) -> None:
+    """Also where float sums of the shards would not be the whole's: tokens of equal logits."""
+    logits = (random_logits(200, 96) * 2).round() / 2
+    whole, widths = logits.clone(), [7, 40, 49]
+    keep_likeliest(whole, 0.7, top_p, top_k, one_rank)
+
+    def work(part: Tensor, group: Any) -> Tensor:
+        kept = part.clone()
+        keep_likeliest(kept, 0.7, top_p, top_k, group)
+        return kept
+
+    assert torch.equal(torch.cat(on_shards(logits.split(widths, dim=1), work), 1), whole)
+    probabilities = (logits.double() / 0.7).softmax(-1)
+    kept = whole > -torch.inf
+    smallest = probabilities.masked_fill(~kept, 2.0).amin(-1, keepdim=True)
+    held = (probabilities * kept).sum(-1, keepdim=True)
+    assert (probabilities * ~kept <= smallest).all()
+    enough, numbers = (held >= top_p - 1e-9), kept.sum(-1, keepdim=True)
+    if top_k:
+        assert (numbers <= top_k).all() and (enough | (numbers == top_k)).all()
+    else:
+        assert enough.all()
+    # One token fewer would be too little.
+    assert ((held - smallest < top_p + 1e-9) | (numbers == 1)).all()
 
 
 @pytest.mark.parametrize("num_shards", [2, 3])
