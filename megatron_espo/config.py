@@ -235,10 +235,35 @@ class SftConfig:
 
     completion_length: int | None = None
     """Tokens of every completion, end-of-sequence padding included (it is predicted, too).
-    Default: the rest of --seq-length."""
+    Default: see --sft-longest-of."""
+
+    longest_of: int = 4
+    """Without --sft-completion-length: fill an example up with end-of-sequence tokens to the
+    longest of so many, itself and others drawn at random, as LLaDA fills a mini-batch of that size.
+    1 leaves each as long as it is; 0 fills all up to --seq-length."""
 
     skip_long: bool = False
     """Leave out examples that do not fit instead of stopping; their number is printed."""
+
+    epochs: float = 0.0
+    """Times to see each example, in place of --train-iters. The last step is filled up with
+    examples of the next epoch. 0: as many steps as --train-iters says."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        if self.longest_of < 0:
+            raise UserError(
+                f"--sft-longest-of {self.longest_of} must be a number of examples, or 0 for rows "
+                "that are all as long as --seq-length."
+            )
+        if not 0.0 <= self.epochs < math.inf:
+            raise UserError(f"--sft-epochs {self.epochs} must be a positive number.")
+        if self.epochs and self.train_data is None:
+            raise UserError("--sft-epochs counts the examples of --sft-train-data; pass it.")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megatron_espo.plan.text import plan_report
 from megatron_espo.recipes import expand_recipes
 from megatron_espo.startup.arguments import config_from_args, plan_arguments
 from megatron_espo.startup.setup import pad_multiple
+from megatron_espo.supervised.rows import planned_rows
 from megatron_espo.tasks import load_task
 
 Prepare = Callable[[argparse.Namespace], None]
@@ -46,13 +47,14 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     with quiet():
         args = plan_arguments(argv, prepare, world_size)
         stages = count_parameters(args)
+        rows = planned_rows(args)
     args.dry_run_gpus_per_node = positive_number(os.environ, "GPUS_PER_NODE", 8)
     espo, rollout = None, None
     if entry_point(module) == "espo":
         espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
         load_task(espo.task, flag="--espo-task")
     gpu_memory = config_from_args(LaunchConfig, args).dry_run_gpu_memory * GB
-    plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args))
+    plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args), rows)
     print(plan_report(plan, espo, rollout))
     print(_files(args), flush=True)
     if is_simulation(args):
@@ -64,7 +66,7 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
 
 
 def _files(args: argparse.Namespace) -> str:
-    """Say which of the run's files are here; their contents are not read."""
+    """Say which of the run's files are here; of their contents only --sft-train-data was read."""
     named = {
         "--tokenizer-model": args.tokenizer_model,
         "--espo-train-data": args.espo_train_data,

@@ -76,15 +76,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fine_tune(folder: Path, name: str, program: Sequence[str], *flags: str) -> None:
-    """Fine-tune from nothing for six steps."""
+    """Fine-tune from nothing for three epochs of 64 examples: six steps."""
     demonstrations = str(folder / "data/demonstrations.jsonl")
-    run(
+    printed = run(
         *TORCHRUN, *program, *model(folder), "--sft-train-data", demonstrations,
         "--sft-valid-data", demonstrations, "--sft-completion-length", "16",
-        "--micro-batch-size", "8", "--global-batch-size", "32", "--train-iters", "6",
+        "--micro-batch-size", "8", "--global-batch-size", "32", "--sft-epochs", "3",
         "--eval-iters", "1", "--eval-interval", "3", "--lr", "2e-3", "--save", str(folder / name),
         *flags,
     )  # fmt: skip
+    assert "3 epochs of 64 examples: 6 steps of 32 examples." in printed
 
 
 def model(folder: Path) -> list[str]:
