@@ -119,7 +119,7 @@ def _step(
     """Make a step of gradient descent; returns its loss."""
     for chunk in model.chunks:
         chunk.train()
-        chunk.zero_grad_buffer()  # type: ignore[operator]
+        chunk.zero_grad_buffer()
     reports = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=loader,
@@ -152,7 +152,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         rows = read_rows(path, tokenizer, special_ids(tokenizer), seq_length=options.seq_length)
     model = build_random(SHAPES[options.shape])
     weights = [p.detach().clone() for chunk in model.chunks for p in chunk.parameters()]
-    sides = {
+    sides: dict[str, Callable[[], Any]] = {
         name: partial(train, model, rows, options, weights, name == "padded")
         for name in ("padded", "cut")
     }
