@@ -317,19 +317,21 @@ class EspoConfig:
 
     task: str = "sudoku"
     """Task with a verifiable reward: sudoku, countdown, gsm8k, math, code, or your own: FILE.py
-    or an import path, my_package.my_task, either with ":attribute" for an object in it."""
+    or an import path, my_package.my_task, either with ":attribute" for an object in it. Several
+    with weights by which prompts are drawn: gsm8k:2,countdown:1."""
 
     train_data: str | None = None
-    """JSONL of the task's problems to train on."""
+    """JSONL of the task's problems to train on. Of several tasks: gsm8k=FILE,countdown=FILE."""
 
     eval_data: str | None = None
-    """JSONL of held-out problems for the accuracy curve."""
+    """JSONL of held-out problems for the accuracy curve. Of several tasks, or some of them:
+    gsm8k=FILE,countdown=FILE."""
 
     eval_interval: int = 0
     """Rollouts between evaluations on --espo-eval-data; 0 evaluates before and after only."""
 
     eval_samples: int = 0
-    """Held-out problems per evaluation; 0 takes all."""
+    """Held-out problems per evaluation, of each task; 0 takes all."""
 
     num_rollouts: int = 100
     """Rollouts of the run. Each makes --espo-updates-per-rollout optimizer steps."""
