@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks.measure import interleaved, keep_freed_memory, machine, print_table, ratios, spread
 from benchmarks.models import SHAPES, build_random
+from megatron_espo.conversion.verification import quiet
 from megatron_espo.data.sft import SftRows, read_rows
 from megatron_espo.data.sft_dataset import SftDataset
 from megatron_espo.data.tokenizer import byte_tokenizer, special_ids
@@ -150,7 +151,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         path = Path(folder, "examples.jsonl")
         write_examples(path, options.examples, options.seq_length, seed=20260727)
         rows = read_rows(path, tokenizer, special_ids(tokenizer), seq_length=options.seq_length)
-    model = build_random(SHAPES[options.shape])
+    with quiet():
+        model = build_random(SHAPES[options.shape])
     weights = [p.detach().clone() for chunk in model.chunks for p in chunk.parameters()]
     sides: dict[str, Callable[[], Any]] = {
         name: partial(train, model, rows, options, weights, name == "padded")
@@ -180,7 +182,7 @@ def main() -> None:
     parser.add_argument("--seq-length", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=16, help="examples of a step")
     parser.add_argument("--micro", type=int, default=4, help="examples of a micro-batch")
-    parser.add_argument("--longest-of", type=int, default=4, help="--sft-longest-of")
+    parser.add_argument("--longest-of", type=int, default=2, help="--sft-longest-of")
     parser.add_argument("--steps", type=int, default=1, help="steps of a round")
     parser.add_argument("--examples", type=int, default=2000)
     parser.add_argument("--rate", type=float, default=0.05, help="learning rate")

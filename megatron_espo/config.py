@@ -237,7 +237,7 @@ class SftConfig:
     """Tokens of every completion, end-of-sequence padding included (it is predicted, too).
     Default: see --sft-longest-of."""
 
-    longest_of: int = 4
+    longest_of: int = 2
     """Without --sft-completion-length: fill an example up with end-of-sequence tokens to the
     longest of so many, itself and others drawn at random, as LLaDA fills a mini-batch of that size.
     1 leaves each as long as it is; 0 fills all up to --seq-length."""

@@ -21,6 +21,8 @@ from megatron_espo.plan.plan import PlannedRows
 from megatron_espo.startup.arguments import config_from_args
 from megatron_espo.startup.setup import keeps_graphs, sequence_split
 
+# Most widths of micro-batches where each has its graph: rows differ by a factor of 30 and more.
+_WIDTHS = 32
 # Steps whose rows a plan looks at.
 _PLANNED_STEPS = 64
 
@@ -211,4 +213,4 @@ def _shapes(multiple: int, ranges: Sequence[tuple[int, int]], few: bool) -> Shap
     longest = round_up(max(high for _, high in ranges), multiple)
     if shortest == longest:
         return Shapes(multiple, (longest,))
-    return Shapes(multiple, few_widths(shortest, longest, multiple) if few else ())
+    return Shapes(multiple, few_widths(shortest, longest, multiple, _WIDTHS) if few else ())

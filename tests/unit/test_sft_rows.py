@@ -212,10 +212,10 @@ def test_settings_without_a_meaning_are_refused(settings: dict[str, Any], messag
 @pytest.mark.parametrize(
     ("before", "now", "message"),
     [
-        ({"sft_longest_of": 4}, {"sft_longest_of": 4}, None),
+        ({"sft_longest_of": 2}, {"sft_longest_of": 2}, None),
         ({"sft_longest_of": 4}, {"sft_longest_of": 1}, "--sft-longest-of 4, here it is 1"),
         # A run from before there was a choice filled its rows.
-        ({}, {}, "--sft-longest-of 0, here it is 4"),
+        ({}, {}, "--sft-longest-of 0, here it is 2"),
         ({}, {"sft_longest_of": 0}, None),
         (
             {"sft_completion_length": 8},
