@@ -56,7 +56,7 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     gpu_memory = config_from_args(LaunchConfig, args).dry_run_gpu_memory * GB
     plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args), rows)
     print(plan_report(plan, espo, rollout))
-    print(_files(args, task), flush=True)
+    print(_files(args, task, rows is not None), flush=True)
     if is_simulation(args):
         peaks = [memory.peak for memory in plan.memory]
         simulate(module, argv, args, args.dry_run_gpus_per_node, peaks)
@@ -65,8 +65,8 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     return plan
 
 
-def _files(args: argparse.Namespace, task: Task | None) -> str:
-    """Say which of the run's files are here; of their contents only --sft-train-data was read."""
+def _files(args: argparse.Namespace, task: Task | None, read: bool) -> str:
+    """Say which of the run's files are here, and whether fine-tuning's data was read."""
     named = {
         "--tokenizer-model": args.tokenizer_model,
         "--espo-train-data": args.espo_train_data,
@@ -88,6 +88,8 @@ def _files(args: argparse.Namespace, task: Task | None) -> str:
         here["--pretrained-checkpoint"] = has_checkpoint(args.pretrained_checkpoint)
     missing = [flag for flag, found in here.items() if not found]
     line = "Not checked: the contents of tokenizer, data and checkpoints"
+    if read:
+        line = "Not checked: the contents of checkpoints, and of data but --sft-train-data"
     if missing:
         line += f"; not found on this machine: {', '.join(missing)}"
     return line + "."
