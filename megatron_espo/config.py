@@ -235,10 +235,35 @@ class SftConfig:
 
     completion_length: int | None = None
     """Tokens of every completion, end-of-sequence padding included (it is predicted, too).
-    Default: the rest of --seq-length."""
+    Default: see --sft-longest-of."""
+
+    longest_of: int = 2
+    """Without --sft-completion-length: fill an example up with end-of-sequence tokens to the
+    longest of so many, itself and others drawn at random, as LLaDA fills a mini-batch of that size.
+    1 leaves each as long as it is; 0 fills all up to --seq-length."""
 
     skip_long: bool = False
     """Leave out examples that do not fit instead of stopping; their number is printed."""
+
+    epochs: float = 0.0
+    """Times to see each example, in place of --train-iters. The last step is filled up with
+    examples of the next epoch. 0: as many steps as --train-iters says."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        if self.longest_of < 0:
+            raise UserError(
+                f"--sft-longest-of {self.longest_of} must be a number of examples, or 0 for rows "
+                "that are all as long as --seq-length."
+            )
+        if not 0.0 <= self.epochs < math.inf:
+            raise UserError(f"--sft-epochs {self.epochs} must be a positive number.")
+        if self.epochs and self.train_data is None:
+            raise UserError("--sft-epochs counts the examples of --sft-train-data; pass it.")
 
 
 @dataclass(frozen=True)
@@ -292,19 +317,21 @@ class EspoConfig:
 
     task: str = "sudoku"
     """Task with a verifiable reward: sudoku, countdown, gsm8k, math, code, or your own: FILE.py
-    or an import path, my_package.my_task, either with ":attribute" for an object in it."""
+    or an import path, my_package.my_task, either with ":attribute" for an object in it. Several
+    with weights by which prompts are drawn: gsm8k:2,countdown:1."""
 
     train_data: str | None = None
-    """JSONL of the task's problems to train on."""
+    """JSONL of the task's problems to train on. Of several tasks: gsm8k=FILE,countdown=FILE."""
 
     eval_data: str | None = None
-    """JSONL of held-out problems for the accuracy curve."""
+    """JSONL of held-out problems for the accuracy curve. Of several tasks, or some of them:
+    gsm8k=FILE,countdown=FILE."""
 
     eval_interval: int = 0
     """Rollouts between evaluations on --espo-eval-data; 0 evaluates before and after only."""
 
     eval_samples: int = 0
-    """Held-out problems per evaluation; 0 takes all."""
+    """Held-out problems per evaluation, of each task; 0 takes all."""
 
     num_rollouts: int = 100
     """Rollouts of the run. Each makes --espo-updates-per-rollout optimizer steps."""

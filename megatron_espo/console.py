@@ -78,6 +78,10 @@ class Output:
         if shown is not None:
             self._show(shown)
 
+    def filter_by(self, shown: Filter) -> None:
+        """Let another filter decide about the lines that come."""
+        self._shown = shown
+
     def say(self, line: str) -> None:
         """Take a line for the console."""
         self._keep(line, True)
@@ -202,6 +206,16 @@ def say(line: str) -> None:
         print(line, flush=True)
     else:
         _current.say(line)
+
+
+def filter_lines(shown: Filter) -> None:
+    """Let another filter decide what the console shows from here on, where anything is captured.
+
+    Args:
+        shown: filter of the lines that others print.
+    """
+    if _current is not None:
+        _current.filter_by(shown)
 
 
 def rank_log(folder: str | os.PathLike[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Kills a tiny ESPO run again and again and checks that the resumed run is the same to the bit.
+"""Kills a tiny ESPO run of two tasks over and over; the resumed run must be the same to the bit.
 
     python tools/check_resume.py kill --out runs/kill --kills 20
     python tools/check_resume.py stages --out runs/stages --kills 6
@@ -62,11 +62,12 @@ class Run:
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(ranks), "-m", "megatron_espo.training.espo",
             "--preset", "tiny", "--num-layers", "4", "--tokenizer-model",
-            str(self.data / "tokenizer"), "--seq-length", "32", "--espo-task", "sudoku",
+            str(self.data / "tokenizer"), "--seq-length", "32",
+            "--espo-task", "sudoku:2,countdown:1",
             "--rollout-completion-length", length, "--rollout-block-length", length,
             "--rollout-denoising-steps", length, "--rollout-micro-batch-size", "8",
-            "--espo-train-data", str(self.data / "train.jsonl"),
-            "--espo-eval-data", str(self.data / "test.jsonl"), "--espo-eval-interval", "3",
+            "--espo-train-data", self.files("train"), "--espo-eval-data", self.files("test"),
+            "--espo-eval-interval", "3",
             "--espo-num-rollouts", str(self.rollouts), "--espo-prompts-per-rollout", "4",
             "--espo-group-size", "4", "--espo-updates-per-rollout", str(_UPDATES),
             "--espo-reference-mix-interval", "4", "--micro-batch-size", "8", "--lr", "1e-3",
@@ -79,6 +80,11 @@ class Run:
             return subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
             )
+
+    def files(self, split: str) -> str:
+        """The problems of both tasks, as a flag has them."""
+        folders = {"sudoku": self.data, "countdown": self.data / "countdown"}
+        return ",".join(f"{task}={folder / split}.jsonl" for task, folder in folders.items())
 
     def finish(self, ranks: int, *more: str) -> None:
         """Run to the end.
@@ -127,6 +133,8 @@ def make_data(folder: Path) -> None:
         ["tools/make_tokenizer.py", "--out", str(folder / "tokenizer")],
         ["tools/prepare_data.py", "sudoku", "--out", str(folder), "--seed", "1",
          "--train", "40", "--validation", "4", "--test", "8"],
+        ["tools/prepare_data.py", "countdown", "--out", str(folder / "countdown"), "--seed", "1",
+         "--train", "12", "--test", "4"],
     ):  # fmt: skip
         subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True, capture_output=True)
 

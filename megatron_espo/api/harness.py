@@ -125,8 +125,8 @@ class HarnessModel(TemplateLM):
         for number, request in enumerate(requests):
             settings = self._settings(request.args[1])
             kinds.setdefault(tuple(sorted(settings.items())), []).append(number)
-        for settings, numbers in kinds.items():
-            chosen = dict(settings)
+        for kind, numbers in kinds.items():
+            chosen = dict(kind)
             room = self.model.max_length - chosen["completion_length"]
             prompts = [self.tok_encode(requests[number].args[0]) for number in numbers]
             kept = [ids[max(len(ids) - room, 0) :] for ids in prompts]

@@ -11,7 +11,12 @@ from megatron_espo.console import captured
 from megatron_espo.conversion.hf_cache import converted_checkpoint
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.errors import UserError
-from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
+from megatron_espo.evaluation.problems import (
+    TaskData,
+    blend_of,
+    load_task_data,
+    load_workers,
+)
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.startup.arguments import (
     checkpoint_arguments,
@@ -131,6 +136,11 @@ def load_eval_problems(
     """
     espo = config_from_args(EspoConfig, args)
     task, tokenizer = load_workers(espo), load_tokenizer(args.tokenizer_model)
+    if (blend := blend_of(task)) is not None:
+        raise UserError(
+            f"--espo-task {espo.task}: tasks are evaluated one at a time; pass one of "
+            f"{', '.join(blend.parts)} with its --espo-eval-data."
+        )
     data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     if data is None:
         raise UserError("--espo-eval-data is missing: the problems to evaluate on.")

@@ -1,31 +1,19 @@
-"""Supervised fine-tuning data: a prompt, its completion, and the padding that ends it.
+"""Supervised fine-tuning data: reading files of prompts and completions."""
 
-A masked-diffusion model fills a completion of fixed length, so it learns where to stop by
-predicting the end-of-sequence tokens that fill the completion up. They belong to the completion;
-only what follows the completion is padding without a loss (arXiv 2502.09992, section 2.3).
-"""
-
-import functools
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from megatron_espo.config import SpelledTokens
 from megatron_espo.data.encoding import PromptEncoder, encode, encode_prompt, render_chat
 from megatron_espo.data.jsonl import read_jsonl
 from megatron_espo.data.tokenizer import TURN_ENDS, FastTokenizer, SpecialIds
 from megatron_espo.errors import UserError
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.utils import Split
 
 
 @dataclass(frozen=True)
@@ -38,132 +26,104 @@ class SftExample:
     """Ends with the end-of-sequence token."""
 
 
-class SftDataset(Dataset[dict[str, Tensor]]):
-    """Fixed-length rows of a JSONL file, epoch after epoch, each in an order of its own."""
+@dataclass(frozen=True, eq=False)
+class SftRows:
+    """The examples of a fine-tuning file that fit a row, tokenized.
 
-    def __init__(
-        self,
-        path: str | Path,
-        tokenizer: FastTokenizer,
-        ids: SpecialIds,
-        *,
-        seq_length: int,
-        completion_length: int | None = None,
-        num_samples: int | None = None,
-        seed: int = 0,
-        shuffle: bool = True,
-        skip_long: bool = False,
-        split: "Split | None" = None,
-        spelled: SpelledTokens = "refuse",
-    ) -> None:
-        """Read and tokenize a file.
+    One flat array: Python lists would be copied page by page into every loader process.
 
-        Args:
-            path: JSONL of {"prompt", "completion"} or {"messages"}.
-            tokenizer: the tokenizer.
-            ids: its special ids.
-            seq_length: tokens in a row.
-            completion_length: tokens of every completion; None takes what the prompt leaves.
-            num_samples: rows of the data set, over as many epochs as that takes; None is one.
-            seed: decides, with the epoch, the order of the rows.
-            shuffle: whether to shuffle at all; the file's order otherwise.
-            skip_long: whether to leave out examples that do not fit instead of refusing the file.
-            split: what the rows are for; Megatron's data loader picks its batch size by it.
-            spelled: what to do with special tokens that messages spell; see PromptConfig.
+    Attributes:
+        path: the file.
+        ids: special ids of the tokenizer.
+        seq_length: most tokens of a row.
+        completion_length: tokens of every completion, or None where each has its own.
+        tokens: int32, prompt and completion of all examples, one after another.
+        starts: int64 ``[n + 1]``, where each of them starts.
+        prompt_lengths: int64 ``[n]``.
+        num_skipped: examples that do not fit and are left out.
+    """
 
-        Raises:
-            UserError: a line is not an example or does not fit.
-        """
-        if completion_length is not None and not 0 < completion_length <= seq_length:
-            raise UserError(
-                f"--sft-completion-length {completion_length} must lie between 1 and "
-                f"--seq-length {seq_length}"
-            )
-        self.ids, self.seq_length, self.completion_length = ids, seq_length, completion_length
-        self.seed, self.shuffle, self.split = seed, shuffle, split
-        self.path, self.num_skipped = path, 0
-        # One flat array: Python lists would be copied page by page into every loader process.
-        tokens, starts, prompts = array("i"), array("q", [0]), array("q")
-        for example in read_examples(path, tokenizer, ids, spelled):
-            if len(example.completion) - 1 == completion_length:
-                # It fills the fixed length: there is no room for an end of sequence, and no need.
-                example = replace(example, completion=example.completion[:-1])
-            problem = _misfit(example, seq_length, completion_length)
-            if problem and not skip_long:
-                raise UserError(f"{path}:{example.line}: {problem} or pass --sft-skip-long")
-            if problem:
-                self.num_skipped += 1
-                continue
-            tokens.extend(example.prompt + example.completion)
-            starts.append(len(tokens))
-            prompts.append(len(example.prompt))
-        if not prompts:
-            raise UserError(
-                f"{path}: none of the {self.num_skipped} examples fits; raise --seq-length "
-                f"{seq_length} or --sft-completion-length {completion_length}"
-            )
-        self.tokens = np.array(tokens, dtype=np.int32)
-        self.starts = np.array(starts, dtype=np.int64)
-        self.prompt_lengths = np.array(prompts, dtype=np.int64)
-        self.num_samples = len(prompts) if num_samples is None else num_samples
-
-    @property
-    def num_examples(self) -> int:
-        """Number of examples that fit, the rows of an epoch."""
-        return len(self.prompt_lengths)
+    path: str
+    ids: SpecialIds
+    seq_length: int
+    completion_length: int | None
+    tokens: NDArray[np.int32]
+    starts: NDArray[np.int64]
+    prompt_lengths: NDArray[np.int64]
+    num_skipped: int
 
     def __len__(self) -> int:
-        """Return the number of rows over all epochs."""
-        return self.num_samples
+        """Return n, the number of examples that fit."""
+        return len(self.prompt_lengths)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return a row.
-
-        Args:
-            index: place in the order of the rows over all epochs.
-
-        Returns:
-            ``tokens`` int64 ``[s]``: prompt, completion filled up with end-of-sequence tokens,
-            padding; and int64 ``[]``: ``prompt_length``, ``completion_length`` (what fills it up
-            included) and ``sample_id``, the index.
-        """
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"row {index} of a data set of {self.num_samples}")
-        epoch, place = divmod(int(index), self.num_examples)
-        row = (
-            int(epoch_order(self.num_examples, self.seed, epoch)[place]) if self.shuffle else place
-        )
-        prompt_length = int(self.prompt_lengths[row])
-        text = self.tokens[self.starts[row] : self.starts[row + 1]]
-        length = self.completion_length or self.seq_length - prompt_length
-        tokens = torch.full((self.seq_length,), self.ids.pad_token_id, dtype=torch.int64)
-        tokens[: prompt_length + length] = self.ids.eos_token_id
-        tokens[: len(text)] = torch.from_numpy(text)
-        return {
-            "tokens": tokens,
-            "prompt_length": torch.tensor(prompt_length),
-            "completion_length": torch.tensor(length),
-            "sample_id": torch.tensor(int(index)),
-        }
+    def lengths(self) -> NDArray[np.int64]:
+        """Return the tokens of each example, int64 ``[n]``, without what fills its row up."""
+        if self.completion_length is not None:
+            return self.prompt_lengths + self.completion_length
+        return np.diff(self.starts)
 
 
-@functools.lru_cache(maxsize=4)
-def epoch_order(num_examples: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the order of the examples in an epoch.
+def read_rows(
+    path: str | Path,
+    tokenizer: FastTokenizer,
+    ids: SpecialIds,
+    *,
+    seq_length: int,
+    completion_length: int | None = None,
+    skip_long: bool = False,
+    spelled: SpelledTokens = "refuse",
+) -> SftRows:
+    """Read and tokenize a fine-tuning file.
 
     Args:
-        num_examples: examples in an epoch.
-        seed: the run's seed.
-        epoch: the epoch, from 0.
+        path: JSONL of {"prompt", "completion"} or {"messages"}.
+        tokenizer: the tokenizer.
+        ids: its special ids.
+        seq_length: most tokens of a row.
+        completion_length: tokens of every completion; None: as many as it has.
+        skip_long: whether to leave out examples that do not fit instead of refusing the file.
+        spelled: what to do with special tokens that messages spell; see PromptConfig.
 
     Returns:
-        int64 ``[num_examples]``, a permutation that depends on the arguments alone: numpy
-        promises the raw bits of Philox for all its versions.
+        The examples that fit.
+
+    Raises:
+        UserError: a line is not an example or does not fit.
     """
-    bits = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
-    order = np.argsort(bits.random_raw(num_examples), kind="stable")
-    order.setflags(write=False)  # shared by all callers
-    return order
+    if completion_length is not None and not 0 < completion_length <= seq_length:
+        raise UserError(
+            f"--sft-completion-length {completion_length} must lie between 1 and "
+            f"--seq-length {seq_length}"
+        )
+    tokens, starts, prompts, num_skipped = array("i"), array("q", [0]), array("q"), 0
+    for example in read_examples(path, tokenizer, ids, spelled):
+        if len(example.completion) - 1 == completion_length:
+            # It fills the fixed length: there is no room for an end of sequence, and no need.
+            example = replace(example, completion=example.completion[:-1])
+        problem = _misfit(example, seq_length, completion_length)
+        if problem and not skip_long:
+            raise UserError(f"{path}:{example.line}: {problem} or pass --sft-skip-long")
+        if problem:
+            num_skipped += 1
+            continue
+        tokens.extend(example.prompt + example.completion)
+        starts.append(len(tokens))
+        prompts.append(len(example.prompt))
+    if not prompts:
+        raise UserError(
+            f"{path}: none of the {num_skipped} examples fits; raise --seq-length "
+            f"{seq_length} or --sft-completion-length {completion_length}"
+        )
+    return SftRows(
+        path=str(path),
+        ids=ids,
+        seq_length=seq_length,
+        completion_length=completion_length,
+        tokens=np.array(tokens, dtype=np.int32),
+        starts=np.array(starts, dtype=np.int64),
+        prompt_lengths=np.array(prompts, dtype=np.int64),
+        num_skipped=num_skipped,
+    )
 
 
 def read_examples(

@@ -21,7 +21,8 @@ from megatron_espo.plan.text import plan_report
 from megatron_espo.recipes import expand_recipes
 from megatron_espo.startup.arguments import config_from_args, plan_arguments
 from megatron_espo.startup.setup import pad_multiple
-from megatron_espo.tasks import load_task
+from megatron_espo.supervised.rows import planned_rows
+from megatron_espo.tasks import Blend, Task, load_task
 
 Prepare = Callable[[argparse.Namespace], None]
 
@@ -46,15 +47,16 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     with quiet():
         args = plan_arguments(argv, prepare, world_size)
         stages = count_parameters(args)
+        rows = planned_rows(args)
     args.dry_run_gpus_per_node = positive_number(os.environ, "GPUS_PER_NODE", 8)
-    espo, rollout = None, None
+    espo, rollout, task = None, None, None
     if entry_point(module) == "espo":
         espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
-        load_task(espo.task, flag="--espo-task")
+        task = load_task(espo.task, flag="--espo-task")
     gpu_memory = config_from_args(LaunchConfig, args).dry_run_gpu_memory * GB
-    plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args))
+    plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args), rows)
     print(plan_report(plan, espo, rollout))
-    print(_files(args), flush=True)
+    print(_files(args, task, rows is not None), flush=True)
     if is_simulation(args):
         peaks = [memory.peak for memory in plan.memory]
         simulate(module, argv, args, args.dry_run_gpus_per_node, peaks)
@@ -63,8 +65,8 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     return plan
 
 
-def _files(args: argparse.Namespace) -> str:
-    """Say which of the run's files are here; their contents are not read."""
+def _files(args: argparse.Namespace, task: Task | None, read: bool) -> str:
+    """Say which of the run's files are here, and whether fine-tuning's data was read."""
     named = {
         "--tokenizer-model": args.tokenizer_model,
         "--espo-train-data": args.espo_train_data,
@@ -72,7 +74,13 @@ def _files(args: argparse.Namespace) -> str:
         "--sft-train-data": args.sft_train_data,
         "--sft-valid-data": args.sft_valid_data,
     }
-    here = {flag: Path(path).exists() for flag, path in named.items() if path is not None}
+    here = {}
+    for flag, path in named.items():
+        if path is not None:
+            files = [path]
+            if isinstance(task, Blend) and flag.startswith("--espo-"):
+                files = list(task.files(path, flag).values())
+            here[flag] = all(Path(file).exists() for file in files)
     for path in args.data_path or []:
         if not path.replace(".", "").isdigit():
             here["--data-path"] = Path(f"{path}.idx").exists() and here.get("--data-path", True)
@@ -80,6 +88,8 @@ def _files(args: argparse.Namespace) -> str:
         here["--pretrained-checkpoint"] = has_checkpoint(args.pretrained_checkpoint)
     missing = [flag for flag, found in here.items() if not found]
     line = "Not checked: the contents of tokenizer, data and checkpoints"
+    if read:
+        line = "Not checked: the contents of checkpoints, and of data but --sft-train-data"
     if missing:
         line += f"; not found on this machine: {', '.join(missing)}"
     return line + "."

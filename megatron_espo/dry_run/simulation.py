@@ -370,6 +370,9 @@ def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
         updates = min(_UPDATES, args.espo_updates_per_rollout)
         changes += ["--espo-num-rollouts", "1", "--espo-reward-workers", "0"]
         return [*changes, "--espo-updates-per-rollout", str(updates)]
+    if args.sft_epochs:
+        # The data that its steps are counted from need not be here.
+        changes += ["--sft-epochs", "0", "--train-iters", str(args.train_iters)]
     batches = simulated_batches(args)
     rows = args.micro_batch_size * args.data_parallel_size
     changes += ["--exit-interval", str(_UPDATES), "--eval-iters", str(min(args.eval_iters or 0, 1))]

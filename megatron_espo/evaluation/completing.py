@@ -1,7 +1,7 @@
 """Held-out accuracy of a policy on a task."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_espo.config import RolloutConfig
 from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.errors import UserError
+from megatron_espo.evaluation.problems import blend_of
 from megatron_espo.evaluation.scoring import (
     completion_lengths,
     decode_completions,
@@ -108,6 +109,14 @@ def complete_problems(
     )
 
 
+class TaskResult(NamedTuple):
+    """Means over the held-out problems of one task of several."""
+
+    accuracy: float
+    reward: float
+    num_problems: int
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Means over all held-out problems, equal on all ranks.
@@ -120,6 +129,7 @@ class Evaluation:
         nfe: mean model evaluations per completion.
         tokens_per_step: tokens that a model evaluation committed on average.
         confidence: mean probability of the committed tokens.
+        by_task: of several tasks, those that have held-out problems.
     """
 
     accuracy: float
@@ -129,6 +139,7 @@ class Evaluation:
     nfe: float
     tokens_per_step: float
     confidence: float
+    by_task: Mapping[str, TaskResult] = field(default_factory=dict)
 
 
 def evaluate_task(
@@ -162,7 +173,9 @@ def evaluate_task(
     layout = model.layout
     mine = [(i, 0) for i in range(layout.dp_rank, len(examples), layout.dp_size)]
     greedy = config.greedy()
-    sums, mistake = torch.zeros(9, dtype=torch.float64), None
+    blend = blend_of(task)
+    names = list(blend.parts) if blend else []
+    sums, mistake = torch.zeros(9 + 3 * len(names), dtype=torch.float64), None
     try:
         scored = complete_problems(
             model, task, examples, encoded, mine, tokenizer, greedy, seed, on_step
@@ -179,9 +192,15 @@ def evaluate_task(
         sums[5] = float(scored.num_evaluations.sum())
         sums[6] = float(scored.num_committed.sum())
         sums[7] = float(scored.mean_confidence.double().sum())
+        for place, name in enumerate(names):
+            own = [score for score in scored.scores if score.task == name]
+            found = (sum(s.correct for s in own), sum(s.reward for s in own), len(own))
+            sums[9 + 3 * place : 12 + 3 * place] = torch.tensor(found, dtype=torch.float64)
     # One copy of the model may be interrupted when another is not: the flag travels with the sums.
     totals = sum_over_data_parallel(on_device(sums, model.device), layout).tolist()
-    correct, reward, length, count, interrupted, evaluations, committed, confidence, wrong = totals
+    of_all, of_tasks = totals[:9], totals[9:]
+    correct, reward, length, count, interrupted, evaluations, committed, confidence, wrong = of_all
+    parts = zip(names, of_tasks[::3], of_tasks[1::3], of_tasks[2::3], strict=True)
     if wrong:
         raise_on_all(mistake, layout)
     if interrupted:
@@ -194,4 +213,5 @@ def evaluate_task(
         nfe=evaluations / count,
         tokens_per_step=committed / evaluations,
         confidence=confidence / count,
+        by_task={name: TaskResult(c / n, r / n, int(n)) for name, c, r, n in parts if n},
     )

@@ -4,15 +4,32 @@ import argparse
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_espo.config import EspoConfig
 from megatron_espo.data.encoding import PromptEncoder
 from megatron_espo.errors import UserError
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.sandbox.run import ACCEPT
-from megatron_espo.tasks import Task, load_task
+from megatron_espo.tasks import Blend, Task, load_task
 from megatron_espo.tasks.base import Example, read_examples, start_line
+from megatron_espo.tasks.blend import of_task
+
+
+class Share(NamedTuple):
+    """The problems of one task of several: a stretch of all problems.
+
+    Attributes:
+        task: its name.
+        weight: how many prompts are of it, relative to the others.
+        first: place of its first problem.
+        size: number of its problems.
+    """
+
+    task: str
+    weight: float
+    first: int
+    size: int
 
 
 @dataclass(frozen=True)
@@ -22,10 +39,12 @@ class TaskData:
     Attributes:
         examples: the problems.
         encoded: their prompts.
+        shares: of several tasks, what is of which; empty with one.
     """
 
     examples: Sequence[Example]
     encoded: Sequence[tuple[int, ...]]
+    shares: Sequence[Share] = ()
 
 
 def load_workers(espo: EspoConfig) -> Task:
@@ -49,17 +68,30 @@ def load_workers(espo: EspoConfig) -> Task:
     return RewardWorkers(task, espo.task, espo.reward_workers, espo.reward_timeout)
 
 
+def blend_of(task: Task) -> Blend | None:
+    """Return the tasks that a task is made of, with or without workers; None for a single one."""
+    inner = task.task if isinstance(task, RewardWorkers) else task
+    return inner if isinstance(inner, Blend) else None
+
+
 def load_task_data(
-    task: Task, path: str | None, tokenizer: Any, args: argparse.Namespace, count: int = 0
+    task: Task,
+    path: str | None,
+    tokenizer: Any,
+    args: argparse.Namespace,
+    count: int = 0,
+    *,
+    training: bool = False,
 ) -> TaskData | None:
     """Read a task's problems and tokenize their prompts.
 
     Args:
         task: the task.
-        path: JSONL file, or None.
+        path: JSONL file, or None; with several tasks a list of them (tasks.blend).
         tokenizer: the tokenizer.
         args: Megatron's arguments.
-        count: most problems to take; 0 takes all.
+        count: most problems to take, of each task; 0 takes all.
+        training: whether they are to train on: then each of several tasks must have some.
 
     Returns:
         The data, or None without a path.
@@ -69,13 +101,27 @@ def load_task_data(
     """
     if path is None:
         return None
-    examples = read_examples(task, path)
-    examples = examples[:count] if count else examples
     room = args.seq_length - args.rollout_completion_length
     encoder = PromptEncoder(
         tokenizer, args.prompt_special_tokens, args.mask_token_id, args.stop_token_ids
     )
-    return TaskData(examples, encode_examples(encoder, examples, room, path))
+    blend = blend_of(task)
+    if blend is None:
+        examples = read_examples(task, path)
+        examples = examples[:count] if count else examples
+        return TaskData(examples, encode_examples(encoder, examples, room, path))
+    all_examples: list[Example] = []
+    all_encoded: list[tuple[int, ...]] = []
+    shares = []
+    flag = "--espo-train-data" if training else "--espo-eval-data"
+    for name, file in blend.files(path, flag, every_task=training).items():
+        part = blend.parts[name]
+        examples = read_examples(part.task, file)
+        examples = examples[:count] if count else examples
+        shares.append(Share(name, part.weight, len(all_examples), len(examples)))
+        all_encoded += encode_examples(encoder, examples, room, file)
+        all_examples += [of_task(name, example) for example in examples]
+    return TaskData(all_examples, all_encoded, shares)
 
 
 def encode_examples(

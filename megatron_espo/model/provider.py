@@ -41,6 +41,9 @@ def model_provider(
     # Megatron waits for the device after each exchange between pipeline stages, for the sake of a
     # bug in old versions of PyTorch (its own words); a denoising step has several of them.
     config.batch_p2p_sync = False
+    # Stages then tell each other the shape of what they send. Not an argument of Megatron's: its
+    # config refuses it beside the default of a setting for mixtures of experts.
+    config.variable_seq_lengths = getattr(args, "variable_widths", False)
     with_te = args.transformer_impl == "transformer_engine"
     # Frozen weights have no buffer to add a gradient to.
     adapted = lora_settings(args).rank is not None

@@ -23,11 +23,13 @@ _SILENT = {
 _LEFT_OUT = ("consumed samples", "global batch size")
 
 
-def training_line(line: str) -> str | None:
+def training_line(line: str, epoch: int | None = None, epochs: float = 0.0) -> str | None:
     """Shorten a line for the console.
 
     Args:
         line: as Megatron prints it.
+        epoch: examples of an epoch; None leaves out how many of them are done.
+        epochs: epochs of the run, or 0 where its steps are what is given.
 
     Returns:
         What the console shows, or None.
@@ -38,7 +40,7 @@ def training_line(line: str) -> str | None:
     text = _TIME.sub("", line).strip()
     step = _ITERATION.match(text)
     if step is not None:
-        return _short_step(text, int(step[1]), int(step[2]))
+        return _short_step(text, int(step[1]), int(step[2]), epoch, epochs)
     if text.endswith("will start from random"):
         return "No checkpoint to go on from: what is trained begins anew."
     if _FOLLOWED.match(text):
@@ -46,7 +48,7 @@ def training_line(line: str) -> str | None:
     return own_lines(line)
 
 
-def _short_step(text: str, done: int, total: int) -> str:
+def _short_step(text: str, done: int, total: int, epoch: int | None, epochs: float) -> str:
     """Keep of an iteration's line what changes, and add the time left."""
     fields = dict[str, str]()
     for part in text.split("|")[1:]:
@@ -55,6 +57,9 @@ def _short_step(text: str, done: int, total: int) -> str:
             fields[name.strip()] = value.strip()
     milliseconds = fields.pop("elapsed time per iteration (ms)", None)
     shown = [f"iteration {done}/{total}"]
+    if epoch is not None and fields.get("consumed samples", "").isdigit():
+        of_all = f"/{epochs:g}" if epochs else ""
+        shown.append(f"epoch {int(fields['consumed samples']) / epoch:.2f}{of_all}")
     shown += [
         f"{name}: {value}"
         for name, value in fields.items()

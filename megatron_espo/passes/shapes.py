@@ -10,6 +10,8 @@ short list that is the same for the whole run:
   --seq-length allows down to the completion's, in equal ratios: 16 shapes at most.
 * Passes of a rollout have every second of these widths, and a full micro-batch of rows, a third,
   an eighth or a sixteenth of one: 32 shapes at most.
+* Micro-batches of fine-tuning, whose rows differ most, have 32 widths between the shortest and the
+  longest row of the data.
 
 A denoising step cuts its rows into such passes (generation/cut.py). docs/performance.md counts
 shapes and padding. With --seq-length 656 and completions of 256 a row of an ELBO is at most 6% too
@@ -32,19 +34,22 @@ def round_up(width: int, multiple: int) -> int:
     return -(-width // multiple) * multiple
 
 
-def few_widths(shortest: int, longest: int, multiple: int) -> tuple[int, ...]:
+def few_widths(
+    shortest: int, longest: int, multiple: int, number: int = _NUM_WIDTHS
+) -> tuple[int, ...]:
     """Spread a few widths evenly, by their ratio, over all that rows can have.
 
     Args:
         shortest: positions of the shortest row.
         longest: positions of the longest row.
         multiple: widths are multiples of this.
+        number: how many they are at most.
 
     Returns:
         Widths in ascending order; the last one holds the longest row.
     """
-    ratio = max(longest / shortest, 1.0) ** (1 / _NUM_WIDTHS)
-    steps = (round(longest / ratio**i) for i in range(_NUM_WIDTHS))
+    ratio = max(longest / shortest, 1.0) ** (1 / number)
+    steps = (round(longest / ratio**i) for i in range(number))
     return tuple(sorted({round_up(step, multiple) for step in steps}))
 
 

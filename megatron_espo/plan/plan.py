@@ -22,6 +22,32 @@ PEAK_FLOPS = 1e12 * dict(PEAK_TFLOPS)["H100"]["16-bit"]
 
 
 @dataclass(frozen=True)
+class PlannedRows:
+    """Fine-tuning rows as they will be computed, from the data.
+
+    Attributes:
+        num_examples: examples of an epoch.
+        mean_length: tokens of a row on average, what fills it up included.
+        mean_maskable: tokens of a completion on average.
+        longest: tokens of the longest row.
+        longest_maskable: tokens of the longest completion.
+        shares: how large a share of the rows is computed at which width.
+    """
+
+    num_examples: int
+    mean_length: float
+    mean_maskable: float
+    longest: int
+    longest_maskable: int
+    shares: dict[int, float]
+
+    @property
+    def mean_width(self) -> float:
+        """Positions that are computed of a row on average."""
+        return sum(width * share for width, share in self.shares.items())
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run will need.
 
@@ -34,6 +60,7 @@ class Plan:
         flops: operations of a rollout with its updates by phase, or None for other jobs.
         step_flops: operations of one optimizer step (of a whole rollout's share with ESPO).
         num_steps: optimizer steps of the run.
+        rows: what fine-tuning's data is like, where it was read.
     """
 
     args: argparse.Namespace
@@ -44,6 +71,7 @@ class Plan:
     flops: RolloutFlops | None
     step_flops: float
     num_steps: int
+    rows: PlannedRows | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -95,6 +123,7 @@ def make_plan(
     rollout: RolloutConfig | None,
     gpu_memory: float,
     pad_multiple: int = 1,
+    sft_rows: PlannedRows | None = None,
 ) -> Plan:
     """Work a run out.
 
@@ -105,6 +134,7 @@ def make_plan(
         rollout: sampling settings; None likewise.
         gpu_memory: bytes of one GPU.
         pad_multiple: ESPO pads the positions of its rows to a multiple of this.
+        sft_rows: what fine-tuning's data is like; None plans for rows of --seq-length.
 
     Returns:
         The plan.
@@ -130,22 +160,37 @@ def make_plan(
         flops = rollout_flops(dimensions, args.seq_length, espo, rollout)
         step_flops = flops.total / espo.updates_per_rollout
     else:
-        rows = args.micro_batch_size
-        batch = args.global_batch_size
-        maskable = args.seq_length
-        if args.sft_train_data is not None and args.sft_completion_length:
-            maskable = args.sft_completion_length
-        passes = Passes(
-            rows=rows,
-            positions=args.seq_length,
-            # At most all of them: the share is drawn from (0, 1).
-            head_rows=rows * maskable,
-            num_batches=batch // (rows * args.data_parallel_size),
-        )
-        step_flops = training_flops(dimensions, batch, args.seq_length, batch * maskable / 2)
+        passes, step_flops = _supervised(args, dimensions, sft_rows)
     memory = [plan_memory(args, stage, passes, index) for index, stage in enumerate(stages)]
     steps = args.train_iters or (args.train_samples or 0) // args.global_batch_size
-    return Plan(args, stages, memory, gpu_memory, passes, flops, step_flops, steps)
+    return Plan(args, stages, memory, gpu_memory, passes, flops, step_flops, steps, sft_rows)
+
+
+def _supervised(
+    args: argparse.Namespace, dimensions: ModelDimensions, sft: PlannedRows | None
+) -> tuple[Passes, float]:
+    """Size the passes of pre-training and fine-tuning, and count the operations of a step."""
+    batch = args.global_batch_size
+    length = maskable = args.seq_length
+    if args.sft_train_data is not None and args.sft_completion_length:
+        maskable = args.sft_completion_length
+    mean_maskable, shares = float(maskable), {length: 1.0}
+    if sft is not None:
+        # The widest micro-batch is what must fit.
+        length, maskable = max(sft.shares), sft.longest_maskable
+        mean_maskable, shares = sft.mean_maskable, sft.shares
+    passes = Passes(
+        rows=args.micro_batch_size,
+        positions=length,
+        # At most all of them: the share is drawn from (0, 1).
+        head_rows=args.micro_batch_size * maskable,
+        num_batches=batch // (args.micro_batch_size * args.data_parallel_size),
+    )
+    flops = sum(
+        training_flops(dimensions, batch * share, width, batch * share * mean_maskable / 2)
+        for width, share in shares.items()
+    )
+    return passes, flops
 
 
 def _sampled_rows(args: argparse.Namespace, espo: EspoConfig, rollout: RolloutConfig) -> int:

@@ -156,14 +156,37 @@ def _rollout(plan: Plan, espo: EspoConfig, rollout: RolloutConfig) -> list[str]:
 
 
 def _steps(plan: Plan) -> list[str]:
-    args, passes = plan.args, plan.passes
+    args, passes, rows = plan.args, plan.passes, plan.rows
     tokens = args.global_batch_size * args.seq_length
+    positions = f"{args.seq_length} positions = {tokens:,} tokens"
+    described = []
+    if rows is not None:
+        tokens = round(args.global_batch_size * rows.mean_length)
+        padding = 100 * (1 - rows.mean_length / rows.mean_width)
+        positions = f"{rows.mean_length:.0f} tokens on average = {tokens:,} tokens"
+        described = [
+            f"Rows: {rows.num_examples:,} examples, the longest row {rows.longest} tokens; "
+            f"{padding:.1f}% of what is computed is padding, at --seq-length {args.seq_length} it "
+            f"would be {100 * (1 - rows.mean_length / args.seq_length):.1f}%"
+        ]
+    elif args.sft_train_data is not None:
+        positions = f"at most {positions}, the data not being read"
     seconds = plan.step_flops / args.world_size / PEAK_FLOPS
     return [
-        f"Step: {args.global_batch_size} rows x {args.seq_length} positions = {tokens:,} tokens, "
+        *described,
+        f"Step: {args.global_batch_size} rows x {positions}, "
         f"{passes.num_batches} micro-batches of {passes.rows} rows on a data-parallel rank",
         f"Operations of a step: {plan.step_flops:.3e}: {seconds:.1f} s at an H100's bf16 peak, "
         "which no run reaches",
-        f"Run: {plan.num_steps} optimizer steps, {plan.num_steps * tokens:,} tokens, "
-        f"{plan.num_steps * plan.step_flops:.3e} operations",
+        _run(plan, tokens),
     ]
+
+
+def _run(plan: Plan, tokens: int) -> str:
+    """What a whole run of so many tokens a step takes, as far as its steps are known."""
+    if plan.args.sft_epochs and plan.rows is None:
+        return f"Run: {plan.args.sft_epochs:g} epochs; how many steps they are the data decides"
+    return (
+        f"Run: {plan.num_steps} optimizer steps, {plan.num_steps * tokens:,} tokens, "
+        f"{plan.num_steps * plan.step_flops:.3e} operations"
+    )

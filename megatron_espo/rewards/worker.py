@@ -15,7 +15,7 @@ from dataclasses import asdict
 
 from megatron_espo.errors import UserError
 from megatron_espo.sandbox.jail.channel import receive, send
-from megatron_espo.tasks import BUILT_IN, Example, load_task
+from megatron_espo.tasks import BUILT_IN, Blend, Example, load_task
 from megatron_espo.tasks.checking import checked_score
 
 OUT_OF_MEMORY = 77
@@ -53,7 +53,8 @@ def main(fd: int, parent: int) -> None:
     except Exception as error:
         send(connection, _failure(error))
         return
-    if setup["task"] in BUILT_IN:
+    names = task.spellings() if isinstance(task, Blend) else [setup["task"]]
+    if BUILT_IN.keys() >= set(names):
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     send(connection, {"ready": True})

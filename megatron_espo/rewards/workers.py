@@ -15,6 +15,7 @@ from typing import NamedTuple
 from megatron_espo.errors import UserError
 from megatron_espo.sandbox.jail.channel import receive, send
 from megatron_espo.tasks.base import Example, Score, Task, start_line
+from megatron_espo.tasks.blend import named_task
 
 _ATTEMPTS = 2  # of a completion whose worker dies: the first death may not be its fault
 _START_SECONDS = 120.0  # importing a user's task may take long
@@ -228,7 +229,8 @@ class RewardWorkers:
                 if self._closed:
                     break
                 self._crashes += 1
-        return Score(reward=0.0, correct=False, metrics={})
+        task = named_task(self.task, job.example)
+        return Score(reward=0.0, correct=False, metrics={}, task=task)
 
     def _worker(self, number: int) -> _Worker:
         if number not in self._workers:

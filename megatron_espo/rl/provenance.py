@@ -92,7 +92,7 @@ def check_provenance(
         return
     number = step // espo.updates_per_rollout
     prompts = prompts_of_rollout(
-        number, espo.prompts_per_rollout, data.examples, data.encoded, seed
+        number, espo.prompts_per_rollout, data.examples, data.encoded, seed, data.shares
     )
     if prompts_digest(prompts) != in_hand["prompts"]:
         raise UserError(

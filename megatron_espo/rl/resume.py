@@ -46,6 +46,7 @@ def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> R
         "rewards": [float(score.reward) for score in rollout.scores],
         "correct": [bool(score.correct) for score in rollout.scores],
         "metrics": [dict(score.metrics) for score in rollout.scores],
+        "tasks": [score.task for score in rollout.scores],
         "elbo_old": _stack(prepared.elbo_old),
         "elbo_ref": _stack(prepared.elbo_ref),
     }
@@ -54,7 +55,7 @@ def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> R
         shares = [None] * layout.dp_size
         dist.all_gather_object(shares, share, group=layout.dp)
     record: RolloutRecord = {"prompts": prompts}
-    for name in ("rewards", "correct", "metrics"):
+    for name in ("rewards", "correct", "metrics", "tasks"):
         record[name] = [value for part in shares for value in part[name]]
     for name in ("completions", *_SAMPLING):
         record[name] = torch.cat([part[name] for part in shares])
@@ -86,12 +87,10 @@ def restore_rollout(
     n = len(prompts) * espo.group_size
     rows = slice(model.layout.dp_rank * n, (model.layout.dp_rank + 1) * n)
     completions = record["completions"][rows]
-    scores = [
-        Score(reward, correct, metrics)
-        for reward, correct, metrics in zip(
-            record["rewards"][rows], record["correct"][rows], record["metrics"][rows], strict=True
-        )
-    ]
+    # A record from before there could be several tasks names none.
+    tasks = record.get("tasks") or [None] * len(record["rewards"])
+    columns = [record["rewards"], record["correct"], record["metrics"], tasks]
+    scores = [Score(*score) for score in zip(*(column[rows] for column in columns), strict=True)]
     rollout = assemble_rollout(
         model,
         prompts,

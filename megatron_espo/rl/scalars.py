@@ -137,7 +137,15 @@ def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Colum
         Columns, equal on all ranks.
     """
     groups = rollout.rewards.view(-1, espo.group_size)
-    metrics = sorted({name for score in rollout.scores for name in score.metrics})
+    own: dict[str, list[float]] = {}
+    for score in rollout.scores:
+        # Metrics of several tasks stay apart.
+        within = "" if score.task is None else f"{score.task}/"
+        for name, value in score.metrics.items():
+            own.setdefault(f"metric/{within}{name}", []).append(value)
+        if score.task is not None:
+            own.setdefault(f"reward of {score.task}", []).append(score.reward)
+            own.setdefault(f"correct of {score.task}", []).append(float(score.correct))
     return gather_columns(
         {
             "reward": rollout.rewards.tolist(),
@@ -149,10 +157,7 @@ def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Colum
             "committed": rollout.num_committed.double().tolist(),
             "confidence": rollout.mean_confidence.double().tolist(),
             "work": rollout.work.tolist(),
-            **{
-                f"metric/{name}": [s.metrics[name] for s in rollout.scores if name in s.metrics]
-                for name in metrics
-            },
+            **own,
         },
         layout,
     )
@@ -179,9 +184,7 @@ def rollout_scalars(
         "reward/mean": float(columns["reward"].mean()),
         "reward/std": float(columns["reward"].std()),
         "reward/correct": float(columns["correct"].mean()),
-        # Runs of several tasks in one TensorBoard stay apart.
-        f"reward/by_task/{task}/mean": float(columns["reward"].mean()),
-        f"reward/by_task/{task}/correct": float(columns["correct"].mean()),
+        **_by_task(columns, task),
         "reward/zero_std_groups": float(columns["no_spread"].mean()),
         **{
             f"reward/{name.removeprefix('metric/')}": float(values.mean())
@@ -200,6 +203,26 @@ def rollout_scalars(
         ),
         **{f"time/{name}": value for name, value in seconds.items()},
     }
+
+
+def _by_task(columns: Columns, task: str) -> dict[str, float]:
+    """Summarise rewards task by task: those of a run of several, or of several runs."""
+    tasks = [name.removeprefix("reward of ") for name in columns if name.startswith("reward of ")]
+    if not tasks:
+        # Runs of different tasks in one TensorBoard stay apart.
+        return {
+            f"reward/by_task/{task}/mean": float(columns["reward"].mean()),
+            f"reward/by_task/{task}/correct": float(columns["correct"].mean()),
+        }
+    scalars: dict[str, float] = {}
+    for name in tasks:
+        rewards = columns[f"reward of {name}"]
+        scalars |= {
+            f"reward/by_task/{name}/mean": float(rewards.mean()),
+            f"reward/by_task/{name}/correct": float(columns[f"correct of {name}"].mean()),
+            f"reward/by_task/{name}/share": len(rewards) / len(columns["reward"]),
+        }
+    return scalars
 
 
 def failure_scalars(failures: Failures) -> dict[str, float]:
@@ -235,10 +258,16 @@ def console_line(number: int, total: int, scalars: Mapping[str, float], time_lef
         if name.startswith("time/")
     }
     phases = ", ".join(f"{name} {value:.2f}" for name, value in times.items())
+    # Of several tasks only those have a share.
+    shares = [name.removesuffix("/share") for name in scalars if name.endswith("/share")]
+    tasks = ", ".join(
+        f"{tag.removeprefix('reward/by_task/')} {100 * scalars[f'{tag}/correct']:.1f}%"
+        for tag in shares
+    )
     return (
         f"rollout {number}/{total} | "
         f"reward {scalars['reward/mean']:.3f} ± {scalars['reward/std']:.3f} | "
-        f"correct {100 * scalars['reward/correct']:.1f}% | "
+        f"correct {100 * scalars['reward/correct']:.1f}%{f' ({tasks})' if tasks else ''} | "
         f"ratio {scalars['policy/ratio/min']:.3f}-{scalars['policy/ratio/max']:.3f} | "
         f"kl {scalars['policy/kl_per_token']:.2e} | grad {scalars['policy/grad_norm']:.3f} | "
         f"{sum(times.values()):.2f}s ({phases}) | left {time_left}"

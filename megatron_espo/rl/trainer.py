@@ -191,7 +191,12 @@ def _prompts(trainer: Trainer, number: int) -> list[Prompt]:
     """The prompts of a rollout, of all ranks."""
     data = trainer.train_data
     return prompts_of_rollout(
-        number, trainer.espo.prompts_per_rollout, data.examples, data.encoded, trainer.seed
+        number,
+        trainer.espo.prompts_per_rollout,
+        data.examples,
+        data.encoded,
+        trainer.seed,
+        data.shares,
     )
 
 
@@ -421,14 +426,19 @@ def _evaluate(trainer: Trainer, step: int) -> bool:
         )
     if result is None:
         return True
-    trainer.dashboard.report({"eval/accuracy": result.accuracy, "eval/reward": result.reward}, step)
+    scalars = {"eval/accuracy": result.accuracy, "eval/reward": result.reward}
+    for name, part in result.by_task.items():
+        scalars[f"eval/by_task/{name}/accuracy"] = part.accuracy
+        scalars[f"eval/by_task/{name}/reward"] = part.reward
+    trainer.dashboard.report(scalars, step)
     trainer.evaluated(step, result.accuracy)
     if trainer.model.layout.is_reporter:
         mu, last = trainer.espo.updates_per_rollout, trainer.espo.num_rollouts
         number = step // mu
         when = "before" if step == 0 else "after" if number == last else f"rollout {number}"
+        tasks = ", ".join(f"{n} {100 * p.accuracy:.1f}%" for n, p in result.by_task.items())
         say(
             f"held-out ({when}): accuracy {100 * result.accuracy:.1f}%, reward "
-            f"{result.reward:.3f} on {result.num_problems} problems"
+            f"{result.reward:.3f} on {result.num_problems} problems{f' ({tasks})' if tasks else ''}"
         )
     return False

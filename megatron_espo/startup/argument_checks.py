@@ -130,6 +130,11 @@ def check_schedule(args: argparse.Namespace) -> None:
             f"--lr-warmup-iters {args.lr_warmup_iters} must be fewer than the {steps} steps of the "
             "learning-rate schedule."
         )
+    if steps and args.lr_decay_style == "WSD" and (args.lr_wsd_decay_iters or 0) > steps:
+        raise UserError(
+            f"--lr-wsd-decay-iters {args.lr_wsd_decay_iters} must be no more than the {steps} "
+            "steps of the learning-rate schedule."
+        )
 
 
 def check_wandb(args: argparse.Namespace) -> None:

@@ -234,6 +234,20 @@ def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
     )
 
 
+def keeps_graphs(args: argparse.Namespace) -> bool:
+    """Whether attention keeps a graph for every shape of a micro-batch.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        False on a CPU, and where PyTorch's kernels attend (plain layers, context parallelism; see
+        model/attention.py).
+    """
+    with_te = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
+    return with_te and device.has_cuda()
+
+
 def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
     """Choose the widths of micro-batches: a few where attention keeps a graph for every shape.
 
@@ -241,11 +255,9 @@ def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
         args: Megatron's arguments.
 
     Returns:
-        The widths; none where any will do: on a CPU, and where PyTorch's kernels attend (plain
-        layers, context parallelism; see model/attention.py).
+        The widths; none where any will do.
     """
-    keeps_graphs = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
-    if not (device.has_cuda() and keeps_graphs):
+    if not keeps_graphs(args):
         return ()
     return few_widths(args.rollout_completion_length + 1, args.seq_length, pad_multiple(args))
 

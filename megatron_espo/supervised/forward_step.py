@@ -5,8 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.utils import unwrap_model
 from megatron.training import get_args, get_timers
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 from torch import Tensor
+from torch.nn.functional import pad
 
 from megatron_espo.config import DiffusionConfig
 from megatron_espo.diffusion.noise import Noise, bernoulli, exact_count, random_lengths
@@ -15,6 +18,7 @@ from megatron_espo.model.head import masked_cross_entropy
 from megatron_espo.parallel.layout import current_layout
 from megatron_espo.passes.batch import mask_rows
 from megatron_espo.passes.pipeline import RowBatch, run_model
+from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import Stream, stream, substream
 from megatron_espo.startup.arguments import config_from_args
 from megatron_espo.transfer import on_device
@@ -23,12 +27,15 @@ Report = dict[str, Tensor]
 LossFunction = Callable[[Tensor], tuple[Tensor, Report]]
 
 
-def forward_step(iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Tensor, LossFunction]:
+def forward_step(
+    iterator: Iterator[dict[str, Tensor]], model: Any, shapes: Shapes | None = None
+) -> tuple[Tensor, LossFunction]:
     """Run one micro-batch (Megatron's forward-step interface).
 
     Args:
         iterator: yields batches of a PretrainDataset or an SftDataset.
         model: this rank's model chunk.
+        shapes: widths that micro-batches of fine-tuning are cut to; None: those of their rows.
 
     Returns:
         The chunk's output and the loss as a function of it.
@@ -40,9 +47,11 @@ def forward_step(iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
     # and validation samples may share ids, so they are told apart by the purpose.
     key = stream(args.seed, "train-noise" if model.training else "valid-noise")
     batch, noise, maskable = noise_batch(
-        next(iterator), config, key, args.mask_token_id, args.vocab_size
+        next(iterator), config, key, args.mask_token_id, args.vocab_size, shapes
     )
     timers("batch-generator").stop()
+    if shapes is not None and model.training and (args.log_throughput or args.log_progress):
+        _count_tokens(model, batch.lengths)
     layout = current_layout()
     head = partial(masked_cross_entropy, tp_group=layout.tp)
     output = run_model(model, batch, head, config.logit_shift)
@@ -55,11 +64,14 @@ def noise_batch(
     key: Stream,
     mask_token_id: int,
     vocab_size: int,
+    shapes: Shapes | None = None,
 ) -> tuple[RowBatch, Noise, Tensor]:
     """Noise a batch of clean rows.
 
     Pre-training rows are maskable throughout, a share of them cut to a random length; fine-tuning
-    rows are maskable in the completion, its end-of-sequence padding included.
+    rows are maskable in the completion, its end-of-sequence padding included. What a row's tokens
+    are noised with does not depend on the width of the batch: a row of draws that is longer begins
+    with the same ones.
 
     Args:
         data: ``tokens`` int64 ``[b, s]``, ``sample_id`` int64 ``[b]``, and for fine-tuning
@@ -68,13 +80,14 @@ def noise_batch(
         key: random stream.
         mask_token_id: the mask token.
         vocab_size: tokens before padding.
+        shapes: widths that fine-tuning rows are cut to, which leaves out padding alone; None
+            leaves them as they are.
 
     Returns:
-        The micro-batch, its noise, and the maskable positions, bool ``[b, s]``.
+        The micro-batch, its noise, and the maskable positions, bool ``[b, w]``, w at most s.
     """
     tokens, ids = data["tokens"], data["sample_id"]
     b, s = tokens.shape
-    positions = torch.arange(s)[None]
     if "prompt_length" in data:
         starts = data["prompt_length"]
         lengths = starts + data["completion_length"]
@@ -87,6 +100,9 @@ def noise_batch(
         # There is no hidden state before position 0 to predict it from. A sample cut to one
         # token would have nothing left to predict.
         starts, lengths = starts.clamp(min=1), lengths.clamp(min=2)
+    if shapes is not None and "prompt_length" in data:
+        tokens = tokens[:, : shapes.width(int(lengths.max()))]
+    positions = torch.arange(tokens.size(1))[None]
     maskable = (positions >= starts[:, None]) & (positions < lengths[:, None])
     noise_key = substream(key, config.forward_process)
     if config.forward_process == "bernoulli":
@@ -96,6 +112,17 @@ def noise_batch(
     whole_rows = torch.zeros(b, dtype=torch.int64)
     batch = mask_rows(tokens, lengths, noise.mask_indices, whole_rows, mask_token_id, vocab_size)
     return batch, noise, maskable
+
+
+def _count_tokens(model: Any, lengths: Tensor) -> None:
+    """Let Megatron's count of operations go by what rows hold, not by --seq-length.
+
+    Args:
+        model: the model chunk; of several virtual stages the first one counts.
+        lengths: int64 ``[b]``.
+    """
+    if not unwrap_model(model).vp_stage:
+        update_seqlen_stats_from_cu_seqlens(pad(lengths.cumsum(0), (1, 0)))
 
 
 def _loss(

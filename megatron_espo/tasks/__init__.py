@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import cast
@@ -21,10 +22,12 @@ from megatron_espo.tasks.base import (
     Task,
     read_jsonl,
 )
+from megatron_espo.tasks.blend import Blend, load_blend
 
 __all__ = [
     "BUILT_IN",
     "SPLITS",
+    "Blend",
     "ChatMessage",
     "DemonstratingTask",
     "Example",
@@ -49,17 +52,20 @@ def load_task(name: str, *, flag: str = "--task") -> Task:
 
     Args:
         name: A built-in name; a file, "FILE.py"; or the import path of a module,
-            "my_package.my_task". ":attribute" after either names an object in it.
+            "my_package.my_task". ":attribute" after either names an object in it. Several with
+            their weights, "gsm8k:2,countdown:1", are a blend.
         flag: What the user set, for the errors.
 
     Returns:
-        The module or object, checked to have the attributes of `Task`.
+        The module or object, checked to have the attributes of `Task`; or the blend.
 
     Raises:
         UserError: There is no such task, or what was found is not one.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
+    if "," in name:
+        return load_blend(name, partial(load_task, flag=flag), flag)
     found = _import(name, flag)
     if inspect.isclass(found):
         raise UserError(f"{flag} {name}: is a class; name an instance of it or a module")

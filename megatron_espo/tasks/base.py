@@ -51,11 +51,13 @@ class Score:
         correct: Exact success; held-out accuracy counts this.
         metrics: Extra finite numbers to log, by name; the mean over the completions that have one
             is reported, as reward/NAME. Names of `checking.RESERVED_METRICS` are taken.
+        task: Which of several tasks judged (see `tasks.blend`); None with one.
     """
 
     reward: float
     correct: bool
     metrics: Mapping[str, float]
+    task: str | None = None
 
 
 class Task(Protocol):

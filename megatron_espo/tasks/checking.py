@@ -51,7 +51,7 @@ def checked_score(task: str, example: Example, score: object) -> Score:
             raise UserError(f"{where}: {what} is {_shown(value)}; make it a finite number")
     metrics = {name: float(value) for name, value in score.metrics.items()}
     try:
-        return Score(float(score.reward), bool(score.correct), metrics)
+        return Score(float(score.reward), bool(score.correct), metrics, score.task)
     except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{where}: correct is {_shown(score.correct)}; make it True or False"

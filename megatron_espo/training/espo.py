@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
     espo = config_from_args(EspoConfig, args)
     task = load_workers(espo)
     tokenizer = load_tokenizer(args.tokenizer_model)
-    train_data = load_task_data(task, espo.train_data, tokenizer, args)
+    train_data = load_task_data(task, espo.train_data, tokenizer, args, training=True)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
     made_with = settings_of(espo, args.seed, tokenizer)

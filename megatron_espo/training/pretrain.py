@@ -6,6 +6,7 @@ with ``--sft-train-data FILE`` it fine-tunes on JSONL instead.
 
 import argparse
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -19,16 +20,16 @@ from megatron.training.training import pretrain
 from megatron_espo.checkpoint.retention import Keeper
 from megatron_espo.checkpoint.tracker import checkpoint_folder, resumed_iteration
 from megatron_espo.config import SftConfig
-from megatron_espo.console import say
+from megatron_espo.console import filter_lines, say
 from megatron_espo.data.atomic_folder import full_disk_named
 from megatron_espo.data.corpus import split_spans
 from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
-from megatron_espo.data.sft import SftDataset
-from megatron_espo.data.tokenizer import load_tokenizer, special_ids
+from megatron_espo.data.sft_dataset import SftDataset
 from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import around_each_save
-from megatron_espo.model import fp8
 from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
+from megatron_espo.monitor.training_lines import training_line
+from megatron_espo.passes.shapes import Shapes
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, stored_arguments
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
@@ -39,6 +40,14 @@ from megatron_espo.startup.setup import (
     sequence_split,
 )
 from megatron_espo.supervised.forward_step import forward_step
+from megatron_espo.supervised.rows import (
+    epoch_steps,
+    is_readable,
+    row_shapes,
+    rows_of,
+    sft_dataset,
+    width_multiple,
+)
 from megatron_espo.training import entry
 
 
@@ -53,8 +62,13 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     """
     if args.seq_length is None or args.micro_batch_size is None:
         raise UserError("--seq-length and --micro-batch-size are missing; pass both.")
-    if not args.train_iters and not args.train_samples and not args.skip_train:
-        raise UserError("--train-iters is missing: how many steps to train.")
+    sft = config_from_args(SftConfig, args)
+    sft.validate()
+    if not (args.train_iters or args.train_samples or args.skip_train or sft.epochs):
+        raise UserError(
+            "--train-iters is missing: how many steps to train; or --sft-epochs with "
+            "--sft-train-data."
+        )
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
@@ -65,15 +79,15 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--global-batch-size {args.global_batch_size} is not a multiple of --micro-batch-size "
             f"{args.micro_batch_size} x {rows // args.micro_batch_size} data-parallel ranks."
         )
-    split = sequence_split(args)
-    needed = split * (fp8.alignment(args.fp8_recipe) if args.fp8 else 1)
+    split, needed = sequence_split(args), width_multiple(args)
     if args.seq_length % needed:
         recipe = f" and --fp8-recipe {args.fp8_recipe}" if args.fp8 else ""
         raise UserError(
             f"--seq-length {args.seq_length} is not a multiple of {needed}, which {split} ranks "
             f"that share a row{recipe} need; change it."
         )
-    sft = config_from_args(SftConfig, args)
+    if sft.epochs:
+        _settle_epochs(args, args.global_batch_size or rows)
     is_split = sft.train_data is None and args.split is not None
     if is_split and not args.skip_train and split_spans(args.split)[0] is None:
         raise UserError(f"--split {args.split} leaves no document to train on; change it.")
@@ -84,6 +98,18 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     if args.eval_interval is None:
         args.eval_interval = max(args.train_iters or 1, 1)
     check_schedule(args)
+
+
+def _settle_epochs(args: argparse.Namespace, batch: int) -> None:
+    """Set the number of steps from --sft-epochs; a plan does without the data."""
+    # Where a file is missing, a plan says so, and the start of a run refuses.
+    examples = len(rows_of(args, args.sft_train_data)) if is_readable(args) else None
+    args.train_iters = epoch_steps(args, examples or batch, batch)
+    if examples is not None and int(os.environ.get("RANK", "0")) == 0:
+        say(
+            f"{args.sft_epochs:g} epochs of {examples:,} examples: {args.train_iters:,} steps of "
+            f"{batch} examples."
+        )
 
 
 def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = None) -> Datasets:
@@ -102,26 +128,11 @@ def build_datasets(num_samples: Sequence[int | None], vp_stage: int | None = Non
     if sft.train_data is None:
         return pretrain_datasets_from_args(args, (train, valid, test), get_tokenizer())
 
-    tokenizer = load_tokenizer(args.tokenizer_model)
-
-    def dataset(path: str, count: int | None, split: Split) -> SftDataset:
-        return SftDataset(
-            path,
-            tokenizer,
-            special_ids(tokenizer, args.mask_token_id),
-            seq_length=args.seq_length,
-            completion_length=sft.completion_length,
-            num_samples=count,
-            seed=args.seed,
-            shuffle=split is Split.train,
-            skip_long=sft.skip_long,
-            split=split,
-            spelled=args.prompt_special_tokens,
-        )
-
     return (
-        dataset(sft.train_data, train, Split.train),
-        dataset(sft.valid_data, valid, Split.valid) if sft.valid_data and valid != 0 else None,
+        sft_dataset(args, sft.train_data, train, Split.train),
+        sft_dataset(args, sft.valid_data, valid, Split.valid)
+        if sft.valid_data and valid != 0
+        else None,
         None,
     )
 
@@ -145,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     Args:
         args: Megatron's arguments, checked.
     """
-    _check_data(args)
+    shapes = _check_data(args)
     around_each_save(partial(_saving, args, open_keeper(args)))
     with own_save_folder(args):
         # Only now is the checkpoint the last one of a run that was still ending.
@@ -156,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
             config,
             build_datasets,
             ModelType.encoder_or_decoder,
-            forward_step,
+            partial(forward_step, shapes=shapes),
             build_model,
             store=store,
         )
@@ -196,13 +207,45 @@ def _saving(args: argparse.Namespace, keeper: Keeper | None) -> Iterator[None]:
         keeper.saved(args.iteration, args.rank == 0)
 
 
-def _check_data(args: argparse.Namespace) -> None:
-    """Read the data once before any rank waits for another, so that a bad file ends all ranks."""
+def _check_data(args: argparse.Namespace) -> Shapes | None:
+    """Read the data once before any rank waits for another, so that a bad file ends all ranks.
+
+    Returns:
+        The widths of fine-tuning's micro-batches; None for pre-training, whose rows are full.
+    """
     if args.sft_train_data is None:
+        return None
+    _check_continued(args)
+    built = build_datasets((1, 1 if args.sft_valid_data else 0, 0))
+    sets = [data for data in built if isinstance(data, SftDataset)]
+    for data in sets:
+        if args.rank == 0 and data.rows.num_skipped:
+            say(f"{data.rows.path}: {data.rows.num_skipped} examples that do not fit are left out.")
+    if not sets:  # a simulated job's
+        return Shapes(width_multiple(args), (args.seq_length,))
+    filter_lines(partial(training_line, epoch=len(sets[0].rows), epochs=args.sft_epochs))
+    shapes = row_shapes(args, sets)
+    args.variable_widths = args.pipeline_model_parallel_size > 1 and shapes.widths != (
+        args.seq_length,
+    )
+    return shapes
+
+
+def _check_continued(args: argparse.Namespace) -> None:
+    """Refuse to go on with rows that are filled up in another way than those of the run so far."""
+    if not resumed_iteration(args):
         return
-    for data in build_datasets((1, 1 if args.sft_valid_data else 0, 0)):
-        if args.rank == 0 and isinstance(data, SftDataset) and data.num_skipped:
-            say(f"{data.path}: {data.num_skipped} examples that do not fit are left out.")
+    stored = stored_arguments(checkpoint_folder(args.load, resumed_iteration(args)))
+    for name, before in (("sft_completion_length", None), ("sft_longest_of", 0)):
+        theirs, ours = getattr(stored, name, before), getattr(args, name)
+        if name == "sft_longest_of" and args.sft_completion_length is not None:
+            continue
+        if getattr(stored, "sft_train_data", None) is not None and theirs != ours:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(
+                f"--load {args.load}: the run was saved with {flag} {theirs}, here it is {ours}; "
+                f"pass the same, or begin a run with --pretrained-checkpoint {args.load}."
+            )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
 from weakref import WeakSet
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from conftest import WORLD, Built, build_layout
 from layouts import CASES, Case, record
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
+from megatron.core.utils import get_model_config, unwrap_model
+from megatron.training import training as megatron_training
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
@@ -26,6 +28,7 @@ from megatron_espo.plan.memory import Passes, cache_memory
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
 from megatron_espo.rl.update import accumulate_gradient
+from megatron_espo.supervised import forward_step as supervised
 from megatron_espo.supervised.forward_step import forward_step
 
 TOLERANCE = 1e-5
@@ -105,7 +108,7 @@ def reference(tokenizer_folder: str, flags: list[str], shift: bool) -> Expected:
     solo = build_layout(tokenizer_folder, 1, 1, tuple(flags), solo=True)
     losses, gradients = {}, {}
     for sft in (False, True):
-        losses[sft] = pretrain_loss(solo, 4, sft)
+        losses[sft] = pretrain_loss(solo, pretrain_batches(solo, 4, sft))
         gradients[sft] = gradients_of(solo)
     elbo = elbo_of(solo)
     tokens = shared_by_ranks(samplers(shift), lambda name: tokens_of(solo, SAMPLERS[name]))
@@ -426,18 +429,40 @@ def assert_gradients_close(
         assert_close(compared.name, "gradient", gradient[:262], expected[name][:262], name)
 
 
-def pretrain_loss(built: Built, micro: int, extra_sft: bool) -> float:
-    """The reported loss over eight rows, through Megatron's schedule."""
+def pretrain_rows(extra_sft: bool) -> dict[str, Tensor]:
+    """Eight rows; of fine-tuning with 3 to 37 of 40 positions."""
     tokens = (uniform(stream(4, "rows"), torch.arange(N), 40) * 250).long()
     data = {"tokens": tokens, "sample_id": torch.arange(N)}
     if extra_sft:
-        data |= {"prompt_length": torch.arange(N), "completion_length": torch.full((N,), 20)}
-    rows = own_rows(built)
-    data = {name: value[rows] for name, value in data.items()}
+        lengths = torch.tensor([20, 2, 35, 11, 7, 29, 16, 5])
+        data |= {"prompt_length": torch.arange(N) % 5, "completion_length": lengths}
+    return data
+
+
+def pretrain_batches(built: Built, micro: int, extra_sft: bool) -> list[dict[str, Tensor]]:
+    """This data-parallel rank's rows as they come."""
+    data = {name: value[own_rows(built)] for name, value in pretrain_rows(extra_sft).items()}
     share = N // built.model.layout.dp_size
-    batches = [
+    return [
         {name: value[i : i + micro] for name, value in data.items()} for i in range(0, share, micro)
     ]
+
+
+def batches_by_length(built: Built, micro: int) -> list[dict[str, Tensor]]:
+    """Fine-tuning's rows the longest first, each rank taking its turn, as a training has them."""
+    data, layout = pretrain_rows(True), built.model.layout
+    order = (data["prompt_length"] + data["completion_length"]).argsort(descending=True)
+    turns = order.split(micro)[layout.dp_rank :: layout.dp_size]
+    return [{name: value[turn] for name, value in data.items()} for turn in turns]
+
+
+def pretrain_loss(
+    built: Built,
+    batches: list[dict[str, Tensor]],
+    step: Callable[..., Any] = forward_step,
+) -> float:
+    """The reported loss over eight rows, through Megatron's schedule."""
+    micro = batches[0]["tokens"].size(0)
     chunks = list(built.model.chunks)
     for chunk in chunks:
         chunk.train()
@@ -445,7 +470,7 @@ def pretrain_loss(built: Built, micro: int, extra_sft: bool) -> float:
     built.args.random_length_probability = 0.3
     iterators = [iter(batches) for _ in chunks]
     reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
+        forward_step_func=step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),
@@ -465,7 +490,34 @@ def pretrain_loss(built: Built, micro: int, extra_sft: bool) -> float:
 
 @pytest.mark.parametrize("sft", [False, True], ids=["pretrain", "sft"])
 def test_pretraining_does_not_depend_on_layout(compared: Compared, sft: bool) -> None:
-    actual = pretrain_loss(compared.built, compared.case.micro, sft)
+    batches = pretrain_batches(compared.built, compared.case.micro, sft)
+    actual = pretrain_loss(compared.built, batches)
     assert_close(compared.name, "loss", actual, compared.expected.losses[sft])
     gradients = gradients_of(compared.built)
     assert_gradients_close(compared, gradients, compared.expected.loss_gradients[sft])
+
+
+def test_cut_rows_train_as_padded_ones(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows by length, micro-batches as wide as their longest; pipeline stages tell the shapes."""
+    built, data = compared.built, pretrain_rows(True)
+    batches = batches_by_length(built, compared.case.micro)
+    monkeypatch.setattr(get_model_config(built.model.chunks[0]), "variable_seq_lengths", True)
+    monkeypatch.setattr(built.args, "log_throughput", True)
+    widths, noise = set(), supervised.noise_batch
+
+    def noise_batch(*args: Any) -> Any:
+        made = noise(*args)
+        widths.add(made[0].tokens.size(1))
+        return made
+
+    monkeypatch.setattr(supervised, "noise_batch", noise_batch)
+    shapes = Shapes(built.model.pad_multiple)
+    actual = pretrain_loss(built, batches, partial(forward_step, shapes=shapes))
+    assert_close(compared.name, "loss", actual, compared.expected.losses[True])
+    gradients = gradients_of(built)
+    assert_gradients_close(compared, gradients, compared.expected.loss_gradients[True])
+    assert max(widths) <= 40 and (len(batches) == 1 or len(widths) > 1)
+    # What Megatron counts operations by.
+    lengths = (data["prompt_length"] + data["completion_length"]).double()
+    counted = megatron_training.consume_seqlen_stats_in_iteration()
+    assert counted == (lengths.sum().item(), lengths.square().sum().item())

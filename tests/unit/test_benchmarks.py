@@ -55,6 +55,17 @@ def test_both_sides_give_equal_tokens_elbos_and_gradients(tmp_path: Path) -> Non
         assert name in printed
 
 
+def test_cut_rows_train_a_model_as_padded_ones_do(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    options = "--shape smoke --seq-length 256 --steps 3 --batch 8 --pairs 1 --threads 1 --out"
+    printed = run("benchmarks.sft_rows", *options.split(), str(out))
+    report = json.loads(out.read_text())
+    losses = report["losses"]
+    assert report["largest difference of a loss"] < 1e-5 and "| cut" in printed
+    # Three steps of gradient descent: the curve goes down on both sides.
+    assert len(losses["cut"]) == 3 and losses["cut"][2] < losses["cut"][0]
+
+
 def test_rounding_of_logits_is_told_from_other_rounding() -> None:
     options = "--shape smoke --completions 2 --length 16".split()
     printed = run("benchmarks.logit_rounding", *options).splitlines()

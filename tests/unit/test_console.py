@@ -48,6 +48,12 @@ def test_of_megatrons_lines_the_console_shows_what_a_person_follows(line: str) -
     assert training_line(line) == LINES[line]
 
 
+def test_a_line_of_fine_tuning_says_how_many_epochs_are_done() -> None:
+    shown = str(training_line(STEP.format(0), epoch=1500, epochs=3.0))
+    assert shown.startswith("iteration 120/400 | epoch 2.56/3 | learning rate")
+    assert "| epoch 2.56 |" in str(training_line(STEP.format(0), epoch=1500))
+
+
 def noisy() -> None:
     print("many\narguments")
     sys.stderr.write("half a ")

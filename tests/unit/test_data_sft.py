@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 
 from megatron_espo.data.encoding import encode_prompt
 from megatron_espo.data.jsonl import read_jsonl
-from megatron_espo.data.sft import SftDataset, epoch_order, read_examples
+from megatron_espo.data.sft import read_examples, read_rows
+from megatron_espo.data.sft_dataset import SftDataset, epoch_order
 from megatron_espo.data.tokenizer import byte_tokenizer, special_ids
 
 TOKENIZER = byte_tokenizer()
@@ -33,8 +34,13 @@ def pair(prompt: str, completion: str) -> dict[str, str]:
     return {"prompt": prompt, "completion": completion}
 
 
+READ = ("seq_length", "completion_length", "skip_long")
+
+
 def rows(path: Path, **settings: Any) -> SftDataset:
-    return SftDataset(path, TOKENIZER, IDS, **{"seq_length": 12, **settings})
+    settings = {"seq_length": 12, **settings}
+    read = {name: settings.pop(name) for name in READ if name in settings}
+    return SftDataset(read_rows(path, TOKENIZER, IDS, **read), **settings)
 
 
 def test_a_row_is_prompt_completion_end_of_sequence_padding(tmp_path: Path) -> None:
@@ -42,12 +48,12 @@ def test_a_row_is_prompt_completion_end_of_sequence_padding(tmp_path: Path) -> N
     tokenizer.pad_token = "<|startoftext|>"
     ids = special_ids(tokenizer)
     path = write(tmp_path / "a.jsonl", [pair("ab", "xyz")])
-    row = SftDataset(path, tokenizer, ids, seq_length=12, completion_length=6)[0]
+    row = SftDataset(read_rows(path, tokenizer, ids, seq_length=12, completion_length=6))[0]
     assert row["tokens"].tolist() == [97, 98, 120, 121, 122, EOS, EOS, EOS, 258, 258, 258, 258]
     assert (row["prompt_length"], row["completion_length"], row["sample_id"]) == (2, 6, 0)
 
 
-def test_without_a_completion_length_the_completion_takes_the_rest(tmp_path: Path) -> None:
+def test_rows_that_are_filled_up_are_all_as_long_as_the_sequence(tmp_path: Path) -> None:
     row = rows(write(tmp_path / "a.jsonl", [pair("ab", "xyz")]), seq_length=8)[0]
     assert row["tokens"].tolist() == [97, 98, 120, 121, 122, EOS, EOS, EOS]
     assert (row["prompt_length"], row["completion_length"]) == (2, 6)
@@ -134,8 +140,8 @@ def test_what_does_not_fit_is_refused_by_line_or_left_out_and_counted(
     with pytest.raises(ValueError, match=rf"a\.jsonl:{line}: .*{message}"):
         rows(path, **settings)
     data = rows(path, **settings, skip_long=True, shuffle=False)
-    assert data.num_skipped + data.num_examples == 3
-    assert data.num_skipped == (1 if line == 3 else 2)
+    assert data.rows.num_skipped + len(data.rows) == 3
+    assert data.rows.num_skipped == (1 if line == 3 else 2)
     assert data[0]["tokens"][:6].tolist() == [97, 98, 120, 121, 122, EOS]
 
 

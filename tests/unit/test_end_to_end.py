@@ -76,15 +76,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fine_tune(folder: Path, name: str, program: Sequence[str], *flags: str) -> None:
-    """Fine-tune from nothing for six steps."""
+    """Fine-tune from nothing for three epochs of 64 examples: six steps."""
     demonstrations = str(folder / "data/demonstrations.jsonl")
-    run(
+    printed = run(
         *TORCHRUN, *program, *model(folder), "--sft-train-data", demonstrations,
         "--sft-valid-data", demonstrations, "--sft-completion-length", "16",
-        "--micro-batch-size", "8", "--global-batch-size", "32", "--train-iters", "6",
+        "--micro-batch-size", "8", "--global-batch-size", "32", "--sft-epochs", "3",
         "--eval-iters", "1", "--eval-interval", "3", "--lr", "2e-3", "--save", str(folder / name),
         *flags,
     )  # fmt: skip
+    assert "3 epochs of 64 examples: 6 steps of 32 examples." in printed
 
 
 def model(folder: Path) -> list[str]:
@@ -207,12 +208,49 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
     assert_same_run(folder, "parts")
 
 
-def test_the_distributed_optimizer_resumes_bit_for_bit(folder: Path) -> None:
-    flag = "--use-distributed-optimizer"
-    espo(folder, "sharded", flag)
-    espo(folder, "sharded-parts", flag, "--exit-interval", "3")
-    espo(folder, "sharded-parts", flag)
+@pytest.fixture(scope="module")
+def two_tasks(folder: Path) -> list[str]:
+    """Flags of a run of sudoku and countdown, its problems in a file of each."""
+    given = {"train": ["sudoku=" + str(folder / "data/train.jsonl")]}
+    given["test"] = ["sudoku=" + str(folder / "data/test.jsonl")]
+    for split, parts in given.items():
+        lines = [
+            {"numbers": [n, 3, 40], "target": 43 + n, "style": "bare"}
+            for n in range(10, 19 if split == "train" else 13)
+        ]
+        path = folder / f"countdown-{split}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        parts.append(f"countdown={path}")
+    return ["--espo-task", "sudoku:2,countdown:1", "--espo-train-data", ",".join(given["train"]),
+            "--espo-eval-data", ",".join(given["test"])]  # fmt: skip
+
+
+def test_two_tasks_and_the_distributed_optimizer_resume_bit_for_bit(
+    folder: Path, two_tasks: list[str]
+) -> None:
+    flags = ["--use-distributed-optimizer", *two_tasks]
+    printed = espo(folder, "sharded", *flags)
+    espo(folder, "sharded-parts", *flags, "--exit-interval", "3")
+    # A rollout in hand belongs to the problems of both tasks, and to their weights.
+    data = flags[flags.index("--espo-train-data") + 1]
+    swapped = data.replace("countdown-train", "countdown-test")
+    refused = espo(folder, "sharded-parts", *flags, "--espo-train-data", swapped, fails=True)
+    assert "rollout 2, which was made from other prompts" in refused
+    refused = espo(folder, "sharded-parts", *flags, "--espo-task", "sudoku,countdown:1", fails=True)
+    assert "made with --espo-task sudoku:2,countdown:1, here it is sudoku,countdown:1" in refused
+    espo(folder, "sharded-parts", *flags)
     assert_same_run(folder, "sharded-parts", whole="sharded")
+    curves = scalars(folder, "sharded")
+    shares = [
+        dict(zip(*curves[f"reward/by_task/{task}/share"], strict=True))
+        for task in ("sudoku", "countdown")
+    ]
+    # Of four prompts of a rollout; one that has none of a task reports none.
+    assert all(shares[0].get(s, 0) + shares[1].get(s, 0) == 1 for s in (2, 4, 6, 8))
+    assert curves["eval/by_task/countdown/accuracy"][0] == [0, 8]
+    assert re.search(r"on 15 problems \(sudoku .*%, countdown .*%\)", printed)
+    missing = {tag for tag in curves if not documented(tag)}
+    assert not missing, f"docs/monitoring.md does not explain {missing}"
 
 
 POISON = """
