@@ -44,8 +44,7 @@ def forward_step(iterator: Iterator[dict[str, Tensor]], model: Any) -> tuple[Ten
     )
     timers("batch-generator").stop()
     layout = current_layout()
-    head = partial(masked_cross_entropy, tp_group=layout.tp)
-    output = run_model(model, batch, head, config.logit_shift)
+    output = run_model(model, batch, masked_cross_entropy(layout.tp), config.logit_shift)
     return output, partial(_loss, noise=noise, lengths=maskable.sum(dim=1), cp_size=layout.cp_size)
 
 

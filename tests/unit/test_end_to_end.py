@@ -131,11 +131,11 @@ def espo(
 
 
 def final_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Weights, optimizer state and reference policy of the last checkpoint."""
+    """Weights, optimizer state and any reference policy of the last checkpoint."""
     assert latest_iteration(str(folder / name)) == 8
     tensors = checkpoint_tensors(str(folder / name))
     # Layers are stacked: nine tensors of weights.
-    assert sum(name.startswith("reference/") for name in tensors) == 9
+    assert sum(name.startswith("reference/") for name in tensors) in (0, 9)
     assert sum("exp_avg" in name for name in tensors) == 2 * 9
     return tensors
 
@@ -207,12 +207,32 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
     assert_same_run(folder, "parts")
 
 
-def test_the_distributed_optimizer_resumes_bit_for_bit(folder: Path) -> None:
-    flag = "--use-distributed-optimizer"
-    espo(folder, "sharded", flag)
-    espo(folder, "sharded-parts", flag, "--exit-interval", "3")
-    espo(folder, "sharded-parts", flag)
+COARSE_TASK = """
+from megatron_espo.tasks.base import Score
+from megatron_espo.tasks.sudoku import *
+from megatron_espo.tasks import sudoku
+def score(example, completion):
+    # One completion in five, and so a group of four in two, has another reward than the rest.
+    return Score(float(sum(map(ord, completion)) % 5 == 0), False, {})
+"""
+
+
+def test_distributed_optimizer_and_further_prompts_resume_bit_for_bit(folder: Path) -> None:
+    """Without a KL penalty, so that sequences are left out of backward passes, too."""
+    (folder / "coarse.py").write_text(COARSE_TASK)
+    flags = ["--use-distributed-optimizer", "--espo-task", str(folder / "coarse.py"),
+             "--espo-refill", "3", "--espo-kl-coef", "0"]  # fmt: skip
+    espo(folder, "sharded", *flags)
+    espo(folder, "sharded-parts", *flags, "--exit-interval", "3")
+    state = torch.load(folder / "sharded-parts/iter_0000003/espo/state.pt", weights_only=True)
+    assert state["rollout"]["refills"] and state["rollout"]["discarded"]["rewards"]
+    espo(folder, "sharded-parts", *flags)
     assert_same_run(folder, "sharded-parts", whole="sharded")
+    curves = scalars(folder, "sharded")
+    assert sum(curves["rollout/further_prompts"][1]) > 0
+    assert 0 < sum(curves["policy/without_backward"][1]) < 8
+    missing = {tag for tag in curves if not documented(tag)}
+    assert not missing, f"docs/monitoring.md does not explain {missing}"
 
 
 POISON = """
