@@ -213,7 +213,7 @@ from megatron_espo.tasks.sudoku import *
 from megatron_espo.tasks import sudoku
 def score(example, completion):
     # One completion in five, and so a group of four in two, has another reward than the rest.
-    return Score(float(sum(map(ord, completion)) % 5 == 0), False, {})
+    return Score(float(sum(map(ord, completion)) % 5 == 1), False, {})
 """
 
 
