@@ -128,10 +128,21 @@ def _row(seconds: dict[str, list[float]], name: str, work: Workload) -> dict[str
 
 # Whether the straightforward side runs the model once per mask.
 THEIR_UPDATES = {BASELINE: False, "one pass per mask": True}
-OUR_UPDATES = {"joint": "joint", "two-pass": "two_pass"}
+IN_CHUNKS = "default, head in chunks"
 
 
-def measure_updates(model: DiffusionModel, llama: Any, work: Workload, pairs: int) -> Report:
+def our_updates(head_chunk: int) -> dict[str, tuple[str, int | None]]:
+    """Name --espo-gradient and --head-chunk of this project's updates; the first is the default."""
+    return {
+        "default": ("auto", None),
+        "two-pass": ("two_pass", None),
+        IN_CHUNKS: ("auto", head_chunk),
+    }
+
+
+def measure_updates(
+    model: DiffusionModel, llama: Any, work: Workload, pairs: int, head_chunk: int
+) -> Report:
     """Compare the speed of the forward and backward pass of an ESPO update.
 
     Args:
@@ -139,6 +150,7 @@ def measure_updates(model: DiffusionModel, llama: Any, work: Workload, pairs: in
         llama: the same weights.
         work: sizes.
         pairs: rounds of interleaved runs.
+        head_chunk: rows of the head at a time, of the update in chunks.
 
     Returns:
         The report of each side.
@@ -151,14 +163,14 @@ def measure_updates(model: DiffusionModel, llama: Any, work: Workload, pairs: in
         for name, each in THEIR_UPDATES.items()
     }
     sides |= {
-        name: partial(workloads.our_update, model, work, gradient)
-        for name, gradient in OUR_UPDATES.items()
+        name: partial(workloads.our_update, model, work, *settings)
+        for name, settings in our_updates(head_chunk).items()
     }
     (chunk,) = unwrap_model(list(model.chunks))
     expected = sides[BASELINE]()
     reference = {name: p.grad.clone() for name, p in llama.named_parameters()}
     differences = {}
-    for name in OUR_UPDATES:
+    for name in our_updates(head_chunk):
         elbo = sides[name]()
         buffers = {n: p.main_grad for n, p in chunk.named_parameters()}
         gradients = llama_weights(model, work.shape, buffers)
@@ -169,6 +181,7 @@ def measure_updates(model: DiffusionModel, llama: Any, work: Workload, pairs: in
         assert max(differences[name].values()) < TOLERANCE, (name, differences[name])
     del reference, gradients, buffers
     seconds, _ = interleaved(sides, pairs)
+    operations = workloads.update_flops(work)
     report: Report = {}
     for name in sides:
         report[name] = {
@@ -178,18 +191,20 @@ def measure_updates(model: DiffusionModel, llama: Any, work: Workload, pairs: in
         }
         if name in differences:
             report[name]["largest difference"] = differences[name]
+        if name == "default":
+            report[name]["operations allow"] = operations[False] / operations[True]
     return report
 
 
-def update_memory(work: Workload) -> dict[str, int]:
+def update_memory(work: Workload, head_chunk: int) -> dict[str, int]:
     """Measure the peak memory of each side's updates in bytes."""
     theirs = {
         name: peak_memory(workloads.prepare_their_update, work, each)
         for name, each in THEIR_UPDATES.items()
     }
     return theirs | {
-        name: peak_memory(workloads.prepare_our_update, work, gradient)
-        for name, gradient in OUR_UPDATES.items()
+        name: peak_memory(workloads.prepare_our_update, work, *settings)
+        for name, settings in our_updates(head_chunk).items()
     }
 
 
@@ -204,6 +219,7 @@ def print_report(title: str, report: Report) -> None:
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "seconds": lambda row: str(row["seconds"]),
         "times as fast": lambda row: str(row["times as fast"]),
+        "operations allow": lambda row: f"{row['operations allow']:.2f}",
         "tokens/s": lambda row: f"{row['tokens per second']:.1f}",
         "sequences/s": lambda row: f"{row['sequences per second']:.2f}",
         "evaluations": lambda row: f"{row['model evaluations']:g}",
@@ -259,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--block-length", type=int, default=default.rollout.block_length)
     add("--denoising-steps", type=int, default=default.rollout.denoising_steps)
     add("--temperature", type=float, default=0.0, help="of the rollouts")
+    add("--head-chunk", type=int, default=128, help="rows of the update whose head is in chunks")
     add("--no-memory", action="store_true", help="leave out the memory of fresh processes")
     add("--only-memory", action="store_true", help="leave out times; may run beside other work")
     add("--default-allocator", action="store_true", help="see measure.keep_freed_memory")
@@ -307,8 +324,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         (
             "update",
             f"{work.sequences} sequences, {work.num_mc} coupled draws",
-            measure_updates,
-            update_memory,
+            partial(measure_updates, head_chunk=options.head_chunk),
+            partial(update_memory, head_chunk=options.head_chunk),
         ),
     ):
         if options.only not in (None, part) or (part == "update" and work.trained is not None):

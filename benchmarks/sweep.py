@@ -204,7 +204,7 @@ def _measure(mine: Sequence[Point], repeats: int, threads: int) -> list[float]:
             )
             start = time.perf_counter()
             if point.kind == "update":
-                our_update(model, work, "joint", point.batch)
+                our_update(model, work, "joint", sequences_per_batch=point.batch)
             else:
                 our_rollout(model, work, rollout)
             each = 1 if point.kind == "update" else point.evaluations

@@ -17,6 +17,7 @@ from megatron_espo.conversion.verification import quiet
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.monitor.flops import ModelDimensions, elbo_flops, training_flops
 from megatron_espo.passes.batch import pack_sequences, view_batches
 from megatron_espo.random import stream
 from megatron_espo.rl.update import accumulate_gradient
@@ -133,13 +134,19 @@ def make_update(work: Workload) -> Update:
 
 
 def our_update(
-    model: DiffusionModel, work: Workload, gradient: str, sequences_per_batch: int = 1
+    model: DiffusionModel,
+    work: Workload,
+    gradient: str,
+    head_chunk: int | None = None,
+    sequences_per_batch: int = 1,
 ) -> Tensor:
     """Add an update's gradient with this project; returns the ELBO draws, ``[n, m]``.
 
     A micro-batch holds all views of some sequences, by default of one.
     """
     update = make_update(work)
+    for chunk in unwrap_model(list(model.chunks)):
+        chunk.output_layer.chunk_rows = head_chunk  # as --head-chunk does
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -163,7 +170,23 @@ def our_update(
         work.rollout.completion_length,
         config,
         work.sequences,
+    ).draws
+
+
+def update_flops(work: Workload) -> dict[bool, float]:
+    """Count the operations of an update, of this project's (True) and of a straightforward one.
+
+    The latter computes all positions in all layers and the logits of all of them.
+    """
+    shape, length = work.shape, work.rollout.completion_length
+    size, heads = shape.hidden_size, shape.num_heads
+    dimensions = ModelDimensions(
+        shape.num_layers, size, 3 * size, heads, heads, size // heads, shape.vocab_size
     )
+    positions, espo = work.prompt_length + length, EspoConfig(num_mc=work.num_mc)
+    rows = work.sequences * espo.views_per_completion
+    ours = elbo_flops(dimensions, work.sequences, positions, length, espo, training_flops)
+    return {True: ours, False: training_flops(dimensions, rows, positions, rows * positions)}
 
 
 def their_update(llama: LlamaForCausalLM, work: Workload, pass_per_mask: bool) -> Tensor:
@@ -213,10 +236,12 @@ def prepare_their_rollout(work: Workload) -> Callable[[bool], Any]:
     )
 
 
-def prepare_our_update(work: Workload, gradient: str) -> Callable[[bool], Any]:
+def prepare_our_update(
+    work: Workload, gradient: str, head_chunk: int | None
+) -> Callable[[bool], Any]:
     """Build for updates; see measure.peak_memory."""
     model = work.build()
-    return lambda small: our_update(model, work.small() if small else work, gradient)
+    return lambda small: our_update(model, work.small() if small else work, gradient, head_chunk)
 
 
 def prepare_their_update(work: Workload, pass_per_mask: bool) -> Callable[[bool], Any]:

@@ -68,7 +68,7 @@ espo_rate=(--lr 3e-4 --min-lr 3e-5 --lr-decay-style cosine --lr-warmup-iters 4)
 ((${#lora[@]})) && espo_rate=(--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 4)
 prompts=32 group=8 updates=2
 espo=(--espo-prompts-per-rollout "$prompts" --espo-group-size "$group"
-  --espo-updates-per-rollout "$updates" --espo-num-mc 1 --espo-kl-coef 5e-3 --espo-gradient joint
+  --espo-updates-per-rollout "$updates" --espo-num-mc 1 --espo-kl-coef 5e-3
   --espo-eval-interval 16 --micro-batch-size 128 --adam-beta2 0.99 --weight-decay 0.01)
 # The control gets the compute of ESPO, counted in rows times model passes. Per completion of a
 # rollout: one per denoising step, then for the coupled pair of every update one pass of the

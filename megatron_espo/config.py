@@ -16,6 +16,9 @@ _OPTIONAL_INTS = {"argparse_meta": {"type": int, "nargs": "+"}}
 REFERENCE_MIX_INTERVAL = 64
 """Optimizer steps between mixes of the reference where all weights are trained (published)."""
 
+MOST_REFILLS = 2**20
+"""Largest --espo-refill: the numbers of further prompts leave room for so many in a rollout."""
+
 _STRINGS = {"argparse_meta": {"type": str, "nargs": "+"}}
 
 
@@ -145,12 +148,18 @@ class DiffusionConfig:
     gradient, as in Dream's published code, whose padding token is its end of text
     (docs/conversion.md)."""
 
+    head_chunk: int | None = None
+    """Rows of the output head whose logits stand at a time, where those of a micro-batch do not
+    fit; the backward pass computes them again. Default: all of them."""
+
     def validate(self) -> None:
         """Check the values.
 
         Raises:
             UserError: naming the flag.
         """
+        if self.head_chunk is not None and self.head_chunk < 1:
+            raise UserError(f"--head-chunk {self.head_chunk} must be at least 1 row.")
         if not 0.0 < self.mask_epsilon < 1.0:
             raise UserError(
                 f"--mask-epsilon {self.mask_epsilon} must lie between 0 and 1; use 1e-3."
@@ -364,9 +373,14 @@ class EspoConfig:
     """Estimator of the KL penalty on d = ELBO - ELBO_ref, per token: k2 = d^2/2 (paper),
     k2_unbiased = d1 d2 / 2 with independent draws, k3 = exp(-d) - 1 + d, k1 = d."""
 
-    gradient: Literal["joint", "two_pass"] = "two_pass"
-    """joint: all views of a sequence in one micro-batch. two_pass: a pass without gradients, then
-    a backward pass view by view; memory does not grow with the draws."""
+    gradient: Literal["auto", "joint", "two_pass"] = "auto"
+    """joint: all views of a sequence in one micro-batch, one pass. two_pass: a pass without
+    gradients, then a backward pass view by view; memory does not grow with the draws. auto: joint
+    where --micro-batch-size is a multiple of a sequence's views, which is its default."""
+
+    refill: int = 0
+    """Further prompts that a rollout may sample in place of those whose completions all have the
+    same reward, from which nothing is learnt; 0: none."""
 
     advantage_std_norm: bool = False
     """Divide advantages by the group's standard deviation (GRPO); the paper does not."""
@@ -425,6 +439,10 @@ class EspoConfig:
                 raise UserError(
                     f"--espo-{name.replace('_', '-')} {getattr(self, name)} must be 0 or more."
                 )
+        if not 0 <= self.refill <= MOST_REFILLS:
+            raise UserError(
+                f"--espo-refill {self.refill} must be 0 (no further prompts) to {MOST_REFILLS}."
+            )
         if self.reference_mix_interval is not None and self.reference_mix_interval < 0:
             raise UserError(
                 f"--espo-reference-mix-interval {self.reference_mix_interval} must be 0 or more."
@@ -454,3 +472,9 @@ class EspoConfig:
     def views_per_completion(self) -> int:
         """Model rows behind one ELBO: a coupled draw has two views."""
         return self.num_mc * (2 if self.elbo_estimator == "coupled" else 1)
+
+    def chosen_gradient(self, rows_per_batch: int) -> Literal["joint", "two_pass"]:
+        """Say what ``gradient`` is with micro-batches of so many views."""
+        if self.gradient != "auto":
+            return self.gradient
+        return "two_pass" if rows_per_batch % self.views_per_completion else "joint"

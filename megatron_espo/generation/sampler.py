@@ -32,6 +32,7 @@ from megatron_espo.generation.scheduler import MicroBatch, Scheduler
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.parallel.vocab import draw_tokens
+from megatron_espo.passes.head import ByRows
 from megatron_espo.passes.pipeline import RowBatch, forward_only
 from megatron_espo.passes.state import KeyValueCache
 
@@ -256,7 +257,12 @@ def _evaluate(
     results = forward_only(
         model.chunks,
         made,
-        partial(_draw, model=model, config=config),
+        ByRows(
+            partial(_draw, model=model, config=config),
+            _uniforms,
+            _drawn,
+            2 if config.guidance_scale > 0.0 else 1,
+        ),
         model.logit_shift,
         model.layout,
         # Only before the first step of a call; the next ones use the same FP8 copy of the weights.
@@ -334,7 +340,17 @@ def _use_cache(
     )
 
 
-def _draw(logits: Tensor, uniforms: Any, *, model: DiffusionModel, config: RolloutConfig) -> Tensor:
+def _uniforms(payload: Tensor) -> Tensor:
+    return payload
+
+
+def _drawn(draws: Tensor, payload: Tensor) -> Tensor:
+    return draws
+
+
+def _draw(
+    logits: Tensor, uniforms: Tensor, _: Any, *, model: DiffusionModel, config: RolloutConfig
+) -> Tensor:
     """Draw a token from each row of logits: float64 ``[4, r]``, as :func:`_evaluate` gives them."""
     logits = logits.float()
     if config.guidance_scale > 0.0:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_espo.adapters.base import adapt, lora_settings
 from megatron_espo.device import skip_interception
+from megatron_espo.model.cpu.embedding import RowwiseEmbedding
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
 from megatron_espo.model.padding_embedding import freeze_row
@@ -74,8 +75,13 @@ def model_provider(
         freeze_row(model.embedding.word_embeddings, frozen)
     if fused:
         fuse_layers(model.decoder)
+    if pre_process:
+        model.embedding.word_embeddings.__class__ = RowwiseEmbedding
     if post_process:
-        use_float_logits(model.output_layer, fused)
+        # In chunks the weight's gradient is added up in the buffer, where there is one.
+        chunk = getattr(args, "head_chunk", None)
+        model.output_layer.chunk_rows = chunk
+        use_float_logits(model.output_layer, fused or chunk is not None)
     if post_process and model.decoder.layers:
         # Recomputing the core attention would run it after the pass whose rows it selects. The
         # fused kernel keeps no scores, so that there is next to nothing to save.

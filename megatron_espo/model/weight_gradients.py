@@ -1,7 +1,8 @@
 """Weight gradients that go to Megatron's gradient buffer without a copy of their own.
 
 Megatron's column-parallel layer, which the output head is, refuses to fuse without an extension of
-apex. Transformer Engine's layers bring the kernels they need, and the head's product is made here.
+apex. Transformer Engine's layers bring the kernels they need, and the head's product is made here;
+so are those of all layers in float32 on CPUs (model/cpu/).
 
 Symbols: r rows, h hidden size, n vocabulary entries of this rank.
 """
@@ -73,11 +74,26 @@ def add_weight_gradient(weight: Tensor, gradient: Tensor, hidden: Tensor) -> Ten
         know when a bucket is complete. The weight's own memory, so that it takes none.
     """
     gradient, hidden = gradient.flatten(0, -2), hidden.flatten(0, -2)
-    places = weight.main_grad.split(_BLOCK)  # type: ignore[attr-defined]
-    for part, place in zip(gradient.split(_BLOCK, dim=1), places, strict=True):
+    buffer: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    if gradient.dtype == buffer.dtype:
+        buffer.addmm_(gradient.t(), hidden)
+        return mark_added(weight)
+    for part, place in zip(gradient.split(_BLOCK, dim=1), buffer.split(_BLOCK), strict=True):
         if part.is_cuda and part.dtype != torch.float32:
             place.add_(torch.mm(part.t(), hidden, out_dtype=torch.float32))
         else:
             place.add_(part.t().float() @ hidden.float())
+    return mark_added(weight)
+
+
+def mark_added(weight: Tensor) -> Tensor:
+    """Note that a gradient was added to a weight's buffer.
+
+    Args:
+        weight: the parameter.
+
+    Returns:
+        What to give to autograd, see :func:`add_weight_gradient`.
+    """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return weight.detach()

@@ -73,7 +73,7 @@ class Dashboard:
         espo: EspoConfig,
         rollout: RolloutConfig,
         seconds: Mapping[str, float],
-        updates: int,
+        left_out: Sequence[float],
         work: Sequence[float],
     ) -> dict[str, float]:
         """Count a rollout's operations and relate them to its seconds.
@@ -83,7 +83,8 @@ class Dashboard:
             espo: the run's settings.
             rollout: sampling settings.
             seconds: of this rank, by phase.
-            updates: optimizer steps that these seconds cover.
+            left_out: of each optimizer step that these seconds cover, the share of completions
+                that had no backward pass.
             work: what sampling passed through the model, summed over all completions (see
                 generation.sampler.Generation).
 
@@ -92,7 +93,9 @@ class Dashboard:
         """
         if self.dimensions is None:
             return {}
-        flops = rollout_flops(self.dimensions, positions, espo, rollout)
+        flops = rollout_flops(
+            self.dimensions, positions, espo, rollout, sum(left_out) / max(len(left_out), 1)
+        )
         flops = replace(flops, generation=passed_flops(self.dimensions, *work))
-        share = updates / espo.updates_per_rollout
+        share = len(left_out) / espo.updates_per_rollout
         return throughput_scalars(flops, seconds, share, self.devices, self.peak)

@@ -299,15 +299,21 @@ class RolloutFlops:
 
 
 def rollout_flops(
-    model: ModelDimensions, positions: int, espo: EspoConfig, rollout: RolloutConfig
+    model: ModelDimensions,
+    positions: int,
+    espo: EspoConfig,
+    rollout: RolloutConfig,
+    left_out: float = 0.0,
 ) -> RolloutFlops:
     """Count a rollout with its updates.
 
     Args:
         model: dimensions.
         positions: padded width of a row: the longest prompt of the rank and the completion.
-        espo: group sizes, updates, draws.
+        espo: group sizes, updates, draws; ``auto`` counts as joint, which it is unless the
+            micro-batches are smaller than a sequence's views (entry points have settled that).
         rollout: sampling settings.
+        left_out: share of the completions of an update that have no backward pass.
 
     Returns:
         Operations by phase.
@@ -317,9 +323,11 @@ def rollout_flops(
     one, trained = elbo_flops(model, *asked), elbo_flops(model, *asked, training_flops)
     # The reference policy of adapters is their base.
     ref = elbo_flops(model.base, *asked)
+    # What has no backward pass is evaluated all the same.
+    extra = 1.0 if espo.gradient == "two_pass" else left_out
     return RolloutFlops(
         generation=generation_flops(model, completions, positions, rollout),
         old_elbo=(mu - 1) * one,
         ref_elbo=mu * ref if espo.kl_coef > 0.0 else 0.0,
-        update=mu * (trained + (one if espo.gradient == "two_pass" else 0.0)),
+        update=mu * (trained * (1.0 - left_out) + one * extra),
     )

@@ -164,10 +164,32 @@ def raised_on_all(layout: Layout) -> Iterator[None]:
 def any_over_samples(vote: bool, layout: Layout, device: torch.device) -> bool:
     """Say whether any of the ranks that work on the same samples votes yes."""
     votes = torch.full((1,), int(vote), device=device)  # filled there: nothing is copied
+    _largest_over_samples(votes, layout)
+    return bool(votes.item())
+
+
+def union_over_samples(marks: Tensor, layout: Layout, device: torch.device) -> Tensor:
+    """Mark what any of the ranks that work on the same samples marks.
+
+    Args:
+        marks: bool ``[n]`` on the host.
+        layout: process groups.
+        device: where their collectives work.
+
+    Returns:
+        bool ``[n]`` on the host, the same on these ranks.
+    """
+    if layout.mp.size() == layout.cp.size() == 1:
+        return marks
+    votes = marks.int().to(device)
+    _largest_over_samples(votes, layout)
+    return votes.cpu() > 0
+
+
+def _largest_over_samples(votes: Tensor, layout: Layout) -> None:
     for group in (layout.mp, layout.cp):
         if group.size() > 1:
             dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
-    return bool(votes.item())
 
 
 def stack_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
+from megatron_espo.parallel.cross_entropy import sharded_cross_entropy
 from megatron_espo.parallel.layout import stack_over_ranks
 from megatron_espo.parallel.nucleus import keep_likeliest
 
@@ -65,8 +65,8 @@ def cross_entropy(
     Returns:
         float32 ``[r]`` with gradient to ``logits``.
     """
-    _hide_padding(logits, vocab_size, group)
-    return vocab_parallel_cross_entropy(logits.float(), targets, tp_group=group)
+    start = _hide_padding(logits, vocab_size, group)
+    return sharded_cross_entropy(logits.float(), targets, start, group)
 
 
 def draw_tokens(

@@ -5,14 +5,14 @@ of a micro-batch, r masked positions in it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.passes.pipeline import RowBatch
-from megatron_espo.passes.shapes import Shapes
+from megatron_espo.passes.shapes import Shapes, round_up
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,25 @@ def mask_rows(
     return RowBatch(noised, lengths, rows, positions, payload, padded=padded)
 
 
+def fill_up(needed: Tensor, lengths: Tensor, multiple: int) -> Tensor:
+    """Choose the sequences of a pass: those that are needed, and others that fill it up.
+
+    Args:
+        needed: bool ``[n]``.
+        lengths: int64 ``[n]``; the shortest of the others are taken.
+        multiple: how many sequences make whole micro-batches; n is a multiple of it.
+
+    Returns:
+        bool ``[n]``; True at a multiple of ``multiple`` places, at ``multiple`` at least.
+    """
+    count = max(round_up(int(needed.sum()), multiple), multiple)
+    assert count <= len(needed), (count, len(needed))
+    order = torch.where(needed, -1, lengths).argsort(stable=True)
+    chosen = torch.zeros_like(needed)
+    chosen[order[:count]] = True
+    return chosen
+
+
 def view_batches(
     sequences: Sequences,
     views: ElboViews,
@@ -150,8 +169,9 @@ def view_batches(
     rows_per_batch: int,
     *,
     same_width: bool = True,
+    chosen: Tensor | None = None,
 ) -> list[ViewBatch]:
-    """Cut all views of all sequences into micro-batches, views of a sequence side by side.
+    """Cut all views of sequences into micro-batches, views of a sequence side by side.
 
     Sequences go by length, the longest first, and a micro-batch is hardly wider than its longest:
     what would be padding is not computed. Sums over the batch do not depend on the order.
@@ -161,21 +181,23 @@ def view_batches(
         views: their masks, ``[n, m, v, l]``.
         mask_token_id: the mask token.
         vocab_size: tokens before padding.
-        rows_per_batch: R; must divide n*m*v.
+        rows_per_batch: R; must divide the number of views.
         same_width: make all micro-batches as wide as the longest sequence, as pipeline stages need
             it: they pass hidden states of one shape.
+        chosen: int64 ``[k]``, the sequences to take; None takes all.
 
     Returns:
         Micro-batches on the host; ``view_index`` says which views each holds.
     """
     per_sequence = views.weights[0].numel()
-    total = len(sequences) * per_sequence
-    assert total % rows_per_batch == 0, (total, rows_per_batch)
     masks = views.mask_indices.flatten(0, 2)
     weights = views.weights.flatten()
-    by_length = sequences.prompt_lengths.argsort(descending=True, stable=True)
+    taken = torch.arange(len(sequences)) if chosen is None else chosen
+    by_length = taken[sequences.prompt_lengths[taken].argsort(descending=True, stable=True)]
     order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
-    width, batches = sequences.tokens.size(1), []
+    assert len(order) % rows_per_batch == 0, (len(order), rows_per_batch)
+    longest = int(sequences.prompt_lengths[taken].max()) + sequences.completion_length
+    width, batches = sequences.shapes.width(longest), []
     for index in order.split(rows_per_batch):
         sequence = index // per_sequence
         starts = sequences.prompt_lengths[sequence]
@@ -190,5 +212,6 @@ def view_batches(
             mask_token_id,
             vocab_size,
         )
-        batches.append(ViewBatch(batch, index, weights[index]))
+        # Policies and passes look at the same views, one after the other.
+        batches.append(ViewBatch(replace(batch, sent={}), index, weights[index]))
     return batches

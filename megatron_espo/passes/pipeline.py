@@ -2,8 +2,8 @@
 
 A :class:`RowBatch` names the hidden states that something will be read from. The last layer leaves
 out the others after its keys and values (see passes/state.py), and on the last stage
-:func:`select_rows` (GPTModel's ``output_processor``) runs the output head on just these rows and
-hands the logits of this vocabulary shard to a function.
+:func:`select_rows` (GPTModel's ``output_processor``, passes/head.py) runs the output head on just
+these rows and hands the logits of this vocabulary shard to a function.
 
 With context parallelism each rank passes a contiguous part of the positions through the layers, and
 the rows that the head reads are collected on all of them: what is made of the logits is the same on
@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_espo.device import current_device
-from megatron_espo.parallel.context import join_context
 from megatron_espo.parallel.layout import Layout
+from megatron_espo.passes.head import ContextPart, HeadInput, LogitsFunction, select_rows
 from megatron_espo.passes.state import (
     KeyValueCache,
     PassState,
@@ -39,8 +37,6 @@ from megatron_espo.passes.state import (
     select_positions,
 )
 from megatron_espo.transfer import on_device
-
-LogitsFunction = Callable[[Tensor, Any], Tensor]
 
 # FP8 matrix products want rows in multiples of 16, those of mxfp8 of 32.
 _FP8_ROWS = 32
@@ -66,6 +62,8 @@ class RowBatch:
         cache_rows: int64 ``[b]``, the rows of the cache that these are; None for all, in order.
         padded: whether any of ``lengths`` is below the rows' positions.
         sampling: whether tokens are drawn from the pass; see :class:`PassState`.
+        sent: what passes over this batch have sent to the device before, by part of the model, for
+            batches that pass several times; None where it is made anew.
     """
 
     tokens: Tensor
@@ -78,6 +76,7 @@ class RowBatch:
     cache_rows: Tensor | None = None
     padded: bool = True
     sampling: bool = False
+    sent: "dict[Any, _Inputs] | None" = None
 
 
 def padding_mask(lengths: Tensor, s: int) -> Tensor:
@@ -105,14 +104,15 @@ def run_model(
         model: a GPTModel, possibly wrapped.
         batch: the micro-batch.
         logits_function: gets the float logits ``[r, n]`` and the batch's payload; called on the
-            last stage only, with one extra dummy row instead of none where ``r`` is 0.
+            last stage only, with one extra dummy row instead of none where ``r`` is 0. A ByRows
+            function gets them in chunks where --head-chunk says so.
         logit_shift: whether position i is predicted from the hidden state at i - 1 (Dream).
 
     Returns:
         The function's result on the last stage, hidden states elsewhere.
     """
     config = get_model_config(model)
-    inputs = on_device(_inputs(unwrap_model(model), batch, logit_shift), current_device())
+    inputs = _sent_inputs(unwrap_model(model), batch, logit_shift)
     with running(inputs.state), _rotation_by_row(config, batch.offsets is not None):
         output: Tensor = model(
             inputs.tokens,
@@ -122,24 +122,6 @@ def run_model(
             output_processor_context=(inputs.head, logits_function),
         )
     return output
-
-
-@dataclass(frozen=True)
-class _Head:
-    """What the output head reads.
-
-    Attributes:
-        num_rows: r of this rank, without those that fill them up.
-        index: int64 ``[r]``, their places among the hidden states ``[w, b]``; None where the last
-            layer gives no others.
-        part: with context parallelism, which of all rows they are.
-        payload: the batch's.
-    """
-
-    num_rows: int
-    index: Tensor | None
-    part: "_ContextPart | None"
-    payload: Any
 
 
 class _Inputs(NamedTuple):
@@ -157,7 +139,19 @@ class _Inputs(NamedTuple):
     position_ids: Tensor
     mask: Tensor
     state: PassState
-    head: _Head
+    head: HeadInput
+
+
+def _sent_inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
+    """Give what a pass needs, on the device; see ``RowBatch.sent``."""
+    # All that it depends on besides the batch: FP8 wants other numbers of rows in some passes.
+    key = (stage, bool(stage.config.fp8), logit_shift)
+    if batch.sent is not None and key in batch.sent:
+        return batch.sent[key]
+    inputs = on_device(_inputs(stage, batch, logit_shift), current_device())
+    if batch.sent is not None:
+        batch.sent[key] = inputs
+    return inputs
 
 
 def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
@@ -177,7 +171,7 @@ def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
         start = cp_group.rank() * width
         tokens = tokens[:, start : start + width]
         window = position_ids = position_ids[:, start : start + width].expand_as(tokens)
-        part = _ContextPart(
+        part = ContextPart(
             ((places >= start) & (places < start + width)).nonzero()[:, 0], rows.numel(), cp_group
         )
         rows, places = rows[part.places], places[part.places] - start
@@ -190,22 +184,8 @@ def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
     num_rows = batch.rows.numel() if part is None else part.places.numel()
-    head = _Head(num_rows, index, part, batch.payload)
+    head = HeadInput(num_rows, index, part, batch.payload)
     return _Inputs(tokens, position_ids, padding_mask(batch.lengths, s), state, head)
-
-
-class _ContextPart(NamedTuple):
-    """The selected rows that lie in this context-parallel rank's part of the positions.
-
-    Attributes:
-        places: int64 ``[k]``, their places among all selected rows.
-        num_rows: r, all selected rows.
-        group: context-parallel group.
-    """
-
-    places: Tensor
-    num_rows: int
-    group: dist.ProcessGroup
 
 
 def _select(stage: Any, tokens: Tensor, rows: Tensor, places: Tensor) -> SelectedRows | None:
@@ -235,38 +215,6 @@ def _rotation_by_row(config: Any, needed: bool) -> Iterator[None]:
         yield
     finally:
         config.apply_rope_fusion = fused
-
-
-def select_rows(
-    *,
-    hidden_states: Tensor,
-    output_layer: Any,
-    output_weight: Tensor | None,
-    context: tuple[_Head, LogitsFunction],
-    scale_logits: Callable[[Tensor], Tensor],
-    **_: Any,
-) -> Tensor:
-    """Run the output head on the rows of a :class:`RowBatch` (GPTModel's output processor)."""
-    head, logits_function = context
-    sequence_parallel = output_layer.sequence_parallel
-    if sequence_parallel:
-        # The head's copy-to-region sums the gradient over the tensor-parallel ranks; the gather
-        # then only has to split it.
-        hidden_states = gather_from_sequence_parallel_region(
-            hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
-        )
-    if head.index is not None:
-        hidden_states = hidden_states.flatten(0, 1).index_select(0, head.index)[:, None, :]
-    chosen = hidden_states[: head.num_rows]
-    if head.part is not None:
-        chosen = join_context(chosen, *head.part)
-    output_layer.sequence_parallel = False
-    try:
-        logits, _bias = output_layer(chosen, weight=output_weight)
-    finally:
-        output_layer.sequence_parallel = sequence_parallel
-    # An index would cost a second tensor of this size in the backward pass; a view costs none.
-    return logits_function(scale_logits(logits).squeeze(1), head.payload)
 
 
 def forward_only(

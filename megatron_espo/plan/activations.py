@@ -12,6 +12,7 @@ import argparse
 from dataclasses import dataclass
 
 from megatron_espo.model.shape import query_groups
+from megatron_espo.parallel.cross_entropy import BLOCK
 
 # Rows of the head's weight whose float32 gradient is held at a time: model/weight_gradients.py.
 _BLOCK = 4096
@@ -160,28 +161,37 @@ def layer_transient(sizes: Sizes, tokens: float) -> float:
     return sizes.width * tokens * needed
 
 
-def head_memory(sizes: Sizes, head_rows: float, fused: bool, frozen: bool = False) -> float:
+def head_memory(
+    sizes: Sizes, head_rows: float, fused: bool, frozen: bool = False, chunk: int | None = None
+) -> float:
     """Bytes of the head's forward and backward pass.
 
-    Logits are float32 (model/float_logits.py). Megatron's cross entropy works in place: softmax and
-    gradient take the place of the logits; the backward pass gets the gradient in its weights' type.
+    Logits are float32 (model/float_logits.py). The cross entropy works in place: its gradient takes
+    the place of the logits; the backward pass gets the gradient in its weights' type.
 
     Args:
         sizes: of the layers.
         head_rows: r.
         fused: whether the weight gradient is added to the buffer in parts.
         frozen: whether the weight has no gradient.
+        chunk: rows whose logits stand at a time; None for all.
 
     Returns:
         Bytes: logits and their gradient, states and theirs, and the weight's gradient.
     """
     entry = 4 + (sizes.width if sizes.width < 4 else 0)
+    rows = head_rows if chunk is None else min(head_rows, chunk)
+    fused = fused or chunk is not None
     of_weight = sizes.vocabulary * sizes.hidden * sizes.width
     if frozen:
         of_weight = 0.0
     elif fused:
         of_weight = min(_BLOCK, sizes.vocabulary) * sizes.hidden * 4
-    return head_rows * (sizes.vocabulary * entry + 3 * sizes.hidden * sizes.width) + of_weight
+    # What one block's exponentials take stands beside the logits, before their gradient does.
+    logits = sizes.vocabulary * rows * entry
+    block = min(sizes.vocabulary * rows, BLOCK) * 4
+    logits = max(logits, sizes.vocabulary * rows * 4 + block)
+    return logits + head_rows * 3 * sizes.hidden * sizes.width + of_weight
 
 
 def forward_memory(sizes: Sizes, tokens: float) -> float:

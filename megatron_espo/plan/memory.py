@@ -171,7 +171,10 @@ def activation_memory(
     state = sizes.width * tokens * sizes.part
     # Between stages: what came in, and the gradient that goes back.
     between = 2 * state if pp > 1 else 0.0
-    head = activations.head_memory(sizes, passes.head_rows, fused, frozen) if is_last else 0.0
+    head = 0.0
+    if is_last:
+        chunk = getattr(args, "head_chunk", None)
+        head = activations.head_memory(sizes, passes.head_rows, fused, frozen, chunk)
     transient = activations.layer_transient(sizes, tokens)
     all_kept = (number - 1) * kept + last
     # The last layer's own backward pass is that of few rows: the one before it takes most.
@@ -207,7 +210,10 @@ def rollout_memory(
         or sampling.keeps_likeliest
     )
     entry = 4 * (2 if copied or sampling.guidance_scale > 0.0 else 1)
-    logits = rows * sampling.block_length * (sizes.vocabulary * entry + sizes.hidden * sizes.width)
+    candidates = rows * sampling.block_length
+    chunk = getattr(args, "head_chunk", None)
+    shown = candidates if chunk is None else min(candidates, chunk)
+    logits = shown * sizes.vocabulary * entry + candidates * sizes.hidden * sizes.width
     layer = activations.forward_memory(sizes, rows * passes.positions / cp)
     return max(layer, logits)
 

@@ -1,7 +1,6 @@
 """ELBOs of completions under a model, in any tensor/pipeline layout."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor
 from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.model.head import masked_cross_entropy
+from megatron_espo.model.head import view_cross_entropy
 from megatron_espo.parallel.layout import broadcast_from_last_stage
-from megatron_espo.passes.batch import MaskedTargets, ViewBatch, pack_sequences, view_batches
+from megatron_espo.passes.batch import ViewBatch, pack_sequences, view_batches
 from megatron_espo.passes.pipeline import forward_only
 from megatron_espo.random import stream
 
@@ -86,45 +85,46 @@ def elbo_of_views(model: DiffusionModel, batches: list[ViewBatch], views: ElboVi
     Returns:
         float32 ``[n, m]`` on the host.
     """
+    sums = torch.zeros(views.weights.numel())
+    evaluate_views(sums, batches, model)
+    return elbo_draws(sums.view_as(views.weights), views.weights)
+
+
+def evaluate_views(values: Tensor, batches: list[ViewBatch], model: DiffusionModel) -> None:
+    """Compute the summed cross entropy of each view, without gradients.
+
+    Args:
+        values: float32 ``[n*m*v]`` on the host, see :func:`put_in_order`.
+        batches: micro-batches of some or all views.
+        model: the model.
+    """
     results = forward_only(
         model.chunks,
         [batch.batch for batch in batches],
-        partial(view_cross_entropy, tp_group=model.layout.tp),
+        view_cross_entropy(model.layout.tp),
         model.logit_shift,
         model.layout,
     )
-    sums = in_order_of_views(results, batches, model).view_as(views.weights)
-    return elbo_draws(sums, views.weights)
+    put_in_order(values, results, batches, model)
 
 
-def in_order_of_views(
-    results: Sequence[Tensor], batches: Sequence[ViewBatch], model: DiffusionModel
-) -> Tensor:
-    """Put what the last stage knows of each view in the views' order, on every rank.
+def put_in_order(
+    values: Tensor, results: Sequence[Tensor], batches: Sequence[ViewBatch], model: DiffusionModel
+) -> None:
+    """Put what the last stage knows of each view at the view's place, on every rank.
 
     Args:
+        values: float32 ``[n*m*v]`` on the host; views that no micro-batch holds stay as they are.
         results: float32 ``[R]`` per micro-batch, on the last stage; not read elsewhere.
         batches: the micro-batches.
         model: the model.
-
-    Returns:
-        float32 ``[n*m*v]`` on the host.
     """
     index = torch.cat([batch.view_index for batch in batches])
     if model.layout.is_last_stage:
         known = torch.cat(list(results))
     else:
         known = torch.empty(len(index), device=model.device)
-    values = torch.empty(len(index))
     values[index] = broadcast_from_last_stage(known, model.layout).cpu()
-    return values
-
-
-def view_cross_entropy(
-    logits: Tensor, payload: MaskedTargets, *, tp_group: torch.distributed.ProcessGroup
-) -> Tensor:
-    """Sum the cross entropy of each view: float32 ``[R]`` with gradient."""
-    return masked_cross_entropy(logits, payload, tp_group=tp_group).sum(dim=1)
 
 
 def _largest_divisor(total: int, at_most: int) -> int:

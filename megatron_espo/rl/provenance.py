@@ -14,7 +14,7 @@ from megatron_espo.data.tokenizer import FastTokenizer, vocabulary_digest
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.rl.prompts import prompts_of_rollout
-from megatron_espo.rl.types import Prompt
+from megatron_espo.rl.types import Prompt, Refill
 
 Settings = dict[str, int | str]
 """Values by flag."""
@@ -92,7 +92,13 @@ def check_provenance(
         return
     number = step // espo.updates_per_rollout
     prompts = prompts_of_rollout(
-        number, espo.prompts_per_rollout, data.examples, data.encoded, seed, data.shares
+        number,
+        espo.prompts_per_rollout,
+        data.examples,
+        data.encoded,
+        seed,
+        data.shares,
+        [Refill(*pair) for pair in in_hand.get("refills", ())],
     )
     if prompts_digest(prompts) != in_hand["prompts"]:
         raise UserError(

@@ -2,10 +2,11 @@
 
 The record lists the completions of the whole rollout in their global order, so it does not depend
 on how they were split over data-parallel ranks. Prompts and masks are not in it: they are functions
-of the run's seed and the rollout's number. A digest of the prompts is, see rl.provenance.
+of the run's seed and the rollout's number, and of which further prompts the rewards asked for
+(rl.refill). A digest of the prompts is, see rl.provenance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +20,16 @@ from megatron_espo.generation.sampler import Generation
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rl.rollout import assemble_rollout
-from megatron_espo.rl.types import PreparedRollout, Prompt
+from megatron_espo.rl.types import Discarded, PreparedRollout, Prompt, Refill
 from megatron_espo.tasks.base import Score
 
 RolloutRecord = dict[str, Any]
 
 # What sampling says of each completion besides its tokens, in Generation's order.
 _SAMPLING = ("num_evaluations", "num_committed", "mean_confidence", "work")
+# Tensors of the completions that further prompts replaced.
+_DISCARDED = ("places", "completion_lengths", *_SAMPLING)
+_SCORES = ("rewards", "correct", "metrics", "tasks")
 
 
 def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> RolloutRecord:
@@ -43,22 +47,21 @@ def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> R
     share = {
         "completions": rollout.sequences.completions(),
         **{name: getattr(rollout, name) for name in _SAMPLING},
-        "rewards": [float(score.reward) for score in rollout.scores],
-        "correct": [bool(score.correct) for score in rollout.scores],
-        "metrics": [dict(score.metrics) for score in rollout.scores],
-        "tasks": [score.task for score in rollout.scores],
+        **_columns(rollout.scores),
         "elbo_old": _stack(prepared.elbo_old),
         "elbo_ref": _stack(prepared.elbo_ref),
     }
+    if rollout.discarded is not None:
+        kept = {name: getattr(rollout.discarded, name) for name in _DISCARDED}
+        share["discarded"] = kept | _columns(rollout.discarded.scores)
     shares: list[Any] = [share]
     if layout.dp_size > 1:
         shares = [None] * layout.dp_size
         dist.all_gather_object(shares, share, group=layout.dp)
-    record: RolloutRecord = {"prompts": prompts}
-    for name in ("rewards", "correct", "metrics", "tasks"):
-        record[name] = [value for part in shares for value in part[name]]
-    for name in ("completions", *_SAMPLING):
-        record[name] = torch.cat([part[name] for part in shares])
+    record: RolloutRecord = {"prompts": prompts, "refills": [list(r) for r in rollout.refills]}
+    record |= _join(shares, ("completions", *_SAMPLING))
+    if "discarded" in share:
+        record["discarded"] = _join([part["discarded"] for part in shares], _DISCARDED)
     for name in ("elbo_old", "elbo_ref"):
         parts = [part[name] for part in shares]
         record[name] = None if parts[0] is None else torch.cat(parts, dim=1)
@@ -87,23 +90,60 @@ def restore_rollout(
     n = len(prompts) * espo.group_size
     rows = slice(model.layout.dp_rank * n, (model.layout.dp_rank + 1) * n)
     completions = record["completions"][rows]
-    # A record from before there could be several tasks names none.
-    tasks = record.get("tasks") or [None] * len(record["rewards"])
-    columns = [record["rewards"], record["correct"], record["metrics"], tasks]
-    scores = [Score(*score) for score in zip(*(column[rows] for column in columns), strict=True)]
     rollout = assemble_rollout(
         model,
         prompts,
         Generation(completions, *(record[name][rows] for name in _SAMPLING)),
         decode_completions(completions, tokenizer, model.stop_token_ids),
-        scores,
+        _scores(record)[rows],
         espo,
+        [Refill(*pair) for pair in record.get("refills", ())],
+        _discarded(record, rows, espo.group_size),
     )
     mu = espo.updates_per_rollout
     return PreparedRollout(
         rollout,
         _unstack(record["elbo_old"], rows, mu),
         _unstack(record["elbo_ref"], rows, mu),
+    )
+
+
+def _columns(scores: Sequence[Score]) -> dict[str, Any]:
+    return {
+        "rewards": [float(score.reward) for score in scores],
+        "correct": [bool(score.correct) for score in scores],
+        "metrics": [dict(score.metrics) for score in scores],
+        "tasks": [score.task for score in scores],
+    }
+
+
+def _scores(record: Mapping[str, Any]) -> list[Score]:
+    # A record from before there could be several tasks names none.
+    known = {"tasks": [None] * len(record["rewards"]), **record}
+    return [Score(*columns) for columns in zip(*(known[name] for name in _SCORES), strict=True)]
+
+
+def _join(shares: Sequence[Mapping[str, Any]], tensors: Sequence[str]) -> dict[str, Any]:
+    """Join the data-parallel ranks' columns of scores and their tensors."""
+    joined: dict[str, Any] = {
+        name: [value for part in shares for value in part[name]] for name in _SCORES
+    }
+    return joined | {name: torch.cat([part[name] for part in shares]) for name in tensors}
+
+
+def _discarded(record: Mapping[str, Any], rows: slice, group_size: int) -> Discarded | None:
+    """Take the replaced completions whose place is among this rank's rows."""
+    every = record.get("discarded")
+    if every is None:
+        return None
+    places = every["places"]
+    mine = (places * group_size >= rows.start) & (places * group_size < rows.stop)
+    index = (mine.nonzero() * group_size + torch.arange(group_size)).flatten()
+    scores = _scores(every)
+    return Discarded(
+        places=places[mine],
+        scores=[scores[i] for i in index.tolist()],
+        **{name: every[name][index] for name in _DISCARDED if name != "places"},
     )
 
 

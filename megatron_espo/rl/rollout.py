@@ -16,7 +16,7 @@ from megatron_espo.parallel.layout import Layout
 from megatron_espo.passes.batch import pack_sequences
 from megatron_espo.rewards.workers import Failures, RewardWorkers
 from megatron_espo.rl.advantages import leave_one_out
-from megatron_espo.rl.types import Prompt, Rollout
+from megatron_espo.rl.types import Discarded, Prompt, Refill, Rollout
 from megatron_espo.tasks.base import Example, Score, Task
 
 
@@ -126,6 +126,8 @@ def assemble_rollout(
     texts: Sequence[str],
     scores: Sequence[Score],
     espo: EspoConfig,
+    refills: Sequence[Refill] = (),
+    discarded: Discarded | None = None,
 ) -> Rollout:
     """Put scored completions together and compare each with its group.
 
@@ -136,11 +138,14 @@ def assemble_rollout(
         texts: the completions as text.
         scores: their scores.
         espo: group size and kind of advantage.
+        refills: further prompts among those of all ranks.
+        discarded: completions that they replaced.
 
     Returns:
         The rollout.
     """
     ids = sample_ids(prompts, espo.group_size)
+    places = model.layout.dp_rank * len(ids) + torch.arange(len(ids))
     rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
     groups = rewards.view(len(prompts), espo.group_size)
     return Rollout(
@@ -151,7 +156,7 @@ def assemble_rollout(
             model.shapes,
         ),
         sample_ids=ids,
-        indices=ids % espo.completions_per_rollout,
+        indices=places,
         scores=scores,
         rewards=rewards,
         advantages=leave_one_out(groups, espo.advantage_std_norm).flatten().float(),
@@ -161,4 +166,6 @@ def assemble_rollout(
         num_committed=generation.num_committed,
         mean_confidence=generation.mean_confidence,
         work=generation.work,
+        refills=tuple(refills),
+        discarded=discarded,
     )

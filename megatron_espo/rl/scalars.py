@@ -12,7 +12,7 @@ from megatron_espo.monitor.metrics import Columns, gather_columns, statistics
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rewards.workers import Failures
 from megatron_espo.rl.objective import EspoTerms
-from megatron_espo.rl.types import Rollout
+from megatron_espo.rl.types import Discarded, Rollout
 
 
 class Clock:
@@ -30,12 +30,15 @@ class Clock:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
 
 
-def update_columns(terms: EspoTerms, draws: Tensor, length: int, layout: Layout) -> Columns:
+def update_columns(
+    terms: EspoTerms, draws: Tensor, left_out: int, length: int, layout: Layout
+) -> Columns:
     """Gather what an optimizer step says of each completion of the global batch.
 
     Args:
         terms: loss terms of this rank's completions.
         draws: float32 ``[n, m]``, their ELBO draws under the current policy.
+        left_out: how many of them had no backward pass.
         length: completion length.
         layout: process groups.
 
@@ -50,6 +53,7 @@ def update_columns(terms: EspoTerms, draws: Tensor, length: int, layout: Layout)
             "clip_low": terms.clipped_low.double().tolist(),
             "clip_high": terms.clipped_high.double().tolist(),
             "elbo": (draws.mean(dim=1) / length).tolist(),
+            "left_out": [float(left_out)],
         },
         layout,
     )
@@ -75,6 +79,7 @@ def update_scalars(
         "policy/kl_per_token": float(columns["kl"].mean()),
         "policy/clip_fraction_low": float(columns["clip_low"].mean()),
         "policy/clip_fraction_high": float(columns["clip_high"].mean()),
+        "policy/without_backward": float(columns["left_out"].sum()) / len(columns["loss"]),
         "policy/grad_norm": float(grad_norm if grad_norm is not None else 0.0),
         "policy/learning_rate": learning_rate,
         "policy/skipped_step": float(not succeeded),
@@ -126,7 +131,7 @@ def elbo_noise_scalars(
 
 
 def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Columns:
-    """Gather what a rollout says of each of its completions.
+    """Gather what a rollout says of each of its completions, of replaced ones, too.
 
     Args:
         rollout: this rank's completions.
@@ -136,9 +141,15 @@ def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Colum
     Returns:
         Columns, equal on all ranks.
     """
-    groups = rollout.rewards.view(-1, espo.group_size)
+    # What was sampled is reported whether or not it is learnt from.
+    parts: list[Rollout | Discarded] = [rollout]
+    if rollout.discarded is not None:
+        parts.append(rollout.discarded)
+    scores = [score for part in parts for score in part.scores]
+    rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
+    groups = rewards.view(-1, espo.group_size)
     own: dict[str, list[float]] = {}
-    for score in rollout.scores:
+    for score in scores:
         # Metrics of several tasks stay apart.
         within = "" if score.task is None else f"{score.task}/"
         for name, value in score.metrics.items():
@@ -146,21 +157,24 @@ def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Colum
         if score.task is not None:
             own.setdefault(f"reward of {score.task}", []).append(score.reward)
             own.setdefault(f"correct of {score.task}", []).append(float(score.correct))
-    return gather_columns(
-        {
-            "reward": rollout.rewards.tolist(),
-            "advantage": rollout.advantages.double().tolist(),
-            "correct": [float(score.correct) for score in rollout.scores],
-            "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
-            "length": rollout.completion_lengths.double().tolist(),
-            "nfe": rollout.num_evaluations.double().tolist(),
-            "committed": rollout.num_committed.double().tolist(),
-            "confidence": rollout.mean_confidence.double().tolist(),
-            "work": rollout.work.tolist(),
-            **own,
-        },
-        layout,
-    )
+
+    def sampled(name: str) -> list[float]:
+        values: list[float] = torch.cat([getattr(part, name) for part in parts]).double().tolist()
+        return values
+
+    columns: dict[str, Sequence[float]] = {
+        "reward": rewards.tolist(),
+        "advantage": rollout.advantages.double().tolist(),
+        "correct": [float(score.correct) for score in scores],
+        "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
+        "length": sampled("completion_lengths"),
+        "nfe": sampled("num_evaluations"),
+        "committed": sampled("num_committed"),
+        "confidence": sampled("mean_confidence"),
+        "work": sampled("work"),
+        **own,
+    }
+    return gather_columns(columns, layout)
 
 
 def rollout_scalars(
@@ -179,7 +193,8 @@ def rollout_scalars(
         Named numbers; those under ``time/`` and ``performance/`` are this rank's.
     """
     seconds = clock.seconds
-    generated = espo.completions_per_rollout * length
+    generated = len(columns["reward"]) * length
+    further = len(columns["reward"]) // espo.group_size - espo.prompts_per_rollout
     return {
         "reward/mean": float(columns["reward"].mean()),
         "reward/std": float(columns["reward"].std()),
@@ -195,6 +210,7 @@ def rollout_scalars(
         "rollout/nfe": float(columns["nfe"].mean()),
         "rollout/tokens_per_step": float(columns["committed"].sum() / columns["nfe"].sum()),
         "rollout/confidence": float(columns["confidence"].mean()),
+        **({"rollout/further_prompts": float(further)} if espo.refill else {}),
         "performance/tokens_per_second": generated / sum(seconds.values()),
         **(
             {"performance/rollout_tokens_per_second": generated / max(seconds["rollout"], 1e-9)}

@@ -7,6 +7,7 @@ model passes, the optimizer, the scheduler and checkpoints.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -29,9 +30,10 @@ from megatron_espo.passes.batch import ViewBatch, view_batches
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.objective import espo_terms
-from megatron_espo.rl.prompts import prompts_of_rollout
+from megatron_espo.rl.prompts import further_prompts, prompts_of_rollout
 from megatron_espo.rl.provenance import prompts_digest
 from megatron_espo.rl.reference import Reference
+from megatron_espo.rl.refill import Completed, Refilled, refill
 from megatron_espo.rl.resume import RolloutRecord, record_rollout, restore_rollout
 from megatron_espo.rl.rollout import (
     ScoringAhead,
@@ -52,7 +54,7 @@ from megatron_espo.rl.scalars import (
     update_columns,
     update_scalars,
 )
-from megatron_espo.rl.types import PreparedRollout, Prompt, Rollout
+from megatron_espo.rl.types import PreparedRollout, Prompt, Refill, Rollout
 from megatron_espo.rl.update import accumulate_gradient, check_gradient
 from megatron_espo.tasks.base import Task
 
@@ -152,34 +154,36 @@ def train(trainer: Trainer, start: RunState) -> None:
     for number in range(start.step // mu, espo.num_rollouts):
         clock = Clock()
         first = max(start.step - number * mu, 0)
-        every = _prompts(trainer, number)
-        prompts = local_share(every, trainer.model.layout)
         if record is None:
-            rollout = _make_rollout(trainer, prompts, clock)
+            rollout = _make_rollout(trainer, number, clock)
             if rollout is None:
                 trainer.save(RunState(number * mu, watch=trainer.dashboard.watch.state()))
                 return
             noise = _draw_noise(trainer, number, rollout)
             prepared = _evaluate_frozen_policies(trainer, rollout, noise, clock)
         else:
+            refills = [Refill(*pair) for pair in record.get("refills", ())]
+            prompts = local_share(_prompts(trainer, number, refills), trainer.model.layout)
             prepared = restore_rollout(record, prompts, trainer.model, trainer.tokenizer, espo)
             noise = _draw_noise(trainer, number, prepared.rollout)
             record = None
+        left_out: list[float] = []
         for place in range(first, mu):
             prepared, scalars = _update(trainer, number, place, prepared, noise[place], clock)
+            left_out.append(scalars["policy/without_backward"])
             done = number * mu + place + 1
             if place + 1 < mu:
                 position = RunState(done)
                 stop = trainer.should_stop(done)
             else:
-                _report(trainer, number, prepared, scalars, clock, progress, mu - first)
+                _report(trainer, number, prepared, scalars, clock, progress, left_out)
                 stop = _evaluation_follows(trainer, number + 1) and _evaluate(trainer, done)
                 position = RunState(done, evaluation_due=stop)
                 stop = stop or trainer.should_stop(done)
             if stop or trainer.is_due(done):
                 inside = None
                 if place + 1 < mu:
-                    digest = prompts_digest(every)
+                    digest = prompts_digest(_prompts(trainer, number, prepared.rollout.refills))
                     inside = record_rollout(prepared, trainer.model.layout, digest)
                 watch = trainer.dashboard.watch.state()
                 trainer.save(replace(position, rollout=inside, watch=watch))
@@ -187,16 +191,11 @@ def train(trainer: Trainer, start: RunState) -> None:
                 return
 
 
-def _prompts(trainer: Trainer, number: int) -> list[Prompt]:
+def _prompts(trainer: Trainer, number: int, refills: Sequence[Refill] = ()) -> list[Prompt]:
     """The prompts of a rollout, of all ranks."""
-    data = trainer.train_data
+    data, count = trainer.train_data, trainer.espo.prompts_per_rollout
     return prompts_of_rollout(
-        number,
-        trainer.espo.prompts_per_rollout,
-        data.examples,
-        data.encoded,
-        trainer.seed,
-        data.shares,
+        number, count, data.examples, data.encoded, trainer.seed, data.shares, refills
     )
 
 
@@ -220,8 +219,34 @@ def _look_out(trainer: Trainer, what: str) -> Callable[[Tensor], None]:
     return look
 
 
-def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Rollout | None:
+def _make_rollout(trainer: Trainer, number: int, clock: Clock) -> Rollout | None:
     """Sample and score a rollout; None where the run is told to stop."""
+    espo, model = trainer.espo, trainer.model
+    completed = _complete(trainer, local_share(_prompts(trainer, number), model.layout), clock)
+    if completed is None:
+        return None
+    refilled = Refilled(completed, (), None)
+    if espo.refill:
+        data, count = trainer.train_data, espo.prompts_per_rollout
+        further = further_prompts(
+            number, count, data.examples, data.encoded, trainer.seed, data.shares
+        )
+        complete = partial(_complete, trainer, clock=clock)
+        again = refill(
+            completed, further[: espo.refill], complete, espo.group_size, model.layout,
+            model.stop_token_ids,
+        )  # fmt: skip
+        if again is None:
+            return None
+        refilled = again
+    done, refills, discarded = refilled
+    return assemble_rollout(
+        model, done.prompts, done.generation, done.texts, done.scores, espo, refills, discarded
+    )
+
+
+def _complete(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Completed | None:
+    """Sample and score completions; None where the run is told to stop."""
     espo, generation, model = trainer.espo, None, trainer.model
     examples = [prompt.example for prompt in prompts for _ in range(espo.group_size)]
     ahead = ScoringAhead(
@@ -245,14 +270,15 @@ def _make_rollout(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> 
         texts = decode_completions(generation.completions, trainer.tokenizer, model.stop_token_ids)
         with raised_on_all(model.layout):
             scores = score_completions(trainer.task, examples, texts, model.layout, ahead.futures)
-        return assemble_rollout(model, prompts, generation, texts, scores, espo)
+        return Completed(prompts, generation, texts, scores)
 
 
 class _Noise(NamedTuple):
-    """The masks of one inner update, cut into micro-batches."""
+    """The masks of one inner update, cut into micro-batches, and what cuts some of them."""
 
     views: ElboViews
     batches: list[ViewBatch]
+    recut: Callable[..., list[ViewBatch]]
 
 
 def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]:
@@ -269,7 +295,8 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
             espo.num_mc,
             independent_draws=espo.kl_estimator == "k2_unbiased",
         )
-        batches = view_batches(
+        recut = partial(
+            view_batches,
             rollout.sequences,
             views,
             trainer.model.mask_token_id,
@@ -277,7 +304,7 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
             trainer.rows_per_batch,
             same_width=trainer.model.layout.pp_size > 1,
         )
-        noise.append(_Noise(views, batches))
+        noise.append(_Noise(views, recut(), recut))
     return noise
 
 
@@ -320,9 +347,8 @@ def _update(
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         elbo_ref = prepared.elbo_ref[place]
-        passes: list[Tensor] = []
         with _fp8(trainer, "elbo"):
-            draws = accumulate_gradient(
+            draws, again, left_out = accumulate_gradient(
                 model,
                 noise.batches,
                 noise.views,
@@ -332,7 +358,7 @@ def _update(
                 length,
                 espo,
                 espo.completions_per_rollout,
-                passes.append,
+                noise.recut,
             )
         succeeded, norm, _ = trainer.optimizer.step()
         grad_norm = None if norm is None else float(norm)  # waits until the gradient is there
@@ -347,11 +373,10 @@ def _update(
         assert old is not None
         terms = espo_terms(draws, old, elbo_ref, rollout.advantages, length, espo)
     rate = float(trainer.optimizer.param_groups[0]["lr"])
-    columns = update_columns(terms, draws, length, model.layout)
+    columns = update_columns(terms, draws, left_out, length, model.layout)
     scalars = update_scalars(columns, grad_norm, bool(succeeded), rate)
     if place == 0:
         # The ratio of a rollout's first update must be 1.
-        again = passes[0] if passes else None
         scalars |= first_ratio_scalars(draws, again, length, model.layout)
     trainer.dashboard.report(scalars, step)
     if place + 1 == espo.updates_per_rollout:
@@ -371,9 +396,9 @@ def _report(
     scalars: dict[str, float],
     clock: Clock,
     progress: Progress,
-    updates: int,
+    left_out: Sequence[float],
 ) -> None:
-    """Write what a rollout did, ``updates`` of its updates in this process."""
+    """Write what a rollout did; ``left_out`` is a share of each update in this process."""
     espo, rollout, layout = trainer.espo, prepared.rollout, trainer.model.layout
     board = trainer.dashboard
     length = rollout.sequences.completion_length
@@ -384,7 +409,7 @@ def _report(
     mine |= failure_scalars(take_failures(trainer.task, layout))
     width = rollout.sequences.tokens.size(1)
     work = columns["work"].sum(axis=0).tolist()
-    mine |= board.throughput(width, espo, trainer.rollout, clock.seconds, updates, work)
+    mine |= board.throughput(width, espo, trainer.rollout, clock.seconds, left_out, work)
     mine |= board.hardware()
     board.report(mine, done)
     names = {

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -24,6 +25,44 @@ class Prompt:
     example: Example
 
 
+class Refill(NamedTuple):
+    """A prompt in the place of another one.
+
+    Attributes:
+        place: of the prompt that is replaced, among all prompts of the rollout.
+        number: of the further prompt, see `rl.prompts.further_prompts`.
+    """
+
+    place: int
+    number: int
+
+
+@dataclass(frozen=True)
+class Discarded:
+    """Completions that are not learnt from: their group, all of one reward, was replaced.
+
+    g groups of G completions, on the data-parallel rank of the place in question. The attributes
+    but the first are those of a Rollout.
+
+    Attributes:
+        places: int64 ``[g]``, among all prompts of the rollout.
+        scores: g G scores.
+        completion_lengths: int64 ``[g G]``.
+        num_evaluations: int64 ``[g G]``.
+        num_committed: int64 ``[g G]``.
+        mean_confidence: float32 ``[g G]``.
+        work: float64 ``[g G, 4]``.
+    """
+
+    places: Tensor
+    scores: Sequence[Score]
+    completion_lengths: Tensor
+    num_evaluations: Tensor
+    num_committed: Tensor
+    mean_confidence: Tensor
+    work: Tensor
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Scored completions of this data-parallel rank (made by rl.rollout, used by rl.trainer).
@@ -43,6 +82,8 @@ class Rollout:
         num_committed: int64 ``[n]``, tokens that the model decided.
         mean_confidence: float32 ``[n]``, their mean probability when they were committed.
         work: float64 ``[n, 4]``, see generation.sampler.Generation.
+        refills: the further prompts among those of all ranks.
+        discarded: the completions of this rank that they replaced; None without --espo-refill.
     """
 
     sequences: Sequences
@@ -57,6 +98,8 @@ class Rollout:
     num_committed: Tensor
     mean_confidence: Tensor
     work: Tensor
+    refills: tuple[Refill, ...] = ()
+    discarded: Discarded | None = None
 
 
 @dataclass(frozen=True)

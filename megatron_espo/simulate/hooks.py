@@ -253,8 +253,8 @@ class _Hooks:
     _real_rollout = staticmethod(trainer._make_rollout)
     _real_report = staticmethod(trainer._report)
 
-    def _prompts(self, own: Any, number: int) -> list[Prompt]:
-        prompts = self._real_prompts(own, number)
+    def _prompts(self, own: Any, number: int, refills: Any = ()) -> list[Prompt]:
+        prompts = self._real_prompts(own, number, refills)
         owner = own.model.layout.dp_rank
         room = max(len(p) for p in own.train_data.encoded)
         lengths = stand_ins.draw("length", owner, number, len(prompts), max(room // 8, 1), room)
@@ -264,11 +264,13 @@ class _Hooks:
             for prompt, length in zip(prompts, lengths.tolist(), strict=True)
         ]
 
-    def _rollout(self, own: Any, prompts: Any, clock: Any) -> Rollout | None:
+    def _rollout(self, own: Any, number: int, clock: Any) -> Rollout | None:
         """Keep as many completions as the simulated micro-batches of an update take."""
-        whole = self._real_rollout(own, prompts, clock)
+        whole = self._real_rollout(own, number, clock)
         if whole is None:
             return None
+        # Made-up rewards do not say which completions have no gradient: all of them have one.
+        whole = dataclasses.replace(whole, advantages=torch.ones_like(whole.advantages))
         views, rows = own.espo.views_per_completion, own.rows_per_batch
         n = len(whole.sample_ids)
         total = n * views // rows
@@ -350,7 +352,7 @@ def _first(rollout: Rollout, n: int) -> Rollout:
             value = dataclasses.replace(
                 value, tokens=value.tokens[:n], prompt_lengths=value.prompt_lengths[:n]
             )
-        else:
+        elif value is not None:
             value = value[:n]
         cut[field.name] = value
     return Rollout(**cut)

@@ -53,8 +53,7 @@ def forward_step(
     if shapes is not None and model.training and (args.log_throughput or args.log_progress):
         _count_tokens(model, batch.lengths)
     layout = current_layout()
-    head = partial(masked_cross_entropy, tp_group=layout.tp)
-    output = run_model(model, batch, head, config.logit_shift)
+    output = run_model(model, batch, masked_cross_entropy(layout.tp), config.logit_shift)
     return output, partial(_loss, noise=noise, lengths=maskable.sum(dim=1), cp_size=layout.cp_size)
 
 

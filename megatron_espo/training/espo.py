@@ -97,7 +97,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size} does not divide the {rows} rows of a "
             f"rank's update ({espo.completions_per_rollout // dp} completions x {views} views)."
         )
-    if espo.gradient == "joint" and args.micro_batch_size % views:
+    args.espo_gradient = espo.chosen_gradient(args.micro_batch_size)
+    if args.espo_gradient == "joint" and args.micro_batch_size % views:
         raise UserError(
             f"--espo-gradient joint keeps the {views} views of a completion together; make "
             f"--micro-batch-size {args.micro_batch_size} a multiple of {views}, or use two_pass."
@@ -218,8 +219,13 @@ def _train(
     if start.accuracy is not None:
         checkpoints.evaluated(start.step, start.accuracy)
     model = diffusion_model(chunks)
-    if model.layout.is_reporter and (line := start_line(task)):
-        say(line)
+    if model.layout.is_reporter:
+        say(
+            f"Gradients: {espo.gradient}, in micro-batches of {args.espo_rows_per_batch} views "
+            f"({espo.views_per_completion} of a completion)"
+        )
+        if line := start_line(task):
+            say(line)
     stop = StopRequest(model.layout)
     train(
         Trainer(

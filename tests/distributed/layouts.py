@@ -32,6 +32,8 @@ _SP, _DO = "--sequence-parallel", "--use-distributed-optimizer"
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 _OVERLAP = (_DO, "--overlap-grad-reduce", "--overlap-param-gather")
 _VPP = ("--num-layers-per-virtual-pipeline-stage", "1")
+# Micro-batches have more rows, and no multiple of these.
+_CHUNKS = ("--head-chunk", "5")
 
 CASES = {
     "dp 4": Case(1, 1),
@@ -58,11 +60,16 @@ CASES = {
     "tp 2, dp 2, selective recomputation": Case(
         2, 1, ("--recompute-granularity", "selective"), few_samplers=True
     ),
+    "tp 2, pp 2, sequence parallel, head in chunks": Case(2, 2, (_SP, *_CHUNKS), few_samplers=True),
+    "cp 2, dp 2, overlapped, head in chunks": Case(
+        1, 1, (*_OVERLAP, *_CHUNKS), cp=2, few_samplers=True
+    ),
     "logit shift: tp 2, sequence parallel, dp 2": Case(2, 1, (_SP,), shift=True),
     "logit shift: tp 2, pp 2": Case(2, 2, shift=True),
     "logit shift: cp 2, tp 2": Case(2, 1, cp=2, shift=True),
     "LoRA: tp 2, dp 2": Case(2, 1, lora=True, few_samplers=True),
     "LoRA: tp 4, sequence parallel": Case(4, 1, (_SP,), lora=True, few_samplers=True),
+    "LoRA: tp 2, dp 2, head in chunks": Case(2, 1, _CHUNKS, lora=True, few_samplers=True),
     "LoRA: tp 2, pp 2, full recomputation": Case(2, 2, tuple(_FULL), lora=True, few_samplers=True),
     "LoRA: pp 2 with 2 virtual stages, dp 2": Case(1, 2, _VPP, lora=True, few_samplers=True),
     "LoRA: cp 2, tp 2, sequence parallel, distributed optimizer": Case(

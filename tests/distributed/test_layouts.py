@@ -1,7 +1,7 @@
 """The same ELBOs, gradients, tokens and losses in every layout as on one rank."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, ClassVar
 from unittest import mock
@@ -43,6 +43,8 @@ class Expected:
     tokens: dict[str, Tensor]
     espo: dict[str, Tensor]
     espo_norm: float
+    few: dict[str, Tensor]
+    few_norm: float
     losses: dict[bool, float]
     loss_gradients: dict[bool, dict[str, Tensor]]
 
@@ -112,8 +114,9 @@ def reference(tokenizer_folder: str, flags: list[str], shift: bool) -> Expected:
         gradients[sft] = gradients_of(solo)
     elbo = elbo_of(solo)
     tokens = shared_by_ranks(samplers(shift), lambda name: tokens_of(solo, SAMPLERS[name]))
-    espo, norm = espo_gradient(solo, "joint", 8)
-    return Expected(elbo, tokens, espo, norm, losses, gradients)
+    espo, norm, _ = espo_gradient(solo, "joint", 8)
+    few, few_norm, _ = espo_gradient(solo, "two_pass", 8, mostly_without_gradient)
+    return Expected(elbo, tokens, espo, norm, few, few_norm, losses, gradients)
 
 
 def shared_by_ranks(names: Iterable[str], compute: Callable[[str], Tensor]) -> dict[str, Tensor]:
@@ -364,7 +367,39 @@ def gather_gradient_shards(built: Built) -> None:
                 dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
-def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[str, Tensor], float]:
+@dataclass(frozen=True)
+class Given:
+    """What an update of this rank's sequences is given besides its masks: ``[n, m]`` and ``[n]``.
+
+    The reference's ELBOs are None without a KL penalty.
+    """
+
+    elbo_old: Tensor
+    elbo_ref: Tensor | None
+    advantages: Tensor
+
+
+def with_penalty(base: Tensor, rows: slice) -> Given:
+    noise = uniform(stream(9, "elbos"), torch.arange(N), 5)[rows].float()
+    old, ref = base + noise[:, :2] - 0.5, base + 4 * noise[:, 2:4]
+    return Given(old, ref, (noise[:, 4] - 0.5) * 4)
+
+
+def mostly_without_gradient(base: Tensor, rows: slice) -> Given:
+    """Two sequences without an advantage, and two that are clipped, on one rank each of four."""
+    advantages = torch.tensor([0.0, 0.0, 1.0, -1.0, 2.0, -0.5, 0.7, -1.2])[rows]
+    ratios = torch.tensor([1.0, 0.3, 1.5, 0.5, 1.1, 0.9, 1.05, 1.4])[rows]
+    return Given(base - LENGTH * ratios.log()[:, None], None, advantages)
+
+
+def espo_gradient(
+    built: Built,
+    mode: str,
+    rows_per_batch: int,
+    give: Callable[[Tensor, slice], Given] = with_penalty,
+    leave_out: bool = False,
+) -> tuple[dict[str, Tensor], float, int]:
+    """Gradients, their norm, and how many sequences of this rank had no backward pass."""
     prompts, completions = prompts_and_completions()
     rows = own_rows(built)
     config = EspoConfig(gradient=mode, num_mc=2, kl_coef=0.05, prompts_per_rollout=4, group_size=2)
@@ -376,7 +411,8 @@ def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[st
         built.model.pad_token_id,
         Shapes(built.model.pad_multiple * 2),
     )
-    batches = view_batches(
+    recut = partial(
+        view_batches,
         sequences,
         views,
         built.model.mask_token_id,
@@ -384,39 +420,59 @@ def espo_gradient(built: Built, mode: str, rows_per_batch: int) -> tuple[dict[st
         rows_per_batch,
         same_width=built.model.layout.pp_size > 1,
     )
-    noise = uniform(stream(9, "elbos"), torch.arange(N), 5)[rows].float()
+    batches = recut()
     for chunk in built.model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
     built.optimizer.zero_grad()
     base = elbo_of_views(built.model, batches, views)
-    draws = accumulate_gradient(
-        built.model,
-        batches,
-        views,
-        base + noise[:, :2] - 0.5,
-        base + 4 * noise[:, 2:4],
-        (noise[:, 4] - 0.5) * 4,
-        LENGTH,
-        config,
-        N,
-    )
-    torch.testing.assert_close(draws, base, rtol=1e-5, atol=1e-4)
+    old, ref, advantages = (getattr(give(base, rows), field.name) for field in fields(Given))
+    found = accumulate_gradient(
+        built.model, batches, views, old, ref, advantages, LENGTH, config, N,
+        recut if leave_out else None,
+    )  # fmt: skip
+    for draws in (found.draws, *([] if found.again is None else [found.again])):
+        torch.testing.assert_close(draws, base, rtol=1e-5, atol=1e-4)
     gradients = gradients_of(built)
     # The norm alone: a step would change the weights that later tests compare with.
     built.optimizer.prepare_grads()
     norm = float(built.optimizer.get_grad_norm())
     built.optimizer.zero_grad()
-    return gradients, norm
+    return gradients, norm, found.left_out
 
 
-@pytest.mark.parametrize("mode", ["joint", "two_pass"])
+@pytest.mark.parametrize("mode", ["auto", "two_pass"])
 def test_espo_gradient_does_not_depend_on_layout(compared: Compared, mode: str) -> None:
-    views = max(compared.case.views, 4) if mode == "joint" else compared.case.views
-    actual, norm = espo_gradient(compared.built, mode, views)
-    assert compared.expected.espo_norm > 0.01
+    views = max(compared.case.views, 4) if mode == "auto" else compared.case.views
+    actual, norm, left_out = espo_gradient(compared.built, mode, views)
+    assert compared.expected.espo_norm > 0.01 and left_out == 0
     assert_close(compared.name, "norm", norm, compared.expected.espo_norm)
     assert_gradients_close(compared, actual, compared.expected.espo)
+
+
+@pytest.mark.parametrize("mode", ["auto", "two_pass"])
+def test_sequences_without_gradient_are_left_out_in_every_layout(
+    compared: Compared, mode: str
+) -> None:
+    """Of four data-parallel ranks two have nothing left; the schedule's numbers differ."""
+    built, layout = compared.built, compared.built.model.layout
+    views = max(compared.case.views, 4) if mode == "auto" else compared.case.views
+    actual, norm, left_out = espo_gradient(built, mode, views, mostly_without_gradient, True)
+    assert_close(compared.name, "norm", norm, compared.expected.few_norm)
+    assert_gradients_close(compared, actual, compared.expected.few)
+    n = N // layout.dp_size
+    rounds = layout.pp_size if len(built.model.chunks) > 1 else 1
+    # Before a pass only the advantages are known, and pipeline stages are not told of a ratio.
+    known = [0, 1] if mode == "auto" else [0, 1, 2, 3]
+    known = [i for i in known if i in range(N)[own_rows(built)]]
+    least = n - max(round_up(n - len(known), rounds), rounds)
+    if mode == "auto" and layout.pp_size == 1:
+        # All but a rank's last micro-batch, which holds its shortest sequence.
+        clipped = [i for i in (2, 3) if i in range(N)[own_rows(built)]]
+        most = least + len(clipped)
+        assert most - 1 <= left_out <= most
+    else:
+        assert left_out == least
 
 
 def assert_gradients_close(

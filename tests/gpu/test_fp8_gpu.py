@@ -55,10 +55,10 @@ def gradient(built: Built, mode: str) -> Tensor:
     views, batches = views_of(built)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
     config = replace(ESPO, gradient=mode)
-    draws = accumulate_gradient(
+    found = accumulate_gradient(
         built.model, batches, views, None, None, advantages, LENGTH, config, N
     )
-    return draws / LENGTH
+    return found.draws / LENGTH
 
 
 def logits(built: Built) -> Tensor:

@@ -72,7 +72,7 @@ def gradient(built: Built, mode: str) -> Tensor:
     config = replace(ESPO, gradient=mode)
     return accumulate_gradient(
         built.model, batches, views, None, None, advantages, LENGTH, config, N
-    )
+    ).draws
 
 
 def change(built: Built, seed: int = 3) -> None:

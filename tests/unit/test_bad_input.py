@@ -60,6 +60,8 @@ ESPO = (
         ("--espo-num-mc 1 --espo-kl-estimator k2_unbiased", 1, ("k2_unbiased", "--espo-num-mc 2")),
         ("--micro-batch-size 3", 1, ("--micro-batch-size 3", "32 rows")),
         ("--espo-gradient joint --micro-batch-size 2", 1, ("joint", "multiple of 4")),
+        ("--espo-refill -1", 1, ("--espo-refill -1", "0 (no further prompts)")),
+        ("--head-chunk 0", 1, ("--head-chunk 0", "at least 1")),
         ("--espo-prompts-per-rollout 3", 2, ("--espo-prompts-per-rollout 3", "multiple of 2")),
         ("--global-batch-size 7", 1, ("--global-batch-size 7", "leave it out")),
         ("--attention-dropout 0.1", 1, ("dropout", "--attention-dropout 0")),

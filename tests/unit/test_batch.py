@@ -5,7 +5,13 @@ import torch
 
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.model.head import masked_cross_entropy
-from megatron_espo.passes.batch import Sequences, mask_rows, pack_sequences, view_batches
+from megatron_espo.passes.batch import (
+    Sequences,
+    fill_up,
+    mask_rows,
+    pack_sequences,
+    view_batches,
+)
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream
 
@@ -70,6 +76,36 @@ def test_a_micro_batch_is_as_wide_as_its_longest_row(rows_per_batch: int, widths
     for same, expected in ((False, widths), (True, [12] * len(widths))):
         batches = view_batches(sequences(), views(), MASK, VOCAB, rows_per_batch, same_width=same)
         assert [view.batch.tokens.size(1) for view in batches] == expected
+
+
+def test_chosen_sequences_are_cut_as_if_they_were_alone() -> None:
+    every = view_batches(sequences(), views(), MASK, VOCAB, 4, same_width=False)
+    chosen = torch.tensor([0, 3])
+    for same, width in ((False, None), (True, 8)):
+        some = view_batches(sequences(), views(), MASK, VOCAB, 4, same_width=same, chosen=chosen)
+        assert len(some) == 2
+        for ours, theirs in zip(some, every[1:3], strict=True):
+            assert torch.equal(ours.view_index, theirs.view_index)
+            assert torch.equal(ours.weights, theirs.weights)
+            assert torch.equal(ours.batch.positions, theirs.batch.positions)
+            assert width is None or ours.batch.tokens.size(1) == width
+
+
+@pytest.mark.parametrize(
+    ("needed", "multiple", "chosen"),
+    [
+        ([0, 0, 0, 0], 1, [0, 1, 0, 0]),  # one in any case: the shortest
+        ([0, 1, 1, 0], 1, [0, 1, 1, 0]),
+        ([1, 0, 0, 0], 2, [1, 1, 0, 0]),
+        ([1, 1, 0, 1], 2, [1, 1, 1, 1]),
+        ([0, 0, 1, 0], 4, [1, 1, 1, 1]),
+    ],
+)
+def test_micro_batches_are_filled_up_with_the_shortest_others(
+    needed: list[int], multiple: int, chosen: list[int]
+) -> None:
+    lengths = torch.tensor([7, 5, 9, 6])
+    assert fill_up(torch.tensor(needed).bool(), lengths, multiple).int().tolist() == chosen
 
 
 def test_views_that_do_not_fill_the_micro_batches_are_refused() -> None:
@@ -138,7 +174,7 @@ def test_cross_entropy_lands_at_the_row_and_column_it_belongs_to(one_rank) -> No
     starts = torch.ones(3, dtype=torch.int64)
     batch = mask_rows(tokens, starts + 3, mask, starts, 8, vocab_size=5)
     logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
-    table = masked_cross_entropy(logits.clone(), batch.payload, tp_group=one_rank)
+    table = masked_cross_entropy(one_rank)(logits.clone(), batch.payload)
     oracle = -logits[:, :5].double().log_softmax(1)
     expected = torch.zeros(3, 3, dtype=torch.float64)
     # In order of rows and columns: token 1 of row 0, tokens 3 and 1 of row 2.
@@ -153,7 +189,7 @@ def test_a_dummy_row_has_no_loss_and_a_gradient_of_zeros(one_rank) -> None:
     starts = torch.ones(2, dtype=torch.int64)
     batch = mask_rows(tokens, starts + 3, mask, starts, 8, vocab_size=5)
     weight = torch.randn(1, 6, requires_grad=True, generator=torch.Generator().manual_seed(0))
-    table = masked_cross_entropy(weight * 2, batch.payload, tp_group=one_rank)
+    table = masked_cross_entropy(one_rank)(weight * 2, batch.payload)
     assert table.tolist() == [[0.0] * 3] * 2
     table.sum().backward()
     assert weight.grad.tolist() == [[0.0] * 6]

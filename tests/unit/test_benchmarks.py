@@ -35,7 +35,8 @@ def test_both_sides_give_equal_tokens_elbos_and_gradients(tmp_path: Path) -> Non
     out = tmp_path / "report.json"
     printed = run(
         *"benchmarks.rollout_and_elbo --shape smoke --pairs 1 --threads 1 --prompt-length 8 "
-        "--completion-length 16 --block-length 8 --denoising-steps 8 --no-memory --out".split(),
+        "--completion-length 16 --block-length 8 --denoising-steps 8 --head-chunk 5 --no-memory "
+        "--out".split(),
         str(out),
     )
     report = json.loads(out.read_text())
@@ -47,9 +48,10 @@ def test_both_sides_give_equal_tokens_elbos_and_gradients(tmp_path: Path) -> Non
     # Caches change what is attended to, not how many tokens a step commits.
     for name in ("prefix cache", "dual cache"):
         assert rollout[name]["model evaluations"] == 8
-    for name in ("joint", "two-pass"):
+    for name in ("default", "two-pass", "default, head in chunks"):
         difference = update[name]["largest difference"]
         assert 0.0 <= max(difference.values()) < 1e-5, (name, difference)
+    assert update["default"]["operations allow"] > 1.0
     assert report["machine"]["threads"] == 1
     for name in (*rollout, *update):
         assert name in printed

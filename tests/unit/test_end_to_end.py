@@ -132,11 +132,11 @@ def espo(
 
 
 def final_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """Weights, optimizer state and reference policy of the last checkpoint."""
+    """Weights, optimizer state and any reference policy of the last checkpoint."""
     assert latest_iteration(str(folder / name)) == 8
     tensors = checkpoint_tensors(str(folder / name))
     # Layers are stacked: nine tensors of weights.
-    assert sum(name.startswith("reference/") for name in tensors) == 9
+    assert sum(name.startswith("reference/") for name in tensors) in (0, 9)
     assert sum("exp_avg" in name for name in tensors) == 2 * 9
     return tensors
 
@@ -249,6 +249,34 @@ def test_two_tasks_and_the_distributed_optimizer_resume_bit_for_bit(
     assert all(shares[0].get(s, 0) + shares[1].get(s, 0) == 1 for s in (2, 4, 6, 8))
     assert curves["eval/by_task/countdown/accuracy"][0] == [0, 8]
     assert re.search(r"on 15 problems \(sudoku .*%, countdown .*%\)", printed)
+    missing = {tag for tag in curves if not documented(tag)}
+    assert not missing, f"docs/monitoring.md does not explain {missing}"
+
+
+COARSE_TASK = """
+from megatron_espo.tasks.base import Score
+from megatron_espo.tasks.sudoku import *
+from megatron_espo.tasks import sudoku
+def score(example, completion):
+    # One completion in five, and so a group of four in two, has another reward than the rest.
+    return Score(float(sum(map(ord, completion)) % 5 == 1), False, {})
+"""
+
+
+def test_distributed_optimizer_and_further_prompts_resume_bit_for_bit(folder: Path) -> None:
+    """Without a KL penalty, so that sequences are left out of backward passes, too."""
+    (folder / "coarse.py").write_text(COARSE_TASK)
+    flags = ["--use-distributed-optimizer", "--espo-task", str(folder / "coarse.py"),
+             "--espo-refill", "3", "--espo-kl-coef", "0"]  # fmt: skip
+    espo(folder, "refilled", *flags)
+    espo(folder, "refilled-parts", *flags, "--exit-interval", "3")
+    state = torch.load(folder / "refilled-parts/iter_0000003/espo/state.pt", weights_only=True)
+    assert state["rollout"]["refills"] and state["rollout"]["discarded"]["rewards"]
+    espo(folder, "refilled-parts", *flags)
+    assert_same_run(folder, "refilled-parts", whole="refilled")
+    curves = scalars(folder, "refilled")
+    assert sum(curves["rollout/further_prompts"][1]) > 0
+    assert 0 < sum(curves["policy/without_backward"][1]) < 8
     missing = {tag for tag in curves if not documented(tag)}
     assert not missing, f"docs/monitoring.md does not explain {missing}"
 

@@ -120,6 +120,30 @@ def test_feed_forward_and_plain_products_give_megatrons_logits_and_gradients(
     assert (len(gated), len(plain)) == (3, 3 * 4)
 
 
+def test_gradients_are_added_to_megatrons_buffers_where_there_are_some(
+    deep: torch.nn.Module,
+) -> None:
+    plain = logits_and_gradients(deep)
+    try:
+        for parameter in deep.parameters():
+            parameter.main_grad = torch.full_like(parameter, 0.5)
+            parameter.grad_added_to_main_grad = False
+        ours, added = logits_and_gradients(deep), set()
+        for name, parameter in deep.named_parameters():
+            if parameter.grad_added_to_main_grad:
+                added.add(name)
+                # What autograd gets takes no memory.
+                assert ours[name].data_ptr() == parameter.data_ptr()
+                ours[name] = parameter.main_grad - 0.5
+        for name, expected in plain.items():
+            difference = (ours[name] - expected).abs().max()
+            assert difference <= 1e-5 * expected.abs().max(), name
+        assert added == {name for name in plain if name.endswith("weight") and "norm" not in name}
+    finally:
+        for parameter in deep.parameters():
+            del parameter.main_grad, parameter.grad_added_to_main_grad
+
+
 @pytest.mark.parametrize(
     ("setting", "value"), [("glu_linear_offset", 1.0), ("activation_func_clamp_value", 0.01)]
 )

@@ -30,7 +30,7 @@ from megatron_espo.rl import resume, state
 from megatron_espo.rl.prompts import prompts_of_rollout
 from megatron_espo.rl.provenance import check_provenance, prompts_digest, settings_of
 from megatron_espo.rl.rollout import assemble_rollout
-from megatron_espo.rl.types import PreparedRollout, Prompt
+from megatron_espo.rl.types import Discarded, PreparedRollout, Prompt, Refill
 from megatron_espo.tasks.base import Example, Score
 
 ESPO = EspoConfig(prompts_per_rollout=4, group_size=3, updates_per_rollout=2, num_mc=2)
@@ -64,11 +64,22 @@ def prepared(dp_rank: int, dp_size: int, with_reference: bool) -> PreparedRollou
     cost = torch.arange(N)[rows]
     work = (cost[:, None] * 5 + torch.arange(4)).double()
     generation = Generation(completions[rows], cost + 9, cost + 20, cost / N, work)
+    refilled = [Refill(0, 2), Refill(2, 0)] if with_reference else []
     rollout = assemble_rollout(
-        model(dp_rank, dp_size), prompts(dp_rank, dp_size), generation, texts, scores, ESPO
-    )
+        model(dp_rank, dp_size), prompts(dp_rank, dp_size), generation, texts, scores, ESPO,
+        refilled, discarded(dp_rank, dp_size) if with_reference else None,
+    )  # fmt: skip
     old, ref = (tuple(part[:, rows]) for part in elbos)
     return PreparedRollout(rollout, old, ref if with_reference else (None, None))
+
+
+def discarded(dp_rank: int, dp_size: int) -> Discarded:
+    """Groups that were replaced: one at the first place, two at the third."""
+    places = [p for p in (0, 2, 2) if p * dp_size // 4 == dp_rank]
+    cost = torch.tensor([10 * p + i for p in places for i in range(3)]).long()
+    scores = [Score(0.0, False, {"kept": float(value)}) for value in cost.tolist()]
+    work = cost[:, None].double().expand(-1, 4)
+    return Discarded(torch.tensor(places).long(), scores, cost, cost, cost, cost / N, work)
 
 
 def same(ours: PreparedRollout, theirs: PreparedRollout) -> bool:
@@ -78,6 +89,8 @@ def same(ours: PreparedRollout, theirs: PreparedRollout) -> bool:
         all(torch.equal(getattr(ours.rollout, n), getattr(theirs.rollout, n)) for n in tensors)
         and torch.equal(ours.rollout.sequences.tokens, theirs.rollout.sequences.tokens)
         and list(ours.rollout.scores) == list(theirs.rollout.scores)
+        and str(ours.rollout.discarded) == str(theirs.rollout.discarded)
+        and ours.rollout.refills == theirs.rollout.refills
         and ours.rollout.texts == theirs.rollout.texts
         and str(ours.elbo_old) == str(theirs.elbo_old)
         and str(ours.elbo_ref) == str(theirs.elbo_ref)
@@ -245,6 +258,21 @@ def test_what_a_rollout_in_hand_was_made_with_stays(
     else:
         check(saved, step, f"--load {root}", **(RIGHT | changed))
         assert state.load_run_state(root, step, saved, None).rollout is None
+
+
+def test_further_prompts_of_a_rollout_in_hand_are_known_again(tmp_path: Path) -> None:
+    saved = state.read_state(checkpoint_at(3, tmp_path), 3)
+    own = (1, 4, DATA.examples, DATA.encoded, 1)
+    refills = [[1, 0]]
+    saved["rollout"]["refills"] = refills
+    with pytest.raises(UserError, match="other prompts"):
+        check(saved, 3, "", **RIGHT)
+    saved["rollout"]["prompts"] = prompts_digest(prompts_of_rollout(*own, [Refill(1, 0)]))
+    # How many there may be is of no account for those that there are.
+    check(saved, 3, "", **(RIGHT | {"espo": replace(ESPO, refill=5)}))
+    fewer = TaskData(DATA.examples[:4], DATA.encoded[:4])
+    with pytest.raises(UserError, match="other prompts"):
+        check(saved, 3, "", **(RIGHT | {"data": fewer}))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer
+
 # Up to this many rows oneDNN's kernel is the faster one.
 _FEW_ROWS_WITH_AVX512, _FEW_ROWS = 48, 256
 # Weights of fewer entries are MKL's, whose call costs some 30 microseconds less.
@@ -82,7 +84,9 @@ class _Linear(torch.autograd.Function):
         # Here MKL's kernels are as fast or faster.
         if ctx.needs_input_grad[0]:
             of_hidden = gradient @ weight
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] and has_buffer(weight):
+            of_weight = add_weight_gradient(weight, gradient, hidden)
+        elif ctx.needs_input_grad[1]:
             of_weight = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
         return of_hidden, of_weight, None
 
@@ -90,7 +94,8 @@ class _Linear(torch.autograd.Function):
 def linear(hidden: Tensor, weight: Tensor, by_features: bool = False) -> Tensor:
     """Multiply with a weight, as ``torch.nn.functional.linear`` does.
 
-    The result is the same with and without gradients, to the bit: ESPO's ratio starts at 1.
+    The result is the same with and without gradients, to the bit: ESPO's ratio starts at 1. A
+    weight with a gradient buffer of Megatron's gets its gradient there.
 
     Args:
         hidden: ``[..., h]``.
