@@ -368,7 +368,8 @@ def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
         changes += ["--lr-decay-iters", str(args.lr_decay_iters or args.train_iters)]
     if entry == "espo":
         updates = min(_UPDATES, args.espo_updates_per_rollout)
-        changes += ["--espo-num-rollouts", "1", "--espo-reward-workers", "0"]
+        # Made-up rewards would decide how many further prompts there are.
+        changes += ["--espo-num-rollouts", "1", "--espo-reward-workers", "0", "--espo-refill", "0"]
         return [*changes, "--espo-updates-per-rollout", str(updates)]
     if args.sft_epochs:
         # The data that its steps are counted from need not be here.

@@ -34,7 +34,7 @@ class _Limits(NamedTuple):
     """What is still to be kept of each row: int64 ``[r]`` each."""
 
     mass: Tensor
-    count: Tensor
+    tokens: Tensor
 
 
 def keep_likeliest(
@@ -70,7 +70,7 @@ def keep_likeliest(
     tied = ranks.gather(-1, places.expand(*ranks.shape[:2], -1)[..., None])[..., 0]
     of_all = tied.sum(0)
     each = (of_all[0] // of_all[1].clamp(min=1)).clamp(min=1)
-    needed = torch.minimum((limits.mass + each - 1) // each, limits.count).clamp(min=1)
+    needed = torch.minimum((limits.mass + each - 1) // each, limits.tokens).clamp(min=1)
     mine = needed - tied[: group.rank(), 1].sum(0)
     for rows in _parts(logits):
         keys = _keys(logits[rows])
@@ -111,13 +111,13 @@ def _last_digit(sums: Tensor, limits: _Limits) -> tuple[Tensor, _Limits]:
         The digit, int64 ``[r]``, and what is to be kept of the entries that have it.
     """
     reached = sums.flip(-1).cumsum(-1)
-    enough = (reached[0] >= limits.mass[:, None]) | (reached[1] >= limits.count[:, None])
+    enough = (reached[0] >= limits.mass[:, None]) | (reached[1] >= limits.tokens[:, None])
     # Where nothing limits, everything is kept: the search ends at the smallest there is.
     there = reached[1] == reached[1, :, -1:]
     place = (enough | there).int().argmax(-1, keepdim=True)
     before = reached - sums.flip(-1)
     mass, count = (before[i].gather(-1, place)[:, 0] for i in (0, 1))
-    return _DIGITS - 1 - place[:, 0], _Limits(limits.mass - mass, limits.count - count)
+    return _DIGITS - 1 - place[:, 0], _Limits(limits.mass - mass, limits.tokens - count)
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:
