@@ -123,7 +123,7 @@ def test_groups_without_spread_get_the_next_further_prompts(
             missing = left
         assert numbers(found.completed) == wanted and list(found.refills) == sorted(refills)
         # What is in the record is enough to find the prompts again.
-        again = prompts_of_rollout(rollout, 4, EXAMPLES, ENCODED, 1, found.refills)
+        again = prompts_of_rollout(rollout, 4, EXAMPLES, ENCODED, 1, refills=found.refills)
         assert again == list(found.completed.prompts)
         # Every completion that was sampled is kept once, with what it cost.
         assert len(found.discarded.scores) == G * (len(sampled) - 4)

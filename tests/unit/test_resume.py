@@ -267,7 +267,7 @@ def test_further_prompts_of_a_rollout_in_hand_are_known_again(tmp_path: Path) ->
     saved["rollout"]["refills"] = refills
     with pytest.raises(UserError, match="other prompts"):
         check(saved, 3, "", **RIGHT)
-    saved["rollout"]["prompts"] = prompts_digest(prompts_of_rollout(*own, [Refill(1, 0)]))
+    saved["rollout"]["prompts"] = prompts_digest(prompts_of_rollout(*own, refills=[Refill(1, 0)]))
     # How many there may be is of no account for those that there are.
     check(saved, 3, "", **(RIGHT | {"espo": replace(ESPO, refill=5)}))
     fewer = TaskData(DATA.examples[:4], DATA.encoded[:4])
