@@ -20,6 +20,8 @@ from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.rl.elbo import estimate_elbo
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {
     "llada": dataclasses.replace(llada.PUBLISHED, **TINY),
     "dream": dataclasses.replace(dream.PUBLISHED, **TINY | {"hidden_size": 32}),

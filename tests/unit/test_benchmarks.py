@@ -12,6 +12,8 @@ from interpreter import python
 from benchmarks.confident import LENGTH, RUN, reward, write_data
 from benchmarks.measure import interleaved, peak_memory, ratios, spread
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

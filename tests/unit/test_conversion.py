@@ -30,6 +30,8 @@ from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer
 from megatron_espo.startup.arguments import stored_arguments
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
     "num_query_groups": 4, "vocab_size": 300, "max_position_embeddings": 128,

@@ -13,6 +13,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
 
 from megatron_espo.api.harness import HarnessModel  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CHOICES = [" red", " green and blue", " x"]
 DOCS = [{"text": f"{word} is", "answer": i % 3} for i, word in enumerate(["ab", "this", "q", "z"])]
 NUM_MC = 3

@@ -7,6 +7,8 @@ import pytest
 
 from megatron_espo.startup.setup import start_anew
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

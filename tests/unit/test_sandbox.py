@@ -24,6 +24,8 @@ from megatron_espo.sandbox.run import run_tests
 from megatron_espo.sandbox.warm import Limits, Mode
 from tests.unit.programs import MODE_MARKS, WORKING
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(test_seconds=2.0, total_seconds=5.0, memory=512 << 20)
 TEST = "assert f(2) == 5"
 

@@ -15,6 +15,8 @@ from megatron_espo.sandbox.run import run_tests
 from megatron_espo.sandbox.warm import Limits, Mode
 from tests.unit.programs import MODE_MARKS, programs
 
+pytestmark = pytest.mark.slow
+
 LIMITS = Limits(test_seconds=30.0, total_seconds=120.0)
 RIGHT = {name: rest for name, *rest in programs("right")}
 WRONG = {name: rest for name, *rest in programs("wrong")}

@@ -21,6 +21,8 @@ from megatron_espo.passes.shapes import Shapes, few_widths, round_up
 from megatron_espo.random import stream
 from megatron_espo.startup import setup
 
+pytestmark = pytest.mark.slow
+
 LENGTH, LONGEST, MASK, STOP, ROWS = 256, 656, 3, 4, 24
 
 

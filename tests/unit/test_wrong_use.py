@@ -14,6 +14,8 @@ from interpreter import python
 
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
     **{k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")},
