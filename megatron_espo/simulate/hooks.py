@@ -238,7 +238,7 @@ class _Hooks:
         replace_everywhere(scoring.score_completions, _scores_everywhere)
 
     def _task_data(
-        self, task: Any, path: str | None, tokenizer: Any, args: Any, count: int = 0
+        self, task: Any, path: str | None, tokenizer: Any, args: Any, count: int = 0, **_: Any
     ) -> Any:
         if path is None:
             return None

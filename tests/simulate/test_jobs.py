@@ -82,7 +82,7 @@ def test_adapters_keep_no_reference_and_save_no_base(ran: dict[str, Any]) -> Non
 @pytest.mark.parametrize("name", COMPARED)
 def test_ranks_agree_in_their_collectives(ran: dict[str, Any], name: str) -> None:
     assert len(ran[name]["ranks"]) == 4
-    assert ran[name]["trace"] > 50
+    assert ran[name]["trace"] > 20
     assert ran[name]["mismatch"] is None
 
 
