@@ -196,6 +196,7 @@ def stack_over_ranks(values: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Stack the ranks' small tensors in rank order: ``[ranks, ...]``, equal on all of them."""
     if group.size() == 1:
         return values[None]
+    values = values.contiguous()  # NCCL takes no tensor with gaps
     gathered = [torch.empty_like(values) for _ in range(group.size())]
     dist.all_gather(gathered, values, group=group)
     return torch.stack(gathered)

@@ -41,7 +41,7 @@ GENERATION = (
     "--load checkpoints/llada-8b --bf16 --rollout-completion-length 32 "
     "--rollout-block-length 8 --rollout-denoising-steps 16 --tokenizer-model none"
 ).split()
-LORA = "--lora-rank 4 --fp8-format hybrid".split()
+LORA = "--lora-rank 4 --fp8-format hybrid --rollout-top-p 0.9".split()
 COMPARE = "--dry-run --simulate --dry-run-world-size 4 --simulate-compare".split()
 # What is started, with which flags.
 STARTED = {
