@@ -51,6 +51,7 @@ def _serve(pipe: Connection, shape: Shape, rank: int | None) -> None:
         ).split()
         args = initialize_arguments([*shape.flags(), *flags], lambda args: None)
         # No checkpoint is under these adapters: the base is as random as the other side.
+        args.rerun_mode = "disabled"  # as in a run of ESPO
         args.lora_rank, args.lora_alpha = rank, None if rank is None else float(rank)
         initialize_process_groups(args)
         megatron_training.initialize_megatron()
