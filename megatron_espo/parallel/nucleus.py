@@ -54,7 +54,6 @@ def keep_likeliest(
     limits = _Limits(
         torch.full_like(prefix, _NO_LIMIT), torch.full_like(prefix, top_k or _NO_LIMIT)
     )
-    places = torch.zeros_like(prefix)
     for shift in range(32 - _BITS, -1, -_BITS):
         own = _sums_by_digit(logits, tops, temperature, prefix, shift)
         ranks = stack_over_ranks(own, group)
@@ -64,10 +63,9 @@ def keep_likeliest(
             limits = limits._replace(mass=mass.clamp(min=1))
         digit, limits = _last_digit(sums, limits)
         prefix = prefix * _DIGITS + digit
-        places = digit
     # Of tokens with the last one's logit so many as are needed; the first ones, whose ranks may be
     # others.
-    tied = ranks.gather(-1, places.expand(*ranks.shape[:2], -1)[..., None])[..., 0]
+    tied = ranks.gather(-1, digit.expand(*ranks.shape[:2], -1)[..., None])[..., 0]
     of_all = tied.sum(0)
     each = (of_all[0] // of_all[1].clamp(min=1)).clamp(min=1)
     needed = torch.minimum((limits.mass + each - 1) // each, limits.tokens).clamp(min=1)

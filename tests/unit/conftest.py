@@ -18,12 +18,9 @@ from megatron_espo import device
 device.prepare()
 
 from megatron.core import mpu  # noqa: E402
-from megatron.core.num_microbatches_calculator import (  # noqa: E402
-    unset_num_microbatches_calculator,
-)
-from megatron.training.global_vars import destroy_global_vars  # noqa: E402
 
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa: E402
+from megatron_espo.startup.setup import start_anew  # noqa: E402
 
 OnShards = Callable[[Sequence[Tensor], Callable[[Tensor, Any], Any]], list[Any]]
 
@@ -52,8 +49,7 @@ def tokenizer(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 def _forget_megatron() -> None:
     mpu.destroy_model_parallel()
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
 
 
 class ThreadRank:

@@ -7,10 +7,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.training import get_args
-from megatron.training.global_vars import destroy_global_vars
 from megatron_state import new_groups
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -36,6 +34,7 @@ from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.update import accumulate_gradient
 from megatron_espo.startup.arguments import initialize_arguments
+from megatron_espo.startup.setup import start_anew
 
 PROMPTS = [[5, 7, 11, 2], [3, 1, 4, 8]]
 LENGTH = 16
@@ -48,8 +47,7 @@ def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
     folder = tmp_path_factory.mktemp("model") / "tokenizer"
     save_tokenizer(byte_tokenizer(), folder)
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
     argv = (
         "--preset tiny --num-layers 2 --group-query-attention --num-query-groups 2 --add-qkv-bias "
         "--make-vocab-size-divisible-by 2 --vocab-size 262 --seq-length 64 "
@@ -60,8 +58,7 @@ def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     model_parallel_cuda_manual_seed(3)
     yield diffusion_model([model_provider()])
     mpu.destroy_model_parallel()
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
 
 
 @pytest.fixture

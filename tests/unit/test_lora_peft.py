@@ -9,13 +9,12 @@ import pytest
 import torch
 from llada_like import LLaDALike
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.training.global_vars import destroy_global_vars
 from megatron_state import new_groups
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_conversion import TINY
 from torch import Tensor
 from transformers import Qwen2ForCausalLM
 
@@ -31,13 +30,8 @@ from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.passes.pipeline import RowBatch, run_model
 from megatron_espo.startup.arguments import initialize_arguments
-from megatron_espo.startup.setup import build_model
+from megatron_espo.startup.setup import build_model, start_anew
 
-TINY = {
-    "num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8,
-    "num_query_groups": 4, "vocab_size": 300, "max_position_embeddings": 128,
-    "mask_token_id": 256, "eos_token_id": 257,
-}  # fmt: skip
 SHAPES = {
     "llada": dataclasses.replace(llada.PUBLISHED, **TINY),
     "dream": dataclasses.replace(dream.PUBLISHED, **TINY),
@@ -72,8 +66,7 @@ def bases(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def fresh() -> None:
     """Forget Megatron's arguments and groups, as a new process would."""
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
 

@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.training.global_vars import destroy_global_vars
 from megatron_state import new_groups
 
 from megatron_espo.model.padding_embedding import _without_gradient
 from megatron_espo.model.provider import model_provider
 from megatron_espo.startup.arguments import initialize_arguments
+from megatron_espo.startup.setup import start_anew
 
 PAD = 257
 TOKENS = torch.tensor([[5, PAD, 256, PAD, 9], [PAD, 7, 7, 256, 1]])
@@ -21,8 +20,7 @@ TOKENS = torch.tensor([[5, PAD, 256, PAD, 9], [PAD, 7, 7, 256, 1]])
 
 def embedding_gradient(tokenizer: str, *flags: str) -> torch.Tensor:
     """Gradient of the embedding of a tiny model, of a sum over all logits."""
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
     argv = (
         "--preset tiny --num-layers 1 --seq-length 16 --micro-batch-size 1 --train-iters 1 "
         f"--init-method-std 0.3 --tokenizer-model {tokenizer}"
@@ -36,8 +34,7 @@ def embedding_gradient(tokenizer: str, *flags: str) -> torch.Tensor:
     (model(TOKENS, positions, None) ** 2).mean().backward()
     gradient = model.embedding.word_embeddings.weight.grad.clone()
     mpu.destroy_model_parallel()
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
     return gradient
 
 

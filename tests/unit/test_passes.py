@@ -7,9 +7,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.training.global_vars import destroy_global_vars
 from megatron_state import new_groups
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from megatron_espo.passes import pipeline
 from megatron_espo.passes.pipeline import RowBatch, run_model
 from megatron_espo.passes.state import KeyValueCache, select_positions
 from megatron_espo.startup.arguments import initialize_arguments
+from megatron_espo.startup.setup import start_anew
 
 FLAGS = (
     "--preset tiny --hidden-size 32 --ffn-hidden-size 48 --group-query-attention "
@@ -31,8 +30,7 @@ LENGTHS = torch.tensor([24, 17, 20])
 
 
 def build(tokenizer: str, *flags: str) -> torch.nn.Module:
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
     argv = [*FLAGS.split(), "--tokenizer-model", tokenizer, *flags]
     initialize_arguments(argv, lambda args: None)
     if not mpu.model_parallel_is_initialized():

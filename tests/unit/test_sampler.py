@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import mpu
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.training.global_vars import destroy_global_vars
 from megatron_state import new_groups
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -30,7 +28,7 @@ from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
 from megatron_espo.startup.arguments import initialize_arguments
-from megatron_espo.startup.setup import diffusion_model
+from megatron_espo.startup.setup import diffusion_model, start_anew
 
 VOCAB, MASK = 262, 256
 PROMPTS = [[5, 7, 11], [3, 1, 4, 1, 5, 9, 2], [100], [42, 42, 17, 250, 0]]
@@ -40,8 +38,7 @@ PROMPTS = [[5, 7, 11], [3, 1, 4, 1, 5, 9, 2], [100], [42, 42, 17, 250, 0]]
 def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffusionModel]:
     folder = tmp_path_factory.mktemp("model") / "tokenizer"
     save_tokenizer(byte_tokenizer(), folder)
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
     argv = (
         "--preset tiny --num-layers 2 --group-query-attention --num-query-groups 2 "
         "--make-vocab-size-divisible-by 8 --init-method-std 0.3 --seq-length 64 "
@@ -58,8 +55,7 @@ def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 parameter.add_(0.2 * torch.randn(parameter.shape))
     yield diffusion_model([chunk.eval()])
     mpu.destroy_model_parallel()
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,10 @@ import pytest
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import argument_utils
 from megatron.training.arguments import parse_args
-from megatron.training.global_vars import destroy_global_vars
 from test_passes import OFFSETS, UNEVEN, WIDTH, build, logits_of, window
 
 from megatron_espo.conversion.mapping import Block
@@ -36,6 +34,7 @@ from megatron_espo.startup.arguments import (
     plan_arguments,
     stored_arguments,
 )
+from megatron_espo.startup.setup import start_anew
 from megatron_espo.training import espo, pretrain
 
 SHAPE = (
@@ -359,8 +358,7 @@ def checkpoint(tokenizer: str, tmp_path: Path) -> str:
 
 
 def fresh() -> None:
-    destroy_global_vars()
-    unset_num_microbatches_calculator()
+    start_anew()
 
 
 def test_a_checkpoint_decides_every_setting_of_the_model(tokenizer: str, checkpoint: str) -> None:
