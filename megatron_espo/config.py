@@ -122,7 +122,7 @@ class DiffusionConfig:
     """The masked-diffusion model and its training noise; stored in checkpoints."""
 
     preset: str | None = None
-    """Model preset (tiny, llada_8b, dream_7b): stands for the Megatron flags of that shape."""
+    """Model preset (tiny, llada_8b, dream_7b, sdar_8b, ...): the Megatron flags of that shape."""
 
     mask_token_id: int | None = None
     """Token id of the mask. Default: the tokenizer's mask token."""
@@ -132,6 +132,16 @@ class DiffusionConfig:
 
     stop_token_ids: list[int] | None = field(default=None, metadata=_OPTIONAL_INTS)
     """Token ids that end a completion. Default: the tokenizer's end of sequence and of turn."""
+
+    attention_mask: Literal["full", "block-causal", "context-causal"] | None = None
+    """What positions see: all others; their block and earlier ones (SDAR); or finished tokens one
+    by one, too (NBDiff). Default: the checkpoint's, or full. See docs/blocks.md."""
+
+    block_size: int | None = None
+    """Tokens of a block, counted from the first one of the prompt."""
+
+    next_token_weight: float = 0.0
+    """With context-causal, weight of the next-token loss on the clean tokens (NBDiff 0.5)."""
 
     forward_process: Literal["bernoulli", "exact_count"] = "bernoulli"
     """Training noise: each token masked with probability p (weight 1/p), or exactly l of L tokens
@@ -168,6 +178,31 @@ class DiffusionConfig:
             raise UserError(
                 f"--random-length-probability {self.random_length_probability} is no probability; "
                 "use 0.01."
+            )
+        self._validate_blocks()
+
+    def _validate_blocks(self) -> None:
+        in_blocks = self.attention_mask not in (None, "full")
+        if in_blocks and self.block_size is None:
+            raise UserError(
+                f"--attention-mask {self.attention_mask} needs --block-size, the tokens of a "
+                "block; pass it (SDAR 4)."
+            )
+        if self.block_size is not None and self.block_size < 1:
+            raise UserError(f"--block-size {self.block_size} must be at least 1.")
+        if self.block_size is not None and not in_blocks:
+            raise UserError(
+                f"--block-size {self.block_size} has no effect without --attention-mask "
+                "block-causal or context-causal; pass one or leave it out."
+            )
+        if not 0.0 <= self.next_token_weight < math.inf:
+            raise UserError(
+                f"--next-token-weight {self.next_token_weight} must not be negative; use 0.5."
+            )
+        if self.next_token_weight and self.attention_mask != "context-causal":
+            raise UserError(
+                f"--next-token-weight {self.next_token_weight} has no effect without "
+                "--attention-mask context-causal: other clean tokens see those they would predict."
             )
 
 

@@ -53,9 +53,10 @@ class RolloutConfig:
     """Parallel decoding: a step commits the n most confident tokens, n the largest with
     (n + 1) (1 - confidence of the n-th) < factor, and at least one. Default: off."""
 
-    cache: Literal["none", "prefix", "dual"] = "none"
+    cache: Literal["none", "prefix", "dual", "exact"] = "none"
     """Reuse keys and values within a block (Fast-dLLM, approximate): prefix computes the block and
-    what follows it anew, dual the block alone. Every block starts with a whole pass."""
+    what follows it anew, dual the block alone. Every block starts with a whole pass. exact: keep
+    those of finished blocks (models with --attention-mask alone)."""
 
     cache_refresh_steps: int = 0
     """Denoising steps from one whole pass to the next within a block; 0: only at its start, 1: at
@@ -70,13 +71,19 @@ class RolloutConfig:
     """End a completion with the first block that holds a stop token; what follows is filled with
     end-of-sequence tokens instead of being sampled."""
 
-    def validate(self, logit_shift: bool = False, window_multiple: int = 1) -> None:
+    def validate(
+        self,
+        logit_shift: bool = False,
+        window_multiple: int = 1,
+        model_blocks: int | None = None,
+    ) -> None:
         """Check the values against each other.
 
         Args:
             logit_shift: whether the model shifts its logits.
             window_multiple: positions of a pass must be a multiple of this (sequence parallelism,
                 FP8).
+            model_blocks: tokens of a block of a model whose tokens come block by block.
 
         Raises:
             UserError: naming the flag.
@@ -108,7 +115,31 @@ class RolloutConfig:
         if self.micro_batch_size < 1:
             raise UserError("--rollout-micro-batch-size must be at least 1.")
         self._validate_parallel_decoding()
+        self._validate_model_blocks(model_blocks)
         self._validate_cache(logit_shift, window_multiple)
+
+    def _validate_model_blocks(self, size: int | None) -> None:
+        if size is None:
+            if self.cache == "exact":
+                raise UserError(
+                    "--rollout-cache exact needs a model whose tokens come block by block "
+                    "(--attention-mask block-causal or context-causal); use prefix or dual."
+                )
+            return
+        if self.block_length != size:
+            raise UserError(
+                f"--rollout-block-length {self.block_length}: the model's blocks have {size} "
+                f"tokens; use {size}, or another --block-size."
+            )
+        if self.cache in ("prefix", "dual"):
+            raise UserError(
+                f"--rollout-cache {self.cache} is for models with full attention; use exact."
+            )
+        if self.guidance_scale > 0.0:
+            raise UserError(
+                f"--rollout-guidance-scale {self.guidance_scale}: no such pass was written for "
+                "models whose tokens come block by block; use 0."
+            )
 
     def _validate_kept_tokens(self) -> None:
         if not 0.0 < self.top_p <= 1.0:

@@ -1,4 +1,4 @@
-"""Converts LLaDA and Dream checkpoints between Hugging Face and Megatron.
+"""Converts checkpoints between Hugging Face and Megatron: LLaDA, Dream, SDAR, Qwen, Llama.
 
     megatron-espo convert to-megatron --hf GSAI-ML/LLaDA-8B-Instruct --out llada-8b
     megatron-espo convert to-hf --megatron runs/espo --hf-template GSAI-ML/LLaDA-8B-Instruct \
@@ -34,6 +34,16 @@ def main(argv: Sequence[str]) -> None:
     forward.add_argument("--lora", help="PEFT adapter to merge: folder, or its name on the hub")
     forward.add_argument(
         "--tokenizer-model", help="tokenizer folder, where the model folder has none"
+    )
+    forward.add_argument(
+        "--mask-token-id",
+        type=int,
+        help="mask token of an autoregressive model (default: the first row without a token)",
+    )
+    forward.add_argument(
+        "--no-logit-shift",
+        action="store_true",
+        help="let an autoregressive model predict in place, not the next position",
     )
     back = commands.add_parser(
         "to-hf", help="torch_dist -> Hugging Face folder; LoRA adapters are merged into their base"
@@ -74,7 +84,14 @@ def main(argv: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.command == "to-megatron":
         convert_to_megatron(
-            args.hf, args.out, args.lora, args.tokenizer_model, args.dtype, args.verify
+            args.hf,
+            args.out,
+            args.lora,
+            args.tokenizer_model,
+            args.dtype,
+            args.verify,
+            args.mask_token_id,
+            False if args.no_logit_shift else None,
         )
     elif args.command == "to-peft":
         convert_to_peft(

@@ -19,6 +19,7 @@ from megatron_espo.commands.inference import (
     load_eval_problems,
     load_model,
     prepare_arguments,
+    validate_sampling,
 )
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.data.tokenizer import vocabulary_digest
@@ -29,7 +30,6 @@ from megatron_espo.evaluation.run import evaluate
 from megatron_espo.evaluation.statistics import Summary, markdown_table
 from megatron_espo.evaluation.store import CompletionStore
 from megatron_espo.startup.arguments import config_from_args
-from megatron_espo.startup.setup import pad_multiple
 
 # Of the sampling settings, what only decides how fast completions come.
 _SPEED = ("micro_batch_size",)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         nonlocal protocol
         protocol = read_protocol(options, config_from_args(RolloutConfig, args), rest)
         for config in protocol.configs.values():
-            config.validate(args.logit_shift, pad_multiple(args))
+            validate_sampling(config, args)
         # The longest decides how long a prompt may be.
         longest = protocol.configs[max(protocol.configs)]
         for name, value in asdict(longest).items():

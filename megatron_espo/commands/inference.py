@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
 
-from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig
 from megatron_espo.console import captured
 from megatron_espo.conversion.hf_cache import converted_checkpoint
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
@@ -18,6 +18,7 @@ from megatron_espo.evaluation.problems import (
     load_workers,
 )
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.passes.block_mask import block_attention
 from megatron_espo.startup.arguments import (
     checkpoint_arguments,
     config_from_args,
@@ -63,6 +64,21 @@ def checkpoint_flags(options: argparse.Namespace) -> list[str]:
     return ["--load", converted_checkpoint(options.hf, options.hf_cache)]
 
 
+def validate_sampling(config: RolloutConfig, args: argparse.Namespace) -> None:
+    """Check sampling settings against a model.
+
+    Args:
+        config: the settings.
+        args: parsed arguments, with the checkpoint's settings.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    blocks = block_attention(config_from_args(DiffusionConfig, args))
+    size = None if blocks is None else blocks.size
+    config.validate(args.logit_shift, pad_multiple(args), size)
+
+
 def prepare_arguments(args: argparse.Namespace) -> None:
     """Check the arguments and fill in what only training needs.
 
@@ -74,7 +90,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
-    config_from_args(RolloutConfig, args).validate(args.logit_shift, pad_multiple(args))
+    validate_sampling(config_from_args(RolloutConfig, args), args)
     if args.load is None:
         raise UserError("--load is missing: the folder of the checkpoint (or --hf).")
     if not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):

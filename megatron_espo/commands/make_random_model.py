@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from megatron_espo.command_line import Parser
-from megatron_espo.conversion import dream, illada, llada
+from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
 from megatron_espo.conversion.convert import DTYPES
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.random_model import write_random_model
@@ -23,6 +23,10 @@ PUBLISHED = {
     "llada": llada.PUBLISHED,
     "dream": dream.PUBLISHED,
     "illada": illada.PUBLISHED,
+    "sdar": sdar.PUBLISHED,
+    "qwen3": qwen3.PUBLISHED,
+    "qwen2": qwen2.PUBLISHED,
+    "llama": llama3.PUBLISHED,
 }
 
 

@@ -56,15 +56,18 @@ def path_of(names: Names, projection: str, layer: int) -> str:
 def shape_of(shape: ModelShape, projection: str) -> tuple[int, int]:
     """Return the shape of a projection's weight, ``[out, in]``."""
     hidden, inner = shape.hidden_size, shape.ffn_hidden_size
+    queries = shape.num_attention_heads * shape.head_dim
     pair = shape.num_query_groups * shape.head_dim
     return {
+        "q_proj": (queries, hidden),
         "k_proj": (pair, hidden),
         "v_proj": (pair, hidden),
         "gate_proj": (inner, hidden),
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
+        "o_proj": (hidden, queries),
         HEAD: (shape.vocab_size, hidden),
-    }.get(projection, (hidden, hidden))
+    }[projection]
 
 
 def adapter_blocks(

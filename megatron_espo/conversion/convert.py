@@ -3,7 +3,6 @@
 import argparse
 import copy
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from megatron_espo.checkpoint.tracker import (
 )
 from megatron_espo.conversion.adapters import CheckpointAdapters
 from megatron_espo.conversion.blocks import check_weights, write_hugging_face, write_megatron
-from megatron_espo.conversion.families import FAMILIES, Family, family_of
+from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.hugging_face import (
     HuggingFaceWeights,
     copy_other_files,
@@ -32,12 +31,12 @@ from megatron_espo.conversion.hugging_face import (
     weight_map,
 )
 from megatron_espo.conversion.lora import MergedWeights
-from megatron_espo.conversion.mapping import (
-    Block,
-    Names,
-    extra_states,
-    model_blocks,
-    tied_copies,
+from megatron_espo.conversion.mapping import Names, extra_states
+from megatron_espo.conversion.model_folder import (
+    PublishedModel,
+    read_model,
+    read_model_with_mask,
+    stored_facts,
 )
 from megatron_espo.conversion.peft import base_folder
 from megatron_espo.conversion.side_files import write_side_files
@@ -47,7 +46,7 @@ from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.data.tokenizer import copy_tokenizer, load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model.provider import model_provider
-from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.shape import ModelShape
 from megatron_espo.model.supported import refusals
 from megatron_espo.startup.adapters import SETTINGS
 from megatron_espo.startup.arguments import initialize_arguments, stored_arguments
@@ -59,44 +58,6 @@ _LONGEST = 4096
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class _Model:
-    """A model as its config.json describes it."""
-
-    folder: Path
-    family: Family
-    shape: ModelShape
-
-    @property
-    def blocks(self) -> list[Block]:
-        return model_blocks(self.shape, self.family.names)
-
-    @property
-    def sources(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face names and shapes."""
-        return {name: size for block in self.blocks for name, size in block.sources.items()}
-
-    @property
-    def copies(self) -> dict[str, str]:
-        """Tensors that a folder may hold besides -> what they are copies of."""
-        return tied_copies(self.shape, self.family.names)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(torch.Size(size).numel() for size in self.sources.values())
-
-    def describe(self, dtype: torch.dtype) -> str:
-        """Say how much it is."""
-        return f"{len(self.sources)} tensors, {self.num_parameters:,} parameters, {_name(dtype)}"
-
-
-def _read_model(folder: Path) -> _Model:
-    source = str(folder / "config.json")
-    fields = read_json(folder / "config.json")
-    family = family_of(fields, source)
-    return _Model(folder, family, family.read_config(Config(fields, source)))
-
-
 def convert_to_megatron(
     hf: str,
     out: str,
@@ -104,6 +65,8 @@ def convert_to_megatron(
     tokenizer: str | None = None,
     dtype: str | None = None,
     check_logits: bool = False,
+    mask_token_id: int | None = None,
+    logit_shift: bool | None = None,
 ) -> None:
     """Write a Hugging Face model as a checkpoint for --load or --pretrained-checkpoint.
 
@@ -114,19 +77,25 @@ def convert_to_megatron(
         tokenizer: tokenizer folder, where the model folder has none.
         dtype: convert the weights to this type; None keeps them.
         check_logits: compare the logits of both sides at the end.
+        mask_token_id: the mask token of an autoregressive model, which has none; None takes the
+            first row of the vocabulary without a token.
+        logit_shift: whether such a model goes on to predict the next position; None: it does.
 
     Raises:
         UserError: one sentence on what is wrong; ``out`` does not exist then.
     """
-    model = _read_model(resolve_folder(hf, "--hf"))
+    folder = resolve_folder(hf, "--hf")
+    source = Path(tokenizer) if tokenizer else folder
+    model = read_model_with_mask(folder, source, mask_token_id, logit_shift)
     weights = HuggingFaceWeights(model.folder) if lora is None else _merged_weights(model, lora)
     weights.check(model.sources, model.copies)
     kept = weights.dtype(convert=dtype is not None)
     kept = DTYPES[dtype] if dtype else kept
     with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
-        source = Path(tokenizer) if tokenizer else model.folder
-        copy_tokenizer(source, tokenizer_folder(partial), model.family.tokenizer_class)
-        args = copy.copy(_initialize_megatron(model, tokenizer_folder(partial)))
+        copied = tokenizer_folder(partial)
+        mask = model.given.get("mask_token_id")
+        copy_tokenizer(source, copied, model.family.tokenizer_class, mask)
+        args = copy.copy(_initialize_megatron(model, copied))
         _check_targets(model)
         args.tokenizer_model = str(tokenizer_folder(Path(out).absolute()))
         args.bf16, args.fp16 = kept == torch.bfloat16, kept == torch.float16
@@ -137,11 +106,9 @@ def convert_to_megatron(
         write_megatron(weights, release, model.blocks, kept, extra_states(model.shape), common)
         (partial / TRACKER).write_text("release")
         if check_logits:
-            verify(
-                [CheckpointReader(release)], weights, args.logit_shift, model.shape.mask_token_id
-            )
+            verify([CheckpointReader(release)], weights, model.fields, model.shape)
     print(
-        f"{out}: {model.describe(kept)}. Pass it with --load or --pretrained-checkpoint, and "
+        f"{out}: {_describe(model, kept)}. Pass it with --load or --pretrained-checkpoint, and "
         "--use-checkpoint-args."
     )
 
@@ -189,7 +156,8 @@ def convert_to_hugging_face(
     with tempfile.TemporaryDirectory() as scratch:
         if template is not None:
             flag = f"--hf-template {template}"
-            model = _read_model(resolve_folder(template, "--hf-template", weights=False))
+            source = resolve_folder(template, "--hf-template", weights=False)
+            model = read_model(source, stored_facts(args))
         else:
             assert family is not None
             flag = f"--family {family}"
@@ -212,12 +180,13 @@ def convert_to_hugging_face(
             written.check(model.sources, model.copies)
             if check_logits:
                 copied = Path(scratch, "tokenizer")
-                copy_tokenizer(model.folder, copied, model.family.tokenizer_class)
+                mask = model.given.get("mask_token_id")
+                copy_tokenizer(model.folder, copied, model.family.tokenizer_class, mask)
                 own = _initialize_megatron(model, copied)
                 for name in SETTINGS if adapted else ():
                     setattr(own, name, getattr(args, name))
-                verify(readers, written, own.logit_shift, model.shape.mask_token_id)
-        print(f"{out}: {model.describe(kept)}.")
+                verify(readers, written, model.fields, model.shape)
+        print(f"{out}: {_describe(model, kept)}.")
         named = read_json(model.folder / "config.json").get("torch_dtype")
     if named is not None and named != _name(kept):
         print(
@@ -233,7 +202,7 @@ def _write_template(
     family: str,
     tokenizer: str | None,
     dtype: torch.dtype,
-) -> _Model:
+) -> PublishedModel:
     """Make the folder that would be the template of a checkpoint that has none.
 
     Args:
@@ -261,14 +230,19 @@ def _write_template(
         write_side_files(scratch, FAMILIES[family], shape, dtype, loaded)
     except UserError as error:
         raise UserError(f"--megatron {megatron} does not fit --family {family}: {error}") from error
-    return _read_model(scratch)
+    return read_model(scratch)
+
+
+def _describe(model: PublishedModel, dtype: torch.dtype) -> str:
+    """Say how much a model is."""
+    return f"{len(model.sources)} tensors, {model.num_parameters:,} parameters, {_name(dtype)}"
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _merged_weights(model: _Model, lora: str) -> MergedWeights:
+def _merged_weights(model: PublishedModel, lora: str) -> MergedWeights:
     """Read the weights with an adapter; say what of it fits nothing."""
     weights = MergedWeights(model.folder, resolve_folder(lora, "--lora", "adapter_config.json"))
     print(f"{lora}: merging {weights.num_merged} adapted weights.")
@@ -287,7 +261,7 @@ def _linear_names(names: Names) -> list[str]:
     return [name.split(".")[-1] for name in [*attention, names.gate, names.up, names.down]]
 
 
-def _files(model: _Model) -> dict[str, str] | None:
+def _files(model: PublishedModel) -> dict[str, str] | None:
     """Take over how the template's tensors are split into files."""
     files = weight_map(model.folder)
     if files is not None and files.keys() - model.copies.keys() != model.sources.keys():
@@ -299,7 +273,7 @@ def _files(model: _Model) -> dict[str, str] | None:
     return files
 
 
-def _initialize_megatron(model: _Model, tokenizer: Path) -> argparse.Namespace:
+def _initialize_megatron(model: PublishedModel, tokenizer: Path) -> argparse.Namespace:
     """Set Megatron's arguments to this model, in float32, and the groups to this process."""
     shape = model.shape
     named = load_tokenizer(tokenizer)
@@ -315,7 +289,7 @@ def _initialize_megatron(model: _Model, tokenizer: Path) -> argparse.Namespace:
             f"says {shape.mask_token_id}; correct one."
         )
     ids = special_ids(named, shape.mask_token_id)
-    stops = dict.fromkeys([shape.eos_token_id, *ids.stop_token_ids])
+    stops = dict.fromkeys([*model.end_tokens, *ids.stop_token_ids])
     flags = [
         *shape.flags(),
         *("--stop-token-ids", *map(str, stops)),
@@ -337,7 +311,7 @@ def _initialize_megatron(model: _Model, tokenizer: Path) -> argparse.Namespace:
     return args
 
 
-def _check_targets(model: _Model) -> None:
+def _check_targets(model: PublishedModel) -> None:
     """Compare the blocks with what Megatron's own model, built without memory, would load.
 
     Raises:

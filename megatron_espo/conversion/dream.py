@@ -3,7 +3,8 @@
 from typing import Any
 
 from megatron_espo.conversion import llama
-from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.published_config import Config
+from megatron_espo.model.shape import ModelShape
 
 ARCHITECTURE = "DreamModel"
 

@@ -4,10 +4,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_espo.conversion import dream, illada, llada
+from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
 from megatron_espo.conversion.mapping import Names
 from megatron_espo.errors import UserError
-from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.published_config import Config
+from megatron_espo.model.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Family:
         write_config: shape -> fields of config.json.
         tokenizer_class: transformers' own class for the tokenizer, where the published folder
             asks for code of its own.
+        autoregressive: whether its models predict the next token and have no mask token; see
+            conversion/autoregressive.py.
     """
 
     architecture: str
@@ -28,6 +31,7 @@ class Family:
     read_config: Callable[[Config], ModelShape]
     write_config: Callable[[ModelShape], dict[str, Any]]
     tokenizer_class: str | None = None
+    autoregressive: bool = False
 
 
 FAMILIES = {
@@ -36,6 +40,30 @@ FAMILIES = {
         dream.ARCHITECTURE, dream.NAMES, dream.read_config, dream.write_config, "Qwen2Tokenizer"
     ),
     "illada": Family(illada.ARCHITECTURE, illada.NAMES, illada.read_config, illada.write_config),
+    "sdar": Family(
+        sdar.ARCHITECTURE, sdar.NAMES, sdar.read_config, sdar.write_config, "Qwen2Tokenizer"
+    ),
+    "qwen3": Family(
+        qwen3.ARCHITECTURE,
+        qwen3.NAMES,
+        qwen3.read_config,
+        qwen3.write_config,
+        autoregressive=True,
+    ),
+    "qwen2": Family(
+        qwen2.ARCHITECTURE,
+        qwen2.NAMES,
+        qwen2.read_config,
+        qwen2.write_config,
+        autoregressive=True,
+    ),
+    "llama": Family(
+        llama3.ARCHITECTURE,
+        llama3.NAMES,
+        llama3.read_config,
+        llama3.write_config,
+        autoregressive=True,
+    ),
 }
 
 

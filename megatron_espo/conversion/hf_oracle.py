@@ -1,7 +1,8 @@
 """The same model in transformers, as an independent judge of a conversion.
 
-LLaDA is a Llama and Dream a Qwen2 whose attention sees everything, so that transformers' own
-classes with a full attention mask compute their logits without the folder's code. Names and config
+LLaDA is a Llama, Dream a Qwen2 and SDAR a Qwen3 whose attention sees everything, so that
+transformers' own classes with a full attention mask compute their logits without the folder's code;
+those of autoregressive models, too. Names and config
 fields are read here on their own, not through what the converter uses: a mistake there must show.
 """
 
@@ -14,9 +15,12 @@ from torch import Tensor
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights
@@ -48,24 +52,25 @@ class HfOracle:
         """Build the model without memory.
 
         Args:
-            fields: the folder's config.json.
+            fields: the folder's config.json; of an autoregressive model's also whether its logits
+                are those of the next position (``logit_shift``; by default they are).
             weights: its weights.
             dtype: type to compute in.
 
         Raises:
             UserError: names of weights and model differ.
         """
-        llada, dream = "d_model" in fields, fields["architectures"] == ["DreamModel"]
-        biased = dream or fields.get("include_qkv_bias", False)
-        config = _llada_config(fields) if llada else _llama_config(fields, biased)
+        llada, (architecture,) = "d_model" in fields, fields["architectures"]
+        config = _llada_config(fields) if llada else _llama_config(fields)
         with torch.device("meta"):
-            model: PreTrainedModel = (Qwen2ForCausalLM if biased else LlamaForCausalLM)(config)
+            model: PreTrainedModel = _MODELS[type(config)](config)
         model = model.to(dtype).eval()
         # The rotary frequencies are no weights, and float32 in every type.
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
         rename = _llada_name if llada else str
         home = {rename(name): name for name in weights.tensors}
-        if fields.get("weight_tying" if llada else "tie_word_embeddings", not dream):
+        tied = architecture in ("LLaDAModelLM", "ILLaDAForCausalLM")
+        if fields.get("weight_tying" if llada else "tie_word_embeddings", tied):
             home["lm_head.weight"] = home["model.embed_tokens.weight"]
         if unequal := home.keys() ^ dict(model.named_parameters()).keys():
             raise UserError(f"{weights.folder}: transformers' model differs in {min(unequal)}.")
@@ -74,7 +79,9 @@ class HfOracle:
             ["model.embed_tokens", "model.layers.*", "model.norm", "lm_head"],
             lambda names: {name: weights.read(home[name]).to(dtype) for name in names},
         )
-        self._model, self._shift = model, dream
+        published = architecture in ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+        shifted = fields.get("logit_shift", True) if published else architecture == "DreamModel"
+        self._model, self._shift = model, shifted
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -126,13 +133,26 @@ def _llada_config(fields: Mapping[str, Any]) -> LlamaConfig | Qwen2Config:
     )
 
 
-def _llama_config(fields: Mapping[str, Any], biased: bool) -> LlamaConfig | Qwen2Config:
+_MODELS: dict[type[PreTrainedConfig], type[PreTrainedModel]] = {
+    LlamaConfig: LlamaForCausalLM,
+    Qwen2Config: Qwen2ForCausalLM,
+    Qwen3Config: Qwen3ForCausalLM,
+}
+_KINDS = {
+    "DreamModel": Qwen2Config,
+    "Qwen2ForCausalLM": Qwen2Config,
+    "Qwen3ForCausalLM": Qwen3Config,
+    "SDARForCausalLM": Qwen3Config,
+}
+
+
+def _llama_config(fields: Mapping[str, Any]) -> PreTrainedConfig:
     same = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads"
+        "num_key_value_heads head_dim"
     ).split()
-    return (Qwen2Config if biased else LlamaConfig)(
-        **{name: fields[name] for name in same},
+    return _KINDS.get(fields["architectures"][0], LlamaConfig)(
+        **{name: fields[name] for name in same if name in fields},
         max_position_embeddings=fields.get("max_position_embeddings", 32768),
         rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
         rope_parameters=_rotary(fields),

@@ -7,7 +7,8 @@ output head's copy of the embedding, and its config names no mask token.
 from typing import Any
 
 from megatron_espo.conversion import llama
-from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.published_config import Config
+from megatron_espo.model.shape import ModelShape
 
 ARCHITECTURE = "ILLaDAForCausalLM"
 
@@ -64,7 +65,7 @@ def read_config(config: Config) -> ModelShape:
     config.require("mlp_bias", False)
     for name in ("resid_pdrop", "embd_pdrop"):
         config.require(name, 0.0, 0)
-    return llama.read_shape(config, qkv_bias=False, logit_shift=False)
+    return llama.read_shape(config, logit_shift=False)
 
 
 def write_config(shape: ModelShape) -> dict[str, Any]:

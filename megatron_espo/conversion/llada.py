@@ -3,7 +3,8 @@
 from typing import Any
 
 from megatron_espo.conversion.mapping import Names
-from megatron_espo.model.shape import Config, ModelShape, check_heads
+from megatron_espo.model.published_config import Config
+from megatron_espo.model.shape import ModelShape, check_heads
 
 ARCHITECTURE = "LLaDAModelLM"
 
@@ -129,7 +130,7 @@ def read_config(config: Config) -> ModelShape:
         num_query_groups=groups,
         vocab_size=vocab_size,
         max_position_embeddings=config.number("max_sequence_length", int),
-        rotary_base=config.rotary_base(),
+        rotary_base=config.rotary(scaling=False)[0],
         norm_epsilon=config.number("rms_norm_eps", float),
         qkv_bias=config.switch("include_qkv_bias"),
         logit_shift=False,

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_espo.conversion.mapping import Names
-from megatron_espo.model.shape import Config, ModelShape, check_heads
+from megatron_espo.model.published_config import Config
+from megatron_espo.model.shape import ModelShape, check_heads, write_rotary
 
 NAMES = Names(
     embedding="model.embed_tokens",
@@ -20,16 +21,29 @@ NAMES = Names(
     gate="mlp.gate_proj",
     up="mlp.up_proj",
     down="mlp.down_proj",
+    query_norm="self_attn.q_norm",
+    key_norm="self_attn.k_norm",
 )
 
 
-def read_shape(config: Config, *, qkv_bias: bool, logit_shift: bool) -> ModelShape:
+def read_shape(
+    config: Config,
+    *,
+    logit_shift: bool,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+    own_heads: bool = False,
+    rope_scaling: bool = False,
+) -> ModelShape:
     """Read the shape of a model.
 
     Args:
         config: its config.json, with the family's defaults.
-        qkv_bias: whether the family has biases of queries, keys and values.
         logit_shift: whether its logits are those of the next position.
+        qkv_bias: whether the family has biases of queries, keys and values.
+        qk_norm: whether it has norms of each head's queries and keys.
+        own_heads: whether the size of its heads may be another than hidden size / heads.
+        rope_scaling: whether it may have Llama 3's scaling of rotary frequencies.
 
     Returns:
         The shape.
@@ -43,7 +57,13 @@ def read_shape(config: Config, *, qkv_bias: bool, logit_shift: bool) -> ModelSha
     vocab_size = config.number("vocab_size", int)
     hidden_size = config.number("hidden_size", int)
     heads = config.number("num_attention_heads", int)
-    config.require("head_dim", hidden_size // heads, None)
+    usual = hidden_size // heads
+    if own_heads and config.fields.get("head_dim") is not None:
+        head_dim = config.number("head_dim", int)
+    else:
+        config.require("head_dim", usual, None)
+        head_dim = usual
+    rotary_base, factor = config.rotary(scaling=rope_scaling)
     shape = ModelShape(
         num_layers=config.number("num_hidden_layers", int),
         hidden_size=hidden_size,
@@ -52,13 +72,16 @@ def read_shape(config: Config, *, qkv_bias: bool, logit_shift: bool) -> ModelSha
         num_query_groups=config.number("num_key_value_heads", int),
         vocab_size=vocab_size,
         max_position_embeddings=config.number("max_position_embeddings", int),
-        rotary_base=config.rotary_base(),
+        rotary_base=rotary_base,
         norm_epsilon=config.number("rms_norm_eps", float),
         qkv_bias=qkv_bias,
         logit_shift=logit_shift,
         mask_token_id=config.token("mask_token_id", vocab_size),
-        eos_token_id=config.token("eos_token_id", vocab_size),
+        eos_token_id=config.first_token("eos_token_id", vocab_size),
         tied_embeddings=config.switch("tie_word_embeddings"),
+        kv_channels=None if head_dim * heads == hidden_size else head_dim,
+        qk_norm=qk_norm,
+        rope_scaling_factor=factor,
     )
     return check_heads(
         shape, config.source, "num_attention_heads", "num_key_value_heads", "hidden_size"
@@ -88,9 +111,7 @@ def write_shape(shape: ModelShape, own: Mapping[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": shape.num_query_groups,
         "pad_token_id": shape.eos_token_id,
         "rms_norm_eps": shape.norm_epsilon,
-        "rope_scaling": None,
-        "rope_theta": float(shape.rotary_base),
         "tie_word_embeddings": shape.tied_embeddings,
         "vocab_size": shape.vocab_size,
     }
-    return dict(sorted((fields | dict(own)).items()))
+    return dict(sorted((fields | write_rotary(shape) | dict(own)).items()))

@@ -20,7 +20,7 @@ from megatron_espo.conversion.hugging_face import (
     read_tensor,
 )
 from megatron_espo.errors import UserError
-from megatron_espo.model.shape import Config
+from megatron_espo.model.published_config import Config
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

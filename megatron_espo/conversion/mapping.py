@@ -32,6 +32,8 @@ class Names:
         gate: the projection that goes through the activation.
         up: the other one.
         down: the projection back.
+        query_norm: norm of each head's queries, in families that have it.
+        key_norm: of its keys.
     """
 
     embedding: str
@@ -47,6 +49,8 @@ class Names:
     gate: str
     up: str
     down: str
+    query_norm: str = ""
+    key_norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,9 @@ def _layer_blocks(shape: ModelShape, names: Names, layer: int) -> list[Block]:
         named = {prefix + name: source for name, source in sources.items()}
         return Block(f"decoder.layers.{key}", size, offset, True, named, groups)
 
+    queries = shape.num_attention_heads * shape.head_dim
     heads = {
-        names.query: hidden,
+        names.query: queries,
         names.key: groups * shape.head_dim,
         names.value: groups * shape.head_dim,
     }
@@ -178,7 +183,7 @@ def _layer_blocks(shape: ModelShape, names: Names, layer: int) -> list[Block]:
         block("self_attention.linear_qkv.weight", {**weights}, qkv_rows, groups=groups),
         block(
             "self_attention.linear_proj.weight",
-            {f"{names.attention_output}.weight": (hidden, hidden)},
+            {f"{names.attention_output}.weight": (hidden, queries)},
             hidden,
         ),
         block("mlp.linear_fc1.layer_norm_weight", {f"{names.ffn_norm}.weight": (hidden,)}, hidden),
@@ -188,8 +193,14 @@ def _layer_blocks(shape: ModelShape, names: Names, layer: int) -> list[Block]:
     ]
     if shape.qkv_bias:
         blocks.insert(2, block("self_attention.linear_qkv.bias", biases, qkv_rows, groups=groups))
+    if shape.qk_norm:
+        for norm, name in zip(_QK_NORMS, (names.query_norm, names.key_norm), strict=True):
+            source: dict[str, tuple[int, ...]] = {f"{name}.weight": (shape.head_dim,)}
+            blocks.append(block(f"{norm}.weight", source, shape.head_dim))
     return blocks
 
+
+_QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 # Modules that carry an extra state in a checkpoint: Transformer Engine's FP8 scales. Megatron's
 # plain layers keep an empty one, so that a checkpoint without it fits neither.
@@ -211,5 +222,6 @@ def extra_states(shape: ModelShape) -> dict[str, int]:
     Returns:
         Key in the checkpoint -> number of parts.
     """
-    states = {f"decoder.layers.{name}._extra_state": shape.num_layers for name in _LAYER_STATES}
+    modules = (*_LAYER_STATES, *(_QK_NORMS if shape.qk_norm else ()))
+    states = {f"decoder.layers.{name}._extra_state": shape.num_layers for name in modules}
     return {**states, "decoder.final_layernorm._extra_state": 1}

@@ -23,14 +23,15 @@ from megatron_espo.conversion.adapters import (
     shape_of,
     targets_in,
 )
-from megatron_espo.conversion.families import FAMILIES, Family, family_of
-from megatron_espo.conversion.hugging_face import read_json, read_tensor, resolve_folder
+from megatron_espo.conversion.families import FAMILIES, Family
+from megatron_espo.conversion.hugging_face import read_tensor, resolve_folder
 from megatron_espo.conversion.lora import CONFIG, WEIGHTS, Adapter
 from megatron_espo.conversion.mapping import Block
+from megatron_espo.conversion.model_folder import read_model, stored_facts
 from megatron_espo.conversion.torch_dist import CheckpointReader, write_checkpoint
 from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.errors import UserError
-from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.shape import ModelShape
 from megatron_espo.startup.arguments import stored_arguments
 
 
@@ -92,10 +93,9 @@ def convert_to_peft(
         raise UserError(f"--megatron {megatron} holds a whole model; write it with to-hf.")
     shape = ModelShape.of(args, args.stop_token_ids[0])
     if template is not None:
-        source = resolve_folder(template, "--hf-template", weights=False) / "config.json"
-        fields = read_json(source)
-        chosen = family_of(fields, str(source))
-        differences = chosen.read_config(Config(fields, str(source))).differences(args)
+        source = resolve_folder(template, "--hf-template", weights=False)
+        published = read_model(source, stored_facts(args))
+        chosen, differences = published.family, published.shape.differences(args)
         if differences:
             raise UserError(
                 f"--megatron {megatron} does not fit --hf-template {template}: "

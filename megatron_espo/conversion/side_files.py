@@ -8,7 +8,8 @@ import torch
 from megatron_espo.conversion.families import Family
 from megatron_espo.data.tokenizer import FastTokenizer, write_tokenizer
 from megatron_espo.errors import UserError
-from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.published_config import Config
+from megatron_espo.model.shape import ModelShape
 
 
 def write_side_files(

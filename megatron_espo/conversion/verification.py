@@ -3,7 +3,8 @@
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -12,12 +13,13 @@ from tqdm import tqdm
 
 from megatron_espo.adapters.attach import whole_state
 from megatron_espo.conversion.hf_oracle import HfOracle
-from megatron_espo.conversion.hugging_face import HuggingFaceWeights, read_json
+from megatron_espo.conversion.hugging_face import HuggingFaceWeights
 from megatron_espo.conversion.layerwise import stream_weights
 from megatron_espo.conversion.torch_dist import CheckpointReader
 from megatron_espo.device import current_device
 from megatron_espo.errors import UserError
 from megatron_espo.model.provider import model_provider
+from megatron_espo.model.shape import ModelShape
 from megatron_espo.passes.pipeline import RowBatch, run_model
 
 # Largest difference in float32, as a share of the largest logit: rounding in another order.
@@ -29,8 +31,8 @@ _ROWS, _WIDTH = 3, 32
 def verify(
     checkpoints: Sequence[CheckpointReader],
     weights: HuggingFaceWeights,
-    logit_shift: bool,
-    mask_token_id: int,
+    fields: Mapping[str, Any],
+    shape: ModelShape,
 ) -> None:
     """Compare the logits of both sides on random tokens, some of them masked, a row padded.
 
@@ -42,17 +44,16 @@ def verify(
         checkpoints: that of the model which Megatron's global arguments describe, in float32, or
             those of its adapters and of their base.
         weights: the Hugging Face side.
-        logit_shift: whether position i is predicted from the hidden state at i - 1.
-        mask_token_id: the mask token, which some of the tokens are.
+        fields: what is known of that side, its config.json among it.
+        shape: what the converter made of it.
 
     Raises:
         UserError: they differ by more than rounding does.
     """
     # On a GPU TF32 is far from the tolerance, and NVIDIA's images turn it on.
     torch.set_float32_matmul_precision("highest")
-    fields = read_json(weights.folder / "config.json")
-    tokens, lengths = _random_tokens(fields["vocab_size"], mask_token_id)
-    ours = _checkpoint_logits(checkpoints, tokens, lengths, logit_shift)
+    tokens, lengths = _random_tokens(fields["vocab_size"], shape.mask_token_id)
+    ours = _checkpoint_logits(checkpoints, tokens, lengths, shape.logit_shift)
     theirs = HfOracle(fields, weights, torch.float32).logits(tokens, lengths)
     # The first position of a shifted model has no prediction.
     compared = torch.arange(_WIDTH)[None, :] < lengths[:, None]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.data.jsonl import read_text
+from megatron_espo.data.mask_token import add_mask_token
 from megatron_espo.errors import UserError
 
 # Imported where they are used: they take half a second, which --help need not wait for.
@@ -190,13 +191,19 @@ def write_tokenizer(tokenizer: FastTokenizer, folder: str | Path) -> None:
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path, tokenizer_class: str | None = None) -> None:
+def copy_tokenizer(
+    source: Path,
+    target: Path,
+    tokenizer_class: str | None = None,
+    mask_token_id: int | None = None,
+) -> None:
     """Write the tokenizer of a model folder in a form that needs no code of its own.
 
     Args:
         source: the model folder.
         target: the tokenizer folder to make.
         tokenizer_class: transformers' class that does the work of the folder's own code.
+        mask_token_id: becomes the mask token where the tokenizer names none.
 
     Raises:
         UserError: the folder has no tokenizer, or it cannot be loaded.
@@ -217,6 +224,8 @@ def copy_tokenizer(source: Path, target: Path, tokenizer_class: str | None = Non
             tokenizer = load_tokenizer(scratch)
         except UserError as error:
             raise UserError(f"{source}: {_why_not_loaded(Path(scratch))}") from error
+        if mask_token_id is not None:
+            add_mask_token(tokenizer, mask_token_id)
         save_tokenizer(tokenizer, target)
 
 

@@ -12,10 +12,12 @@ def weighted_token_loss(cross_entropy: Tensor, weights: Tensor, lengths: Tensor)
 
     Args:
         cross_entropy: float32 ``[b, s]``, zero where nothing is masked; carries the gradient.
-        weights: float32 ``[b]``, 1/p or L/l.
+        weights: float32 ``[b]``, 1/p or L/l; ``[b, s]`` where tokens have their own.
         lengths: int64 ``[b]``, maskable tokens of each row.
 
     Returns:
         float32 scalar.
     """
+    if weights.dim() == 2:
+        return ((cross_entropy * weights).sum(dim=1) / lengths).mean()
     return (cross_entropy.sum(dim=1) * weights / lengths).mean()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.passes.shapes import round_up
 from megatron_espo.random import stream, uniform
 
 # Steps whose random numbers are drawn at once: a draw is some hundred operations, however small.
@@ -31,6 +32,9 @@ class Rows:
         completions: int64 ``[n, l]``, in the caller's order; the mask token where nothing is
             committed yet.
         prompt_lengths: int64 ``[n]``.
+        offsets: int64 ``[n]``, prompt tokens that lie in the first block: 0 where blocks begin with
+            the completion, the rest of the prompt's last block where they are counted from
+            position 0 of the row.
         widths: positions of prompt and completion per row.
         sample_ids: int64 ``[n]``.
         masked: bool ``[n, k]``, masked positions of each row's block.
@@ -49,6 +53,7 @@ class Rows:
     tokens: Tensor
     completions: Tensor
     prompt_lengths: Tensor
+    offsets: Tensor
     widths: list[int]
     sample_ids: Tensor
     masked: Tensor
@@ -64,7 +69,21 @@ class Rows:
 
     def starts(self, index: Tensor) -> Tensor:
         """Where the current blocks of some rows start: int64 ``[a]``."""
-        return self.prompt_lengths[index] + self.block[index] * self.masked.size(1)
+        first = self.prompt_lengths[index] - self.offsets[index]
+        return first + self.block[index] * self.masked.size(1)
+
+    def last_blocks(self, index: Tensor) -> Tensor:
+        """The last blocks of some rows: int64 ``[a]``."""
+        length = self.completions.size(1)
+        return (self.offsets[index] + length - 1) // self.masked.size(1)
+
+    def _completion_columns(self, index: Tensor) -> Tensor:
+        """Columns of the completion that the places of current blocks are: int64 ``[a, k]``.
+
+        Below 0 in the prompt, and not below l after the completion.
+        """
+        k = self.masked.size(1)
+        return (self.block[index] * k - self.offsets[index])[:, None] + torch.arange(k)
 
     def noise(self, index: Tensor, seed: int, purpose: str) -> Tensor:
         """Give the uniform numbers of a step for some rows; asked for at each of their steps.
@@ -102,7 +121,8 @@ class Rows:
         row, column = committed.nonzero(as_tuple=True)
         rows, tokens = index[row], chosen[row, column]
         self.tokens[rows, self.starts(rows) + column] = tokens
-        self.completions[self.order[rows], self.block[rows] * chosen.size(1) + column] = tokens
+        columns = self.block[rows] * chosen.size(1) + column - self.offsets[rows]
+        self.completions[self.order[rows], columns] = tokens
         self.masked[index] &= ~committed
         self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
         number = committed.sum(1)
@@ -137,12 +157,11 @@ class Rows:
         passed = torch.full_like(head_rows, positions)
         self.work[index] += torch.stack((passed, passed * keys, head_rows, head_rows * keys), dim=1)
 
-    def end_step(self, index: Tensor, num_blocks: int, stops: Tensor | None, fill: int) -> Tensor:
+    def end_step(self, index: Tensor, stops: Tensor | None, fill: int) -> Tensor:
         """Count a step of some rows and find those that are final.
 
         Args:
             index: int64 ``[a]``, rows whose block was not complete.
-            num_blocks: blocks of a completion.
             stops: int64, tokens that end a completion with the block that holds them; None: none.
             fill: what follows such a block.
 
@@ -152,12 +171,15 @@ class Rows:
         self.step[index] += 1
         self.complete[index] = ~self.masked[index].any(1)
         done = index[self.complete[index]]
-        final = self.block[done] == num_blocks - 1
+        final = self.block[done] == self.last_blocks(done)
         if stops is not None and len(done):
-            blocks = self.completions.unflatten(1, (num_blocks, -1))  # a view
-            stopped = torch.isin(blocks[self.order[done], self.block[done]], stops).any(1)
-            for row in done[stopped].tolist():  # each once; no pass will read its tokens
-                blocks[self.order[row], self.block[row] + 1 :] = fill
+            columns, length = self._completion_columns(done), self.completions.size(1)
+            inside = (columns >= 0) & (columns < length)
+            tokens = self.completions[self.order[done, None], columns.clamp(0, length - 1)]
+            stopped = (torch.isin(tokens, stops) & inside).any(1)
+            ends = columns[:, -1] + 1
+            for row, end in zip(done[stopped].tolist(), ends[stopped].tolist(), strict=True):
+                self.completions[self.order[row], end:] = fill  # no pass will read its tokens
             final |= stopped
         return done[final]
 
@@ -166,7 +188,8 @@ class Rows:
         self.block[index] += 1
         self.step[index] = 0
         self.complete[index] = False
-        self.masked[index] = True
+        columns = self._completion_columns(index)
+        self.masked[index] = (columns >= 0) & (columns < self.completions.size(1))
 
 
 def lay_out_rows(
@@ -192,6 +215,9 @@ def lay_out_rows(
     order = sorted(range(n), key=lambda i: -len(prompts[i]))
     longest = len(prompts[order[0]]) + length
     s = max(model.shapes.width(longest), model.shapes.sampled_width(longest))
+    if model.blocks is not None:  # windows reach to the ends of blocks
+        s = round_up(s, model.blocks.size) + int(model.logit_shift)
+        s = round_up(s, model.shapes.multiple)
     tokens = torch.full((n, s), model.pad_token_id)
     for row, i in zip(tokens, order, strict=True):
         prompt = torch.tensor(prompts[i], dtype=torch.int64)
@@ -199,15 +225,17 @@ def lay_out_rows(
         row[len(prompt) : len(prompt) + length] = model.mask_token_id
     lengths = torch.tensor([len(prompts[i]) for i in order], dtype=torch.int64)
     k, drawn = config.block_length, min(num_steps, _STEPS_DRAWN)
-    return Rows(
+    offsets = torch.zeros_like(lengths) if model.blocks is None else lengths % k
+    rows = Rows(
         order=torch.tensor(order),
         tokens=tokens,
         completions=torch.full((n, length), model.mask_token_id),
         prompt_lengths=lengths,
+        offsets=offsets,
         widths=(lengths + length).tolist(),
         sample_ids=sample_ids[order],
         masked=torch.ones(n, k, dtype=torch.bool),
-        block=torch.zeros(n, dtype=torch.int64),
+        block=torch.full((n,), -1),
         step=torch.zeros(n, dtype=torch.int64),
         complete=torch.zeros(n, dtype=torch.bool),
         undecided=torch.zeros(n, dtype=torch.bool),
@@ -217,3 +245,5 @@ def lay_out_rows(
         confidence=torch.zeros(n, dtype=torch.float64),
         work=torch.zeros(n, 4, dtype=torch.float64),
     )
+    rows.enter_next_block(torch.arange(n))
+    return rows

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
 from megatron_espo.device import no_interception
+from megatron_espo.generation.block_steps import evaluate_blocks
 from megatron_espo.generation.remasking import (
     dream_commit_shares,
     rank_by,
@@ -144,8 +145,10 @@ def _denoise(
     """
     config = scheduler.config
     index = torch.tensor(scheduler.rows)
-    index = index[~rows.complete[index]]
-    if config.cache != "none":
+    if config.cache != "exact":
+        # With this cache a complete block is passed once more, and its row goes on by itself.
+        index = index[~rows.complete[index]]
+    if config.cache in ("prefix", "dual"):
         whole = rows.want_whole_passes(index, config.cache_refresh_steps)
         scheduler.windows = not bool(whole.all())
         index = index[~whole] if scheduler.windows else index
@@ -154,17 +157,19 @@ def _denoise(
     else:
         noise = torch.zeros(len(index), 2, config.block_length, dtype=torch.float64)
     step = rows.step[index]
-    counts = scheduler.schedule[step]
+    finished = index[rows.complete[index]]
+    counts = scheduler.schedule[step.clamp(max=len(scheduler.schedule) - 1)]
     picked = _candidates(rows.masked[index], noise[:, 1], step, config, counts)
     evaluated = picked.any(1)
-    if evaluated.any():
+    if evaluated.any() or len(finished):
         draws = _evaluate(model, rows, scheduler, index, picked, noise[:, 0])
         scheduler.passes += 1
         rows.commit(index, *_choose(draws, picked, scheduler, counts))
         rows.num_evaluations[index] += evaluated
+    rows.enter_next_block(finished)
     stops = torch.tensor(model.stop_token_ids) if config.early_stop else None
-    blocks = config.completion_length // config.block_length
-    return rows.end_step(index, blocks, stops, model.eos_token_id)
+    open_rows = index[~torch.isin(index, finished)]
+    return rows.end_step(open_rows, stops, model.eos_token_id)
 
 
 def _candidates(
@@ -189,7 +194,8 @@ def _candidates(
         shares = dream_commit_shares(config.steps_per_block)[step].double()
         return masked & (order_noise < shares[:, None])
     if config.remasking == "random":
-        return select_highest(order_noise.masked_fill(~masked, -1.0), counts)
+        # A block that is cut short may have fewer masked positions than the schedule commits.
+        return masked & select_highest(order_noise.masked_fill(~masked, -1.0), counts)
     return masked & (counts > 0)[:, None]
 
 
@@ -216,6 +222,9 @@ def _evaluate(
         the probability that the score is the logarithm of, and the token's probability.
     """
     config = scheduler.config
+    if model.blocks is not None:
+        draw = partial(_draw, model=model, config=config)
+        return evaluate_blocks(model, rows, scheduler, index, picked, uniforms, draw)
     place = {row: i for i, row in enumerate(index.tolist())}
     taking_part = index[picked.any(1)].tolist()
     # Virtual pipeline stages take passes in rounds of one per stage.

@@ -120,7 +120,14 @@ class Scheduler:
         cache = self.config.cache
         # Between blocks; rows with windows up to their ends must be in the same block.
         between = self.passes == 0 and (cache == "dual" or not self.rows)
-        if cache == "none" or between:
+        if cache == "exact":
+            for batch in self.batches:
+                if batch.rows:
+                    continue  # its cache has no place for others
+                batch.cache = None
+                while self.waiting and len(batch.rows) < batch.size:
+                    batch.rows.append(self.waiting.popleft())
+        elif cache == "none" or between:
             for batch in self.batches:
                 while self.waiting and len(batch.rows) < batch.size:
                     batch.rows.append(self.waiting.popleft())
@@ -180,9 +187,12 @@ class Scheduler:
             complete: of all rows, whether their block is complete.
 
         Returns:
-            The rows; without a cache those that are complete, with one all or none.
+            The rows; without a cache those that are complete, with an approximate one all or none,
+            with an exact one none: they go on by themselves.
         """
         rows = self.rows
+        if self.config.cache == "exact":
+            return []  # each has its block taken in first
         ready = [row for row in rows if complete[row]]
         if self.config.cache == "none":
             return ready

@@ -57,7 +57,8 @@ class BidirectionalAttention(MegatronModule):
             query: ``[w, b, heads, d]``.
             key: ``[w, b, g, d]``.
             value: ``[w, b, g, d]``.
-            attention_mask: bool ``[b, 1, 1, s]``, True where attention must not look, or None.
+            attention_mask: bool ``[b, 1, 1, s]``, True where attention must not look, or None;
+                ``[b or 1, 1, w, s]`` where queries see different keys.
 
         Returns:
             ``[w, b, heads * d]``; ``[r, 1, heads * d]`` from a last layer that skips rows.
@@ -94,8 +95,14 @@ def _attend(
     # Megatron's tracker keeps the draws of tensor-parallel ranks apart.
     tracked = dropout > 0.0 and not module.config.sequence_parallel
     mask = attention_mask if state.padded else None
+    if selected is not None and mask is not None:
+        mask = selected.of_mask(mask)
+    scale = module.score_scale
     with get_cuda_rng_tracker().fork() if tracked else nullcontext():
-        output = fused_attention(query, key, value, mask, module.score_scale, dropout)
+        if state.copies > 0 and selected is None and mask is not None:
+            output = attend_in_parts(query, key, value, mask, state.copies, scale, dropout)
+        else:
+            output = fused_attention(query, key, value, mask, scale, dropout)
     return output if selected is None else selected.of_attention(output)
 
 
@@ -130,6 +137,9 @@ def transformer_engine_attention() -> type:
             """Attend; see :class:`BidirectionalAttention`."""
             state = current_pass()
             last = self.layer_number == self.config.num_layers
+            if attention_mask is not None and attention_mask.size(2) > 1:
+                # Its padding kernels know no mask of queries; a recomputed layer has no state.
+                return _attend(self, query, key, value, attention_mask, state or PassState())
             if state is None or (state.cache is None and not (last and state.selected)):
                 return super().forward(query, key, value, attention_mask, *args, **kw)
             return _attend(self, query, key, value, attention_mask, state)
@@ -158,6 +168,47 @@ def selecting_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Ten
     return select_and_add
 
 
+def attend_in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    copies: int,
+    scale: float | None,
+    dropout: float,
+) -> Tensor:
+    """Attend from noisy copies and clean tokens one by one, without the keys that none sees.
+
+    A copy sees itself and the clean tokens, these see each other: of K copies K * 2 + 1 squares of
+    scores in place of (K + 1)^2.
+
+    Args:
+        query: ``[(K + 1) w, b, heads, d]``.
+        key: ``[b, g, (K + 1) w, d]``.
+        value: likewise.
+        attention_mask: bool ``[b or 1, 1, (K + 1) w, (K + 1) w]``.
+        copies: K, at least 1.
+        scale: as in :func:`fused_attention`.
+        dropout: likewise.
+
+    Returns:
+        ``[(K + 1) w, b, heads * d]``.
+    """
+    width, outputs = query.size(0) // (copies + 1), []
+    places = torch.arange(query.size(0), device=query.device).split(width)
+    clean = slice(copies * width, None)
+    for copy, own in enumerate(places):
+        queries = slice(copy * width, (copy + 1) * width)
+        keys, values, hidden = key, value, attention_mask[:, :, queries]
+        if copy == copies:
+            keys, values, hidden = key[:, :, clean], value[:, :, clean], hidden[..., clean]
+        elif copies > 1:
+            seen = torch.cat((own, places[-1]))
+            keys, values, hidden = key[:, :, seen], value[:, :, seen], hidden[..., seen]
+        outputs.append(fused_attention(query[queries], keys, values, hidden, scale, dropout))
+    return torch.cat(outputs)
+
+
 def fused_attention(
     query: Tensor,
     key: Tensor,
@@ -172,7 +223,8 @@ def fused_attention(
         query: ``[w, b, heads, d]``.
         key: ``[b, g, s, d]``, g divides heads: query heads side by side share a key/value head.
         value: ``[b, g, s, d]``.
-        attention_mask: bool ``[b, 1, 1, s]``, True where attention must not look, or None.
+        attention_mask: bool ``[b or 1, 1, w or 1, s]``, True where attention must not look, or
+            None.
         scale: factor of the scores; 1 / sqrt(d) if None.
         dropout: share of the attention weights that are dropped.
 

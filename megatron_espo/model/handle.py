@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_espo.parallel.layout import Layout
+from megatron_espo.passes.block_mask import BlockAttention
 from megatron_espo.passes.shapes import Shapes
 
 
@@ -27,6 +28,8 @@ class DiffusionModel:
         layout: process groups.
         widths: the widths that micro-batches may have (see passes/shapes.py); empty: every multiple
             of ``pad_multiple``.
+        blocks: how the model attends whose tokens come block by block; None where every position
+            sees every other.
     """
 
     chunks: Sequence[Any]
@@ -40,6 +43,7 @@ class DiffusionModel:
     device: torch.device
     layout: Layout
     widths: tuple[int, ...] = ()
+    blocks: BlockAttention | None = None
 
     @property
     def shapes(self) -> Shapes:

@@ -12,6 +12,15 @@ _COMMON = (
     "--untie-embeddings-and-output-weights --attention-dropout 0.0 --hidden-dropout 0.0"
 )
 
+_QWEN3_8B = (
+    "--num-layers 36 --hidden-size 4096 --ffn-hidden-size 12288 --num-attention-heads 32 "
+    "--group-query-attention --num-query-groups 8 --qk-layernorm --rotary-base 1000000 "
+    "--norm-epsilon 1e-6 --vocab-size 151936 --mask-token-id 151669 "
+    f"--stop-token-ids 151643 151645 {_COMMON}"
+)
+
+_BLOCKS_OF_4 = "--attention-mask block-causal --block-size 4"
+
 PRESETS: dict[str, str] = {
     # For demonstrations and tests on CPUs.
     "tiny": (
@@ -31,6 +40,27 @@ PRESETS: dict[str, str] = {
         "--group-query-attention --num-query-groups 4 --add-qkv-bias "
         "--max-position-embeddings 131072 --rotary-base 1000000 --norm-epsilon 1e-6 "
         "--vocab-size 152064 --mask-token-id 151666 --stop-token-ids 151643 151645 "
+        f"--logit-shift {_COMMON}"
+    ),
+    # JetLM/SDAR-8B-Chat: Qwen3-8B's layers, trained to predict in place.
+    "sdar_8b": f"{_QWEN3_8B} --max-position-embeddings 32768 {_BLOCKS_OF_4}",
+    # Gen-Verse/TraDo-8B-Instruct and -Thinking, trained from it.
+    "trado_8b": f"{_QWEN3_8B} --max-position-embeddings 32768 {_BLOCKS_OF_4}",
+    # Autoregressive models to start from, which predict the next position; the mask token is the
+    # first row of the vocabulary without a token, or one that no text uses.
+    "qwen3_8b": f"{_QWEN3_8B} --max-position-embeddings 40960 --logit-shift",
+    "qwen2_7b": (
+        "--num-layers 28 --hidden-size 3584 --ffn-hidden-size 18944 --num-attention-heads 28 "
+        "--group-query-attention --num-query-groups 4 --add-qkv-bias "
+        "--max-position-embeddings 131072 --rotary-base 1000000 --norm-epsilon 1e-6 "
+        "--vocab-size 152064 --mask-token-id 151665 --stop-token-ids 151643 151645 "
+        f"--logit-shift {_COMMON}"
+    ),
+    "llama3_8b": (
+        "--num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336 --num-attention-heads 32 "
+        "--group-query-attention --num-query-groups 8 --use-rope-scaling --rope-scaling-factor 8 "
+        "--max-position-embeddings 131072 --rotary-base 500000 --norm-epsilon 1e-5 "
+        "--vocab-size 128256 --mask-token-id 128002 --stop-token-ids 128001 128009 "
         f"--logit-shift {_COMMON}"
     ),
 }

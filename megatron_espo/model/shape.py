@@ -1,12 +1,12 @@
-"""What a published config.json says of a model, in one form for every family."""
+"""The shape of a published model, in one form for every family."""
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_espo.errors import UserError
+from megatron_espo.model.published_config import LLAMA3_SCALING
 
 
 def query_groups(args: argparse.Namespace) -> int:
@@ -38,11 +38,21 @@ class ModelShape:
     eos_token_id: int
     tied_embeddings: bool = False
     """The output head has the embedding's weights."""
+    kv_channels: int | None = None
+    """Channels of one head where they are not hidden size / heads."""
+    qk_norm: bool = False
+    """RMS norms of each head's queries and keys before they are rotated."""
+    rope_scaling_factor: float | None = None
+    """Llama 3's scaling of the rotary frequencies, by this factor; None without it."""
+    attention_mask: str | None = None
+    """How tokens attend that come block by block (--attention-mask); None for full attention."""
+    block_size: int | None = None
+    """Tokens of a block; None for full attention."""
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @classmethod
     def of(cls, args: argparse.Namespace, eos_token_id: int) -> "ModelShape":
@@ -55,6 +65,9 @@ class ModelShape:
         Returns:
             The shape; :meth:`differences` tells whether it says all that the arguments do.
         """
+        usual = args.kv_channels * args.num_attention_heads == args.hidden_size
+        mask = getattr(args, "attention_mask", None)  # checkpoints may be older
+        mask = None if mask == "full" else mask
         return cls(
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
@@ -70,6 +83,11 @@ class ModelShape:
             mask_token_id=args.mask_token_id,
             eos_token_id=eos_token_id,
             tied_embeddings=not args.untie_embeddings_and_output_weights,
+            kv_channels=None if usual else args.kv_channels,
+            qk_norm=args.qk_layernorm,
+            rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
+            attention_mask=mask,
+            block_size=args.block_size if mask else None,
         )
 
     def flags(self) -> list[str]:
@@ -92,6 +110,14 @@ class ModelShape:
             flags.append("--add-qkv-bias")
         if self.logit_shift:
             flags.append("--logit-shift")
+        if self.kv_channels is not None:
+            flags += ["--kv-channels", str(self.kv_channels)]
+        if self.qk_norm:
+            flags.append("--qk-layernorm")
+        if self.rope_scaling_factor is not None:
+            flags += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_scaling_factor)]
+        if self.attention_mask is not None:
+            flags += ["--attention-mask", self.attention_mask, "--block-size", str(self.block_size)]
         return flags
 
     def differences(self, args: argparse.Namespace) -> list[str]:
@@ -105,6 +131,7 @@ class ModelShape:
         """
         theirs = dataclasses.asdict(ModelShape.of(args, self.eos_token_id))
         theirs["head_dim"] = args.kv_channels
+        del theirs["kv_channels"]
         # A limit on the length of sequences, which changes no result.
         del theirs["max_position_embeddings"]
         found = [
@@ -128,140 +155,29 @@ _FIXED = {
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
     "add_bias_linear": False,
-    "qk_layernorm": False,
     "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
 }
 
 
-class Config:
-    """A config.json that is read field by field; what was not understood can be told."""
+def write_rotary(shape: ModelShape) -> dict[str, Any]:
+    """Write what Config.rotary reads.
 
-    def __init__(
-        self,
-        fields: Mapping[str, Any],
-        source: str,
-        defaults: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Wrap the fields.
+    Args:
+        shape: the shape.
 
-        Args:
-            fields: the parsed file.
-            source: its path, for messages.
-            defaults: what the model's own code takes for fields that the file does not have.
-        """
-        self.fields, self.source = {**(defaults or {}), **fields}, source
-        self._absent = self.fields.keys() - fields.keys()
-
-    def with_defaults(self, defaults: Mapping[str, Any]) -> "Config":
-        """Return the same file, read with these defaults."""
-        return Config(self.fields, self.source, defaults)
-
-    def _says(self, name: str) -> str:
-        """Say what the file holds in a field, or what stands for it."""
-        said = f'"{name}" is {self.fields.get(name)!r}'
-        return (
-            f"{said} (the model's own default; the file has none)" if name in self._absent else said
-        )
-
-    def number[Number: (int, float)](self, name: str, kind: type[Number]) -> Number:
-        """Read a positive number.
-
-        Raises:
-            UserError: naming the field.
-        """
-        value = self.fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise UserError(f"{self.source}: {self._says(name)}; a positive number is needed.")
-        if kind is int and value != int(value):
-            raise UserError(f"{self.source}: {self._says(name)}; a whole number is needed.")
-        return kind(value)
-
-    def token(self, name: str, vocab_size: int) -> int:
-        """Read a token id.
-
-        Raises:
-            UserError: naming the field.
-        """
-        value = self.fields.get(name)
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:
-            raise UserError(
-                f"{self.source}: {self._says(name)}; a token id below {vocab_size} is needed."
-            )
-        return value
-
-    def switch(self, name: str) -> bool:
-        """Read a field that is true or false; one that is absent is false.
-
-        Raises:
-            UserError: naming the field.
-        """
-        self.require(name, False, True)
-        return bool(self.fields.get(name, False))
-
-    def rotary_base(self) -> float:
-        """Read the base of the rotary embedding, where transformers 4 and where version 5 write it.
-
-        Raises:
-            UserError: the frequencies are scaled, or the two places differ.
-        """
-        bases = set()
-        for name in ("rope_parameters", "rope_scaling"):
-            rope = self.fields.get(name)
-            if rope is None:
-                continue
-            plain = isinstance(rope, Mapping) and all(
-                key == "rope_theta" or (key, value) in _PLAIN_ROPE for key, value in rope.items()
-            )
-            if not plain:
-                raise UserError(
-                    f'{self.source}: "{name}" is {rope!r}, which is not supported; rotary '
-                    'embeddings must be of the type "default", without scaling.'
-                )
-            if "rope_theta" in rope:
-                bases.add(Config(rope, f'{self.source}: "{name}"').number("rope_theta", float))
-        # transformers 5 leaves the field itself out.
-        stated = "rope_theta" in self.fields and "rope_theta" not in self._absent
-        if stated or not bases:
-            bases.add(self.number("rope_theta", float))
-        if len(bases) > 1:
-            raise UserError(
-                f'{self.source}: "rope_theta" is {" and ".join(map(str, sorted(bases)))} in two '
-                "places; correct one."
-            )
-        return bases.pop()
-
-    def require(self, name: str, *allowed: Any) -> None:
-        """Refuse a value that changes what the model computes.
-
-        Args:
-            name: the field; one that is absent takes the first allowed value.
-            allowed: the values that are supported.
-
-        Raises:
-            UserError: naming the field.
-        """
-        value = self.fields.get(name, allowed[0])
-        if not any(value == one and type(value) is type(one) for one in allowed):
-            wanted = " or ".join(repr(one) for one in allowed)
-            raise UserError(
-                f"{self.source}: {self._says(name)}, which is not supported; it must be {wanted}."
-            )
-
-
-# What says no more than that nothing is scaled, in what either version of transformers writes.
-_PLAIN_ROPE = (
-    ("rope_type", "default"),
-    ("type", "default"),
-    ("factor", 1.0),
-    ("partial_rotary_factor", 1.0),
-)
+    Returns:
+        The fields, as transformers 4 and 5 read them.
+    """
+    scaling = None
+    if shape.rope_scaling_factor is not None:
+        scaling = {"rope_type": "llama3", "factor": shape.rope_scaling_factor, **LLAMA3_SCALING}
+    return {"rope_scaling": scaling, "rope_theta": float(shape.rotary_base)}
 
 
 def check_heads(shape: ModelShape, source: str, heads: str, groups: str, hidden: str) -> ModelShape:
-    """Check that heads divide the hidden size, and groups the heads.
+    """Check that heads divide the hidden size or have their own, and groups the heads.
 
     Args:
         shape: the shape.
@@ -276,7 +192,7 @@ def check_heads(shape: ModelShape, source: str, heads: str, groups: str, hidden:
     Raises:
         UserError: naming the field.
     """
-    if shape.hidden_size % shape.num_attention_heads:
+    if shape.kv_channels is None and shape.hidden_size % shape.num_attention_heads:
         raise UserError(
             f'{source}: "{hidden}" {shape.hidden_size} is not divisible by "{heads}" '
             f"{shape.num_attention_heads}."

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_espo.device import current_device
 from megatron_espo.parallel.layout import Layout
+from megatron_espo.passes.block_mask import BlockAttention
 from megatron_espo.passes.head import ContextPart, HeadInput, LogitsFunction, select_rows
 from megatron_espo.passes.state import (
     KeyValueCache,
@@ -64,6 +65,11 @@ class RowBatch:
         sampling: whether tokens are drawn from the pass; see :class:`PassState`.
         sent: what passes over this batch have sent to the device before, by part of the model, for
             batches that pass several times; None where it is made anew.
+        blocks: how tokens attend that come block by block; None where every position sees every
+            other. With noisy copies ``tokens`` are ``[b, (K + 1) s]``, and ``positions`` places
+            among them.
+        key_limits: int64 like ``tokens``, at least 1: each position sees the keys before this one,
+            whatever ``lengths`` and ``blocks`` say. None: not in use.
     """
 
     tokens: Tensor
@@ -77,6 +83,8 @@ class RowBatch:
     padded: bool = True
     sampling: bool = False
     sent: "dict[Any, _Inputs] | None" = None
+    blocks: BlockAttention | None = None
+    key_limits: Tensor | None = None
 
 
 def padding_mask(lengths: Tensor, s: int) -> Tensor:
@@ -117,7 +125,7 @@ def run_model(
         output: Tensor = model(
             inputs.tokens,
             inputs.position_ids.expand_as(inputs.tokens),
-            inputs.mask,
+            _attention_mask(batch, inputs),
             output_processor=select_rows,
             output_processor_context=(inputs.head, logits_function),
         )
@@ -133,6 +141,8 @@ class _Inputs(NamedTuple):
         mask: bool ``[b, 1, 1, s]``.
         state: what the layers need to know.
         head: what the output head needs to know.
+        places: where ``tokens`` begin and end among the places of whole rows.
+        key_limits: the batch's, of ``tokens``.
     """
 
     tokens: Tensor
@@ -140,6 +150,8 @@ class _Inputs(NamedTuple):
     mask: Tensor
     state: PassState
     head: HeadInput
+    places: tuple[int, int]
+    key_limits: Tensor | None
 
 
 def _sent_inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
@@ -154,21 +166,39 @@ def _sent_inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     return inputs
 
 
+def _attention_mask(batch: RowBatch, inputs: _Inputs) -> Tensor:
+    """Build the mask of a pass on the device: it is far larger than what it is made of."""
+    mask = inputs.mask
+    if inputs.key_limits is not None:
+        keys = torch.arange(mask.size(-1), device=mask.device)
+        return keys >= inputs.key_limits[:, None, :, None]
+    if batch.blocks is not None:
+        return batch.blocks.hidden(mask if batch.padded else mask[:1] & False, *inputs.places)
+    return mask
+
+
 def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     """Work out, on the host, what this rank's part of the model needs for a pass."""
     b, s = batch.tokens.shape
     tokens, rows, places = batch.tokens, batch.rows, batch.positions - int(logit_shift)
     position_ids = torch.arange(s)[None]
-    window, part = None, None
+    window, part, held, limits = None, None, (0, s), batch.key_limits
+    if batch.blocks is not None:
+        s //= batch.blocks.copies + 1
+        position_ids = position_ids % s
+        window = position_ids.expand_as(tokens) if batch.blocks.copies else None
     if batch.offsets is not None:
+        assert batch.blocks is None, "windows attend to all keys up to their row's length"
         assert batch.cache is not None, "a window needs the keys and values of the rest"
         position_ids, s = position_ids + batch.offsets[:, None], batch.cache.width
         window, places = position_ids, places - batch.offsets[rows]
     cp_group = stage.pg_collection.cp
     if cp_group.size() > 1:
         assert batch.cache is None, "a cache holds all positions of its rows"
-        width = s // cp_group.size()
+        width = tokens.size(1) // cp_group.size()
         start = cp_group.rank() * width
+        held = (start, start + width)
+        limits = None if limits is None else limits[:, start : start + width]
         tokens = tokens[:, start : start + width]
         window = position_ids = position_ids[:, start : start + width].expand_as(tokens)
         part = ContextPart(
@@ -180,12 +210,17 @@ def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     selected = _select(stage, tokens, rows, places)
     # Attention that runs again in the backward pass knows of no pass and takes the mask.
     padded = batch.padded or stage.config.recompute_granularity is not None
-    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, batch.sampling)
+    # Other masks hide more than padding.
+    padded = padded or batch.blocks is not None or limits is not None
+    copies = 0 if batch.blocks is None or part is not None else batch.blocks.copies
+    sampling = batch.sampling
+    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, sampling, copies)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
     num_rows = batch.rows.numel() if part is None else part.places.numel()
     head = HeadInput(num_rows, index, part, batch.payload)
-    return _Inputs(tokens, position_ids, padding_mask(batch.lengths, s), state, head)
+    mask = padding_mask(batch.lengths, s)
+    return _Inputs(tokens, position_ids, mask, state, head, held, limits)
 
 
 def _select(stage: Any, tokens: Tensor, rows: Tensor, places: Tensor) -> SelectedRows | None:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class KeyValueCache:
@@ -51,6 +52,26 @@ class KeyValueCache:
             return
         for kept, new in zip(self._layers[layer], (key, value), strict=True):
             kept.index_copy_(0, rows, new)
+
+    def widen(self, width: int) -> None:
+        """Make place for positions after those of the pass that filled the cache.
+
+        Args:
+            width: positions of the rows from now on; what is new is zero.
+        """
+        for layer, parts in self._layers.items():
+            key, value = (pad(part, (0, 0, 0, width - part.size(2))) for part in parts)
+            self._layers[layer] = (key, value)
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all but some rows.
+
+        Args:
+            rows: int64 ``[b]``, those that stay, in their new order.
+        """
+        for layer, (key, value) in self._layers.items():
+            index = rows.to(key.device)
+            self._layers[layer] = (key.index_select(0, index), value.index_select(0, index))
 
     def merge(
         self, layer: int, key: Tensor, value: Tensor, positions: Tensor, rows: Tensor | None
@@ -98,6 +119,20 @@ class SelectedRows:
         """Take the selected queries: ``[w, b, heads, d]`` to ``[c, b, heads, d]``."""
         index = self.queries.t()[:, :, None, None].expand(-1, -1, *query.shape[2:])
         return query.gather(0, index)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """Take the selected queries' rows of an attention mask.
+
+        Args:
+            mask: bool ``[b or 1, 1, w or 1, s]``.
+
+        Returns:
+            bool ``[b, 1, c, s]``; the mask itself where it is the same for all queries.
+        """
+        if mask.size(2) == 1:
+            return mask
+        index = self.queries[:, None, :, None].expand(-1, -1, -1, mask.size(3))
+        return mask.expand(index.size(0), -1, -1, -1).gather(2, index)
 
     def of_attention(self, output: Tensor) -> Tensor:
         """Drop what rows with fewer selected positions repeat: ``[c, b, h]`` to ``[r, 1, h]``."""
@@ -164,6 +199,8 @@ class PassState:
             for passes without a mask, and some devices' fastest one takes none.
         sampling: whether tokens are drawn from the pass. Nothing compares it with a pass that has
             gradients, so the layers may take kernels that round otherwise.
+        copies: noisy copies of the rows that stand before the clean tokens (passes/block_mask.py),
+            where all of them pass here; 0 elsewhere.
     """
 
     selected: SelectedRows | None = None
@@ -173,6 +210,7 @@ class PassState:
     width: int = 0
     padded: bool = True
     sampling: bool = False
+    copies: int = 0
 
 
 _current: ContextVar[PassState | None] = ContextVar("model_pass", default=None)

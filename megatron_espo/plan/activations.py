@@ -33,6 +33,7 @@ class Sizes:
         inner: f of this rank.
         vocabulary: n of this rank.
         grouped: whether several heads share keys and values.
+        normed: whether queries and keys are normalized.
         with_te: whether the layers are Transformer Engine's.
         cp: context-parallel size.
         fp8: whether what linear layers keep of their inputs is in FP8.
@@ -47,6 +48,7 @@ class Sizes:
     inner: float
     vocabulary: float
     grouped: bool
+    normed: bool
     with_te: bool
     cp: int
     fp8: bool
@@ -74,6 +76,7 @@ def layer_sizes(args: argparse.Namespace, fp8: bool) -> Sizes:
         inner=args.ffn_hidden_size / tp,
         vocabulary=args.padded_vocab_size / tp,
         grouped=groups != args.num_attention_heads,
+        normed=bool(args.qk_layernorm),
         with_te=args.transformer_impl == "transformer_engine",
         cp=args.context_parallel_size,
         fp8=fp8,
@@ -85,16 +88,19 @@ def _of_attention(sizes: Sizes, *, by_te: bool) -> float:
     """Numbers per position that the attention keeps: of inputs, rotated or not, and its output."""
     query, pair = sizes.query, sizes.key_value
     rotated = query + pair / 2
+    # Norms keep the projection, and of grouped heads the queries that are copied out of it (on
+    # CPUs what they make of both, too).
+    norms = query + pair + (query if sizes.grouped else 0.0) if sizes.normed else 0.0
     if sizes.cp > 1:
         # Keys and values of all ranks, for every head where heads share them.
         whole = 2 * query if sizes.grouped else pair
-        return query + sizes.cp * whole + query
+        return query + sizes.cp * whole + query + norms
     if by_te and "core_attn" not in sizes.again:
         # Its kernel gets the values as a tensor of their own.
-        return query + pair + query
+        return query + pair + query + norms
     if not by_te and sizes.grouped:
         # PyTorch's kernel gets keys and values once for every head.
-        return query + 2 * query + query
+        return query + 2 * query + query + norms
     # Values are a part of the projection, which stays whole beside the rotated queries and keys.
     return query + pair + rotated + query
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views
+from megatron_espo.errors import UserError
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.head import view_cross_entropy
 from megatron_espo.parallel.layout import broadcast_from_last_stage
@@ -84,6 +85,9 @@ def elbo_of_views(model: DiffusionModel, batches: list[ViewBatch], views: ElboVi
 
     Returns:
         float32 ``[n, m]`` on the host.
+
+    Raises:
+        UserError: tokens of the model come block by block.
     """
     sums = torch.zeros(views.weights.numel())
     evaluate_views(sums, batches, model)
@@ -97,7 +101,15 @@ def evaluate_views(values: Tensor, batches: list[ViewBatch], model: DiffusionMod
         values: float32 ``[n*m*v]`` on the host, see :func:`put_in_order`.
         batches: micro-batches of some or all views.
         model: the model.
+
+    Raises:
+        UserError: tokens of the model come block by block.
     """
+    if model.blocks is not None:
+        raise UserError(
+            "an ELBO of a model whose tokens come block by block (--attention-mask) is not "
+            "written yet; use a model with full attention."
+        )
     results = forward_only(
         model.chunks,
         [batch.batch for batch in batches],

@@ -82,6 +82,8 @@ _PREFIXES: dict[type, str] = {
 # The project's own model settings, which a checkpoint decides as it does Megatron's.
 _SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids")
 
+_ATTENTION = ("attention_mask", "block_size")
+
 # What must agree between a run and the checkpoint it loads. That there is none has a meaning for
 # the last ones.
 _COMPARED = (*MODEL, "vocab_size", "mask_token_id", "logit_shift")
@@ -338,6 +340,10 @@ def _load_model_settings(args: argparse.Namespace) -> None:
         value = getattr(loaded[1], name, None)
         if value is not None or (name in _OPTIONAL and hasattr(loaded[1], name)):
             setattr(args, name, value)
+    if args.attention_mask is None:
+        # Unlike the rest it may be chosen anew: models are adapted to blocks, and to larger ones.
+        for name in _ATTENTION:
+            setattr(args, name, getattr(loaded[1], name, None))
     args.tokenizer_model = tokenizer or stored_tokenizer(root, loaded[1])
     # The padding of the vocabulary depends on the layout; it is worked out anew.
     args.padded_vocab_size = None
@@ -365,6 +371,11 @@ def _check_checkpoint(args: argparse.Namespace) -> list[Stored]:
         fp8.check_stored(stored, args.transformer_impl, f"{flag} {path}")
         found.append(Stored(flag, path, stored))
         check_stored_adapters(args, found[-1])
+        if args.attention_mask is None and getattr(stored, "attention_mask", None) is not None:
+            raise UserError(
+                f"{flag} {path} holds a model of --attention-mask {stored.attention_mask} "
+                f"--block-size {stored.block_size}; pass these, --use-checkpoint-args, or full."
+            )
         for name in _COMPARED:
             theirs, ours = _model_field(stored, name), _model_field(args, name)
             stands = theirs is not None or (name in _OPTIONAL and hasattr(stored, name))

@@ -24,6 +24,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_espo import device, megatron_patches
 from megatron_espo.adapters.base import load_adapters, load_base
+from megatron_espo.config import DiffusionConfig
 from megatron_espo.console import Output, rank_log, say
 from megatron_espo.data.atomic_folder import is_disk_full
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
@@ -32,8 +33,10 @@ from megatron_espo.model import fp8
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.provider import model_provider
 from megatron_espo.parallel.layout import current_layout
+from megatron_espo.passes.block_mask import block_attention
 from megatron_espo.passes.shapes import few_widths
 from megatron_espo.recipes import last_value
+from megatron_espo.startup.arguments import config_from_args
 
 
 def run_entry_point(main: Callable[[Sequence[str]], None]) -> None:
@@ -231,6 +234,7 @@ def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
         device=device.current_device(),
         layout=current_layout(),
         widths=few_shapes(args),
+        blocks=block_attention(config_from_args(DiffusionConfig, args)),
     )
 
 

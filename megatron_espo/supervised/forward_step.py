@@ -12,15 +12,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_espo.config import DiffusionConfig
+from megatron_espo.diffusion.block_noise import BlockNoise
 from megatron_espo.diffusion.noise import Noise, bernoulli, exact_count, random_lengths
 from megatron_espo.diffusion.token_loss import weighted_token_loss
 from megatron_espo.model.head import masked_cross_entropy
 from megatron_espo.parallel.layout import current_layout
 from megatron_espo.passes.batch import mask_rows
+from megatron_espo.passes.block_mask import block_attention
 from megatron_espo.passes.pipeline import RowBatch, run_model
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import Stream, stream, substream
 from megatron_espo.startup.arguments import config_from_args
+from megatron_espo.supervised.blocks import noise_blocks
 from megatron_espo.transfer import on_device
 
 Report = dict[str, Tensor]
@@ -64,7 +67,7 @@ def noise_batch(
     mask_token_id: int,
     vocab_size: int,
     shapes: Shapes | None = None,
-) -> tuple[RowBatch, Noise, Tensor]:
+) -> tuple[RowBatch, Noise | BlockNoise, Tensor]:
     """Noise a batch of clean rows.
 
     Pre-training rows are maskable throughout, a share of them cut to a random length; fine-tuning
@@ -103,6 +106,12 @@ def noise_batch(
         tokens = tokens[:, : shapes.width(int(lengths.max()))]
     positions = torch.arange(tokens.size(1))[None]
     maskable = (positions >= starts[:, None]) & (positions < lengths[:, None])
+    blocks = block_attention(config)
+    if blocks is not None:
+        whole = noise_blocks(
+            tokens, ids, lengths, maskable, config, blocks, key, mask_token_id, vocab_size
+        )
+        return *whole, maskable
     noise_key = substream(key, config.forward_process)
     if config.forward_process == "bernoulli":
         noise = bernoulli(noise_key, ids, maskable, config.mask_epsilon)
@@ -125,10 +134,12 @@ def _count_tokens(model: Any, lengths: Tensor) -> None:
 
 
 def _loss(
-    cross_entropy: Tensor, *, noise: Noise, lengths: Tensor, cp_size: int
+    cross_entropy: Tensor, *, noise: Noise | BlockNoise, lengths: Tensor, cp_size: int
 ) -> tuple[Tensor, Report]:
     known = (noise.weights, lengths)
-    loss = weighted_token_loss(cross_entropy, *on_device(known, cross_entropy.device))
+    # Of block diffusion a sequence has a row for its noisy copy and one for its clean tokens.
+    table = cross_entropy.view(lengths.numel(), -1)
+    loss = weighted_token_loss(table, *on_device(known, cross_entropy.device))
     rows = torch.full((), float(lengths.numel()), device=cross_entropy.device)
     # Megatron multiplies the loss by the context-parallel size, for ranks that see a part of it
     # each; here they all see the whole. It divides the summed first entries of the report by the

@@ -36,7 +36,7 @@ from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
-from megatron_espo.startup.argument_checks import check_schedule
+from megatron_espo.startup.argument_checks import check_full_attention, check_schedule
 from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
@@ -65,6 +65,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo.validate()
     config_from_args(MonitorConfig, args).validate()
     rollout.validate(args.logit_shift, pad_multiple(args))
+    check_full_attention(args, "ESPO")
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "

@@ -19,7 +19,7 @@ from megatron.training.training import pretrain
 
 from megatron_espo.checkpoint.retention import Keeper
 from megatron_espo.checkpoint.tracker import checkpoint_folder, resumed_iteration
-from megatron_espo.config import SftConfig
+from megatron_espo.config import DiffusionConfig, SftConfig
 from megatron_espo.console import filter_lines, say
 from megatron_espo.data.atomic_folder import full_disk_named
 from megatron_espo.data.corpus import split_spans
@@ -29,6 +29,7 @@ from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import around_each_save
 from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
 from megatron_espo.monitor.training_lines import training_line
+from megatron_espo.passes.block_mask import block_attention
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, stored_arguments
@@ -95,6 +96,11 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.eval_iters = 0
     if args.save_keep_best:
         raise UserError("--save-keep-best goes by the held-out accuracy of ESPO; leave it out.")
+    if args.dry_run and block_attention(config_from_args(DiffusionConfig, args)) is not None:
+        raise UserError(
+            f"--attention-mask {args.attention_mask}: a plan does not count the noisy copies that "
+            "rows hold besides; leave out --dry-run."
+        )
     if args.eval_interval is None:
         args.eval_interval = max(args.train_iters or 1, 1)
     check_schedule(args)
@@ -157,6 +163,9 @@ def run(args: argparse.Namespace) -> None:
         args: Megatron's arguments, checked.
     """
     shapes = _check_data(args)
+    if block_attention(config_from_args(DiffusionConfig, args)) is not None:
+        # Rows hold a noisy copy besides: twice --seq-length, which Megatron's schedule goes by.
+        args.variable_widths = args.pipeline_model_parallel_size > 1
     around_each_save(partial(_saving, args, open_keeper(args)))
     with own_save_folder(args):
         # Only now is the checkpoint the last one of a run that was still ending.

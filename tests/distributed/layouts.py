@@ -80,6 +80,40 @@ CASES = {
     ),
 }
 
+
+class BlockCase(NamedTuple):
+    """A layout of a model with norms of queries and keys, and how it attends."""
+
+    kind: str
+    tp: int
+    pp: int
+    flags: tuple[str, ...] = ()
+    micro: int = 2
+    cp: int = 1
+
+
+_SELECTIVE = ("--recompute-granularity", "selective")
+
+BLOCK_CASES = {
+    "QK norm: tp 2, sequence parallel, dp 2": BlockCase("full", 2, 1, (_SP,)),
+    "QK norm: cp 2, pp 2": BlockCase("full", 1, 2, cp=2),
+    "blocks: tp 4, sequence parallel": BlockCase("block-causal", 4, 1, (_SP,)),
+    "blocks: tp 2, pp 2, distributed optimizer": BlockCase("block-causal", 2, 2, (_DO,)),
+    "blocks: pp 4": BlockCase("block-causal", 1, 4),
+    "blocks: pp 2 with 2 virtual stages, dp 2": BlockCase("block-causal", 1, 2, _VPP),
+    "blocks: cp 2, tp 2, sequence parallel": BlockCase("block-causal", 2, 1, (_SP,), cp=2),
+    "blocks: cp 2, pp 2, full recomputation": BlockCase("block-causal", 1, 2, tuple(_FULL), cp=2),
+    "causal context, shift: tp 2, sequence parallel, dp 2": BlockCase(
+        "context-causal", 2, 1, (_SP,)
+    ),
+    "causal context, shift: tp 2, pp 2, full recomputation": BlockCase(
+        "context-causal", 2, 2, tuple(_FULL)
+    ),
+    "causal context, shift: cp 2, dp 2, selective recomputation": BlockCase(
+        "context-causal", 1, 1, _SELECTIVE, cp=2
+    ),
+}
+
 COLUMNS = {
     "loss": "loss",
     "norm": "gradient norm",
@@ -111,7 +145,7 @@ def write_table(path: Path) -> None:
         return
     lines = ["| layout | " + " | ".join(COLUMNS.values()) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
-    for case in CASES:
+    for case in (*CASES, *BLOCK_CASES):
         row = measured[case]
         cells = [
             "" if c not in row else f"{row[c]:.3f}" if c == "tokens" else f"{row[c]:.1e}"

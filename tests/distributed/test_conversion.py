@@ -16,7 +16,7 @@ from conftest import Built, build_layout
 from megatron.training.checkpointing import save_checkpoint
 from torch import Tensor
 
-from megatron_espo.conversion import dream, illada, llada
+from megatron_espo.conversion import dream, illada, llada, qwen3
 from megatron_espo.conversion.convert import convert_to_hugging_face
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.hf_oracle import HfOracle
@@ -42,7 +42,10 @@ SHAPES = {
     "dream": dataclasses.replace(dream.PUBLISHED, **TINY),
     # Tied embeddings, of which the last pipeline stage has a copy.
     "illada": dataclasses.replace(illada.PUBLISHED, **TINY),
-    "dream-tied": dataclasses.replace(dream.PUBLISHED, **TINY, tied_embeddings=True),
+    # Heads of their own size, and norms of queries and keys.
+    "qwen3-tied": dataclasses.replace(
+        qwen3.PUBLISHED, **TINY, kv_channels=12, tied_embeddings=True
+    ),
     # What LLaDA's code can do and its published models do not use.
     "llada-qkv-bias": dataclasses.replace(llada.PUBLISHED, **TINY, qkv_bias=True),
 }
@@ -50,7 +53,7 @@ SOURCES = {
     "illada, float32": torch.float32,
     "dream, float32": torch.float32,
     "llada-qkv-bias, bfloat16": torch.bfloat16,
-    "dream-tied, bfloat16": torch.bfloat16,
+    "qwen3-tied, float32": torch.float32,
 }
 # tp, pp; what is left of the four ranks is data parallel. (4, 2) needs eight: see
 # tests/unit/test_conversion.py.

@@ -11,14 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.training.arguments import add_megatron_arguments
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM
 
-from megatron_espo.conversion import dream, illada, llada
+from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
 from megatron_espo.conversion.families import FAMILIES, family_of
-from megatron_espo.conversion.hf_oracle import _llada_config, _llada_name, _llama_config
+from megatron_espo.conversion.hf_oracle import _MODELS, _llada_config, _llada_name, _llama_config
 from megatron_espo.conversion.mapping import Block, model_blocks, tied_copies
 from megatron_espo.model.presets import expand_preset
-from megatron_espo.model.shape import Config, ModelShape
+from megatron_espo.model.published_config import Config
+from megatron_espo.model.shape import ModelShape
 from megatron_espo.startup.arguments import add_arguments
 
 # What GSAI-ML/LLaDA-8B-Instruct and Dream-org/Dream-v0-Instruct-7B publish, as far as it matters.
@@ -56,16 +57,63 @@ ILLADA_CONFIG = {
     "num_key_value_heads": 8, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None,
     "rope_theta": 500000.0, "vocab_size": 155136,
 }  # fmt: skip
+# What JetLM/SDAR-1.7B-Chat publishes (as far as it matters), with SDAR-8B's sizes.
+SDAR_CONFIG = {
+    "architectures": ["SDARForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "block_size": 4, "bos_token_id": 151643, "eos_token_id": 151643, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 12288,
+    "mask_token_id": 151669, "max_position_embeddings": 32768, "max_window_layers": 28,
+    "model_type": "sdar", "num_attention_heads": 32, "num_hidden_layers": 36,
+    "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000,
+    "sliding_window": None, "tie_word_embeddings": False, "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
+# Qwen/Qwen3-8B, as transformers 5 writes it, with the mask token that a conversion gives it.
+QWEN3_CONFIG = {
+    **{n: v for n, v in SDAR_CONFIG.items() if n not in ("block_size", "rope_scaling")},
+    "architectures": ["Qwen3ForCausalLM"], "eos_token_id": 151645,
+    "layer_types": ["full_attention"] * 36, "max_position_embeddings": 40960, "model_type": "qwen3",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000},
+}  # fmt: skip
+del QWEN3_CONFIG["rope_theta"]
+# Qwen/Qwen2.5-7B, likewise.
+QWEN2_CONFIG = {
+    **{n: v for n, v in DREAM_CONFIG.items() if n != "use_mrope"},
+    "architectures": ["Qwen2ForCausalLM"], "mask_token_id": 151665, "model_type": "qwen2",
+    "sliding_window": 131072,
+}  # fmt: skip
+# meta-llama/Llama-3.1-8B-Instruct, likewise.
+LLAMA_CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "hidden_act": "silu",
+    "hidden_size": 4096, "intermediate_size": 14336, "mask_token_id": 128002,
+    "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3",
+    },
+    "tie_word_embeddings": False, "vocab_size": 128256,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llada": LLADA_CONFIG,
     "dream": DREAM_CONFIG,
     "illada": ILLADA_CONFIG,
+    "sdar": SDAR_CONFIG,
+    "qwen3": QWEN3_CONFIG,
+    "qwen2": QWEN2_CONFIG,
+    "llama": LLAMA_CONFIG,
 }
 PUBLISHED = {
     "llada": (llada.PUBLISHED, 291, 8_015_581_184),
     "dream": (dream.PUBLISHED, 339, 7_615_616_512),
     # 291 tensors lie in the folder: one is a copy.
     "illada": (illada.PUBLISHED, 290, 7_615_025_152),
+    "sdar": (sdar.PUBLISHED, 399, 8_190_735_360),
+    "qwen3": (qwen3.PUBLISHED, 399, 8_190_735_360),
+    "qwen2": (qwen2.PUBLISHED, 339, 7_615_616_512),
+    "llama": (llama3.PUBLISHED, 291, 8_030_261_248),
 }
 
 
@@ -92,11 +140,24 @@ def test_published_config_gives_the_published_tensors_and_parameters(family: str
             theirs = LlamaForCausalLM(_llada_config(LLADA_CONFIG))
             sources = [(_llada_name(name), size) for name, size in sources]
         else:
-            config = _llama_config(CONFIGS[family], family == "dream")
-            theirs = (Qwen2ForCausalLM if family == "dream" else LlamaForCausalLM)(config)
+            config = _llama_config(CONFIGS[family])
+            theirs = _MODELS[type(config)](config)
     copies = tied_copies(shape, FAMILIES[family].names)
     sources += [(copy, dict(sources)[name]) for copy, name in copies.items()]
     assert {name: tuple(p.shape) for name, p in theirs.named_parameters()} == dict(sources)
+
+
+def test_heads_of_their_own_size_have_the_published_parameters() -> None:
+    """Qwen3-0.6B: 16 heads of 128 channels on a hidden size of 1,024, tied."""
+    small = {
+        "hidden_size": 1024, "num_hidden_layers": 28, "intermediate_size": 3072,
+        "num_attention_heads": 16, "tie_word_embeddings": True, "layer_types": None,
+    }  # fmt: skip
+    shape = read("qwen3", **small)
+    assert shape.kv_channels == shape.head_dim == 128
+    blocks = model_blocks(shape, FAMILIES["qwen3"].names)
+    sizes = [torch.Size(size).numel() for block in blocks for size in block.sources.values()]
+    assert sum(sizes) == 596_049_920
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,11 +179,26 @@ def test_written_config_reads_as_the_same_shape(family: str) -> None:
         shape = dataclasses.replace(
             PUBLISHED[family][0], num_layers=3, num_query_groups=2, tied_embeddings=tied
         )
+        if family in ("sdar", "qwen3", "qwen2", "llama"):
+            shape = dataclasses.replace(shape, kv_channels=64)
+        if FAMILIES[family].autoregressive:
+            shape = dataclasses.replace(shape, logit_shift=tied)
         fields = json.loads(json.dumps(FAMILIES[family].write_config(shape)))
         assert family_of(fields, "").read_config(Config(fields, "")) == shape
 
 
-@pytest.mark.parametrize(("family", "preset"), [("llada", "llada_8b"), ("dream", "dream_7b")])
+@pytest.mark.parametrize(
+    ("family", "preset"),
+    [
+        ("llada", "llada_8b"),
+        ("dream", "dream_7b"),
+        ("sdar", "sdar_8b"),
+        ("sdar", "trado_8b"),
+        ("qwen3", "qwen3_8b"),
+        ("qwen2", "qwen2_7b"),
+        ("llama", "llama3_8b"),
+    ],
+)
 def test_flags_of_a_published_shape_are_those_of_the_preset(family: str, preset: str) -> None:
     parser = add_arguments(add_megatron_arguments(ArgumentParser(allow_abbrev=False)))
     ours = parser.parse_args(PUBLISHED[family][0].flags())
@@ -207,6 +283,18 @@ def test_qkv_is_packed_by_group_and_unpacked(
         ("illada", "resid_pdrop", 0.1),
         ("illada", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("illada", "eos_token_id", None),
+        ("sdar", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("sdar", "attention_bias", True),
+        ("qwen3", "head_dim", 0),
+        ("qwen3", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen3", "use_sliding_window", True),
+        ("qwen3", "mask_token_id", None),
+        ("qwen3", "logit_shift", 1),
+        ("qwen2", "use_sliding_window", True),
+        ("llama", "attention_bias", True),
+        ("llama", "mlp_bias", True),
+        ("llama", "eos_token_id", [128001, 128256]),
+        ("llama", "eos_token_id", []),
     ],
 )
 def test_a_config_that_is_not_supported_is_refused_by_field(
@@ -217,7 +305,25 @@ def test_a_config_that_is_not_supported_is_refused_by_field(
 
 
 @pytest.mark.parametrize(
-    "architectures", [["LLaDAMoEModelLM"], ["LLaDA2MoeModelLM"], ["LlamaForCausalLM"], None, []]
+    ("field", "value"),
+    [
+        ("high_freq_factor", 2.0),
+        ("original_max_position_embeddings", 4096),
+        ("factor", -8.0),
+        ("attention_factor", 0.5),
+    ],
+)
+def test_a_scaling_that_megatron_does_not_compute_is_refused(field: str, value: Any) -> None:
+    scaling = {**LLAMA_CONFIG["rope_scaling"], field: value}
+    with pytest.raises(ValueError, match=rf'config\.json: "rope_scaling": "{field}"'):
+        read("llama", rope_scaling=scaling)
+    assert read("llama", rope_scaling={**LLAMA_CONFIG["rope_scaling"], "factor": 32.0}) == (
+        dataclasses.replace(llama3.PUBLISHED, rope_scaling_factor=32.0)
+    )
+
+
+@pytest.mark.parametrize(
+    "architectures", [["LLaDAMoEModelLM"], ["LLaDA2MoeModelLM"], ["Qwen3MoeForCausalLM"], None, []]
 )
 def test_the_architecture_decides_not_the_model_type(architectures: Any) -> None:
     with pytest.raises(ValueError, match=r'"architectures" is .* LLaDAModelLM, DreamModel'):
@@ -267,7 +373,8 @@ def test_a_field_that_is_absent_is_what_lladas_own_code_takes(field: str) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_rotary_base_is_found_where_transformers_5_writes_it(family: str) -> None:
-    fields = {name: value for name, value in CONFIGS[family].items() if name != "rope_theta"}
+    places = ("rope_theta", "rope_scaling", "rope_parameters")
+    fields = {name: value for name, value in CONFIGS[family].items() if name not in places}
     for rope in ({"rope_type": "default"}, {}, {"rope_type": "default", "factor": 1.0}):
         changed = {**fields, "rope_parameters": {**rope, "rope_theta": 20000.0}}
         shape = FAMILIES[family].read_config(Config(changed, ""))
@@ -277,12 +384,12 @@ def test_the_rotary_base_is_found_where_transformers_5_writes_it(family: str) ->
 
 
 def test_a_config_without_the_fact_of_tying_follows_its_family() -> None:
-    tied = {"llada": True, "dream": False, "illada": True}
+    tied = {"llada": True, "illada": True}
     for family, config in CONFIGS.items():
         names = ("weight_tying", "tie_word_embeddings")
         fields = {name: value for name, value in config.items() if name not in names}
         shape = FAMILIES[family].read_config(Config(fields, ""))
-        assert shape.tied_embeddings == tied[family]
+        assert shape.tied_embeddings == tied.get(family, False)
 
 
 def test_a_config_that_is_no_json_is_named(tmp_path: Path) -> None:

@@ -212,7 +212,16 @@ def test_presets_hold_the_published_facts(parser) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "published"), [("llada_8b", 8_015_581_184), ("dream_7b", 7_615_616_512)]
+    ("name", "published"),
+    [
+        ("llada_8b", 8_015_581_184),
+        ("dream_7b", 7_615_616_512),
+        ("sdar_8b", 8_190_735_360),
+        ("trado_8b", 8_190_735_360),
+        ("qwen3_8b", 8_190_735_360),
+        ("qwen2_7b", 7_615_616_512),
+        ("llama3_8b", 8_030_261_248),
+    ],
 )
 def test_parameters_of_a_preset_add_up_to_the_published_number(name, published, parser) -> None:
     args = parse(parser, "--preset", name)
@@ -221,7 +230,7 @@ def test_parameters_of_a_preset_add_up_to_the_published_number(name, published, 
     attention = h * h + 2 * h * kv + h * h
     biases = h + 2 * kv if args.add_qkv_bias else 0
     feed_forward = 3 * h * args.ffn_hidden_size  # gate, up, down
-    norms = 2 * h
+    norms = 2 * h + (2 * h // heads if args.qk_layernorm else 0)
     embedding_and_head = 2 * args.vocab_size * h
     layers = args.num_layers * (attention + biases + feed_forward + norms)
     assert embedding_and_head + layers + h == published

@@ -13,6 +13,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ from test_end_to_end import ENVIRONMENT, ROOT, TORCHRUN, run
 from test_hugging_face_folder import truncate, write_adapter
 
 from megatron_espo.conversion import convert as conversion
-from megatron_espo.conversion import dream, illada, llada
+from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
 from megatron_espo.conversion.convert import convert_to_hugging_face, convert_to_megatron
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.hugging_face import INDEX, HuggingFaceWeights, read_json
@@ -43,6 +45,12 @@ SHAPES = {
     "illada": dataclasses.replace(illada.PUBLISHED, **TINY),
     "llada-tied": dataclasses.replace(llada.PUBLISHED, **TINY, tied_embeddings=True),
     "dream-tied": dataclasses.replace(dream.PUBLISHED, **TINY, tied_embeddings=True),
+    # Heads of their own size.
+    "sdar": dataclasses.replace(sdar.PUBLISHED, **TINY, kv_channels=16),
+    "qwen3-tied": dataclasses.replace(
+        qwen3.PUBLISHED, **TINY, kv_channels=12, tied_embeddings=True, logit_shift=False
+    ),
+    "llama": dataclasses.replace(llama3.PUBLISHED, **TINY),
 }
 TOOL = "tools/convert_hf.py"
 
@@ -87,8 +95,8 @@ unshifted = lambda config: dataclasses.replace(read(config), logit_shift=False)
 f.FAMILIES["dream"] = dataclasses.replace(f.FAMILIES["dream"], read_config=unshifted)
 """,
     "dream-scaled": """
-from megatron_espo.model.shape import Config
-Config.rotary_base = lambda config: 1000000
+from megatron_espo.model.published_config import Config
+Config.rotary = lambda config, scaling: (1000000, None)
 """,
 }
 
@@ -278,8 +286,9 @@ def test_a_model_without_a_template_is_written_from_its_arguments(
         ({}, "dream", "a DreamModel cannot have qkv_bias False, logit_shift False"),
         ({"logit_shift": True}, "llada", "a LLaDAModelLM cannot have logit_shift True"),
         ({"position_embedding_type": "learned_absolute"}, "llada", "must be rope"),
-        ({"kv_channels": 4}, "llada", "head_dim is 4 there and 8 here"),
-        ({"use_rope_scaling": True}, "llada", "use_rope_scaling is True there and must be False"),
+        ({"kv_channels": 4}, "llada", "a LLaDAModelLM cannot have kv_channels 4"),
+        ({"use_rope_scaling": True}, "llada", "cannot have rope_scaling_factor 8"),
+        ({"rotary_percent": 0.5}, "llada", "rotary_percent is 0.5 there and must be 1.0"),
         ({"no_rope_freq": 2}, "llada", "--no-rope-freq 2: all layers rotate alike"),
     ],
 )
@@ -297,6 +306,77 @@ def test_a_model_that_is_none_of_the_family_is_refused(
     with pytest.raises(ValueError, match=f"does not fit --family {family}: .*{message}"):
         convert_to_hugging_face(str(checkpoint), str(tmp_path / "out"), family=family)
     assert not list(tmp_path.iterdir())
+
+
+def autoregressive(folder: Path, tokenizer: Any = None, **changed: Any) -> Path:
+    """Write a Qwen2 as it is published: neither config nor tokenizer names a mask token."""
+    shape = dataclasses.replace(qwen2.PUBLISHED, **TINY, **changed)
+    tokenizer = tokenizer or byte_tokenizer()
+    tokenizer.mask_token = None
+    write_random_model(folder, FAMILIES["qwen2"], shape, torch.float32, tokenizer, std=0.2)
+    fields = read_json(folder / "config.json")
+    del fields["mask_token_id"]
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    return folder
+
+
+def test_an_autoregressive_model_gets_a_mask_token_and_comes_back(tmp_path: Path) -> None:
+    source = autoregressive(tmp_path / "qwen2")
+    for name, flags, mask, written in (
+        # The byte tokenizer has 262 tokens.
+        ("chosen", [], 262, "<|MASK|>"),
+        ("special token", ["--mask-token-id", "256", "--no-logit-shift"], 256, "<|mask|>"),
+    ):
+        out, back = tmp_path / name, tmp_path / f"{name} back"
+        printed = run(
+            TOOL, "to-megatron", "--hf", str(source), "--out", str(out), "--verify", *flags
+        )
+        assert "equal argmax at 100.00%" in printed
+        args = stored_arguments(str(out / "release"))
+        assert args.mask_token_id == mask and args.logit_shift == (not flags)
+        tokenizer = load_tokenizer(out / "tokenizer")
+        assert (tokenizer.mask_token_id, tokenizer.mask_token) == (mask, written)
+        assert tokenizer(f"a{written}")["input_ids"] == [97, mask]
+        # With the model as template nothing has changed; without one the folder says it all.
+        convert_to_hugging_face(str(out), str(back), str(source))
+        names = [path.name for path in source.iterdir()]
+        assert filecmp.cmpfiles(source, back, names, shallow=False)[0] == names
+        convert_to_hugging_face(str(out), str(tmp_path / f"{name} own"), family="qwen2")
+        fields = read_json(tmp_path / f"{name} own" / "config.json")
+        assert fields["mask_token_id"] == mask and fields.get("logit_shift", True) == (not flags)
+        assert load_tokenizer(tmp_path / f"{name} own").mask_token_id == mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "changed", "message"),
+    [
+        (5, {}, "--mask-token-id 5: must be a special token of .*, or 262, the first row without"),
+        (263, {}, "--mask-token-id 263: must be a special token of .*, or 262"),
+        (257, {}, "--mask-token-id 257 pads or ends a text"),
+        (None, {"vocab_size": 262}, "a token for each of the 262 rows of the vocabulary; pass --m"),
+        (262, {"vocab_size": 262}, "--mask-token-id 262 lies outside the vocabulary of 262"),
+    ],
+)
+def test_a_mask_token_that_cannot_be_one_is_refused(
+    tmp_path: Path, mask: int | None, changed: dict[str, int], message: str
+) -> None:
+    shape = {**TINY, **changed}
+    folder = tmp_path / "qwen2"
+    with mock.patch.dict(TINY, shape):
+        autoregressive(folder)
+    with pytest.raises(ValueError, match=message):
+        convert_to_megatron(str(folder), str(tmp_path / "out"), mask_token_id=mask)
+    assert [path.name for path in tmp_path.iterdir()] == ["qwen2"]
+
+
+def test_flags_of_autoregressive_models_are_refused_elsewhere(models: Path, tmp_path: Path) -> None:
+    for given, flag in (({"mask_token_id": 256}, "--mask"), ({"logit_shift": False}, "--no-logit")):
+        with pytest.raises(ValueError, match=f"{flag}.* holds a masked-diffusion model"):
+            convert_to_megatron(str(models / "llada"), str(tmp_path / "out"), **given)
+    config = read_json(models / "qwen3-tied" / "config.json")
+    assert config["mask_token_id"] == 256 and config["logit_shift"] is False
+    with pytest.raises(ValueError, match=r'--mask-token-id: .* says "mask_token_id" 256; leave'):
+        convert_to_megatron(str(models / "qwen3-tied"), str(tmp_path / "out"), mask_token_id=262)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(

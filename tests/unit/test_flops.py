@@ -50,6 +50,7 @@ def model(one_rank: object, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     start_anew()
     argv = (
         "--preset tiny --num-layers 2 --group-query-attention --num-query-groups 2 --add-qkv-bias "
+        "--kv-channels 12 --qk-layernorm "
         "--make-vocab-size-divisible-by 2 --vocab-size 262 --seq-length 64 "
         f"--micro-batch-size 1 --train-iters 1 --tokenizer-model {folder}"
     )

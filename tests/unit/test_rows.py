@@ -15,7 +15,7 @@ from megatron_espo.rl.update import check_gradient
 
 def test_numbers_of_a_step_do_not_depend_on_when_they_are_drawn() -> None:
     """Rows at steps and in blocks of their own, beyond what is drawn at once."""
-    model: Any = SimpleNamespace(shapes=Shapes(), pad_token_id=0, mask_token_id=9)
+    model: Any = SimpleNamespace(shapes=Shapes(), pad_token_id=0, mask_token_id=9, blocks=None)
     config, ids = RolloutConfig(12, 4, 120), torch.tensor([7, 2**40, 3])
     rows = lay_out_rows(model, [[1], [1, 2], [1, 2, 3]], ids, config, num_steps=40)
     assert rows.numbers.size(1) < 40 - 16

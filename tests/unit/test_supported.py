@@ -412,11 +412,11 @@ def test_a_published_form_says_or_excludes_every_setting() -> None:
         "ffn_hidden_size": "ffn_hidden_size", "num_attention_heads": "num_attention_heads",
         "num_query_groups": "num_query_groups", "layernorm_epsilon": "norm_epsilon",
         "add_qkv_bias": "qkv_bias", "kv_channels": "head_dim",
-        "untie_embeddings_and_output_weights": "tied_embeddings",
+        "untie_embeddings_and_output_weights": "tied_embeddings", "qk_layernorm": "qk_norm",
+        "use_rope_scaling": "rope_scaling_factor", "rope_scaling_factor": "rope_scaling_factor",
     }  # fmt: skip
     assert all(hasattr(ModelShape, n) or n in ModelShape.__annotations__ for n in said.values())
-    # The factor scales nothing without its flag, which is excluded.
-    assert supported.MODEL.keys() - said.keys() - _FIXED.keys() == {"rope_scaling_factor"}
+    assert supported.MODEL.keys() == said.keys() | _FIXED.keys()
 
 
 def test_norms_of_queries_and_keys_take_part_in_sequence_parallelism(

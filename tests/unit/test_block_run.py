@@ -1,0 +1,105 @@
+"""Block diffusion as users run it: trained in two layouts, sampled, adapted to larger blocks."""
+
+from pathlib import Path
+
+import pytest
+from test_end_to_end import TORCHRUN, run, scalars
+
+from megatron_espo.checkpoint.tracker import checkpoint_folder
+from megatron_espo.startup.arguments import stored_arguments
+
+pytestmark = pytest.mark.slow
+
+TRAIN = ("-m", "megatron_espo.training.pretrain")
+MODEL = (
+    "--preset tiny --num-layers 2 --qk-layernorm --kv-channels 12 --seq-length 32 "
+    "--attention-mask block-causal --block-size 4"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run("tools/make_tokenizer.py", "--out", str(folder / "tokenizer"))
+    run("tools/prepare_data.py", "sudoku", "--out", str(folder / "data"), "--seed", "1",
+        "--train", "1", "--test", "4", "--demonstrations", "32")  # fmt: skip
+    return folder
+
+
+def fine_tune(folder: Path, name: str, *flags: str) -> str:
+    demonstrations = str(folder / "data/demonstrations.jsonl")
+    return run(
+        *TORCHRUN, *TRAIN, "--tokenizer-model", str(folder / "tokenizer"), "--sft-train-data",
+        demonstrations, "--sft-completion-length", "16", "--micro-batch-size", "4",
+        "--global-batch-size", "8", "--train-iters", "3", "--lr", "2e-3", "--log-interval", "1",
+        "--save", str(folder / name), "--tensorboard-dir", str(folder / f"{name}-events"), *flags,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(folder: Path) -> Path:
+    fine_tune(folder, "dp", *MODEL)
+    return folder / "dp"
+
+
+@pytest.fixture(scope="module")
+def start(trained: Path) -> tuple[str, ...]:
+    """Flags of a run from the trained model: initial weights of their own depend on the layout."""
+    return (
+        *("--use-checkpoint-args", "--pretrained-checkpoint", str(trained)),
+        *("--seq-length", "32"),
+    )
+
+
+def test_pipeline_stages_pass_rows_twice_as_wide(folder: Path, start: tuple[str, ...]) -> None:
+    fine_tune(folder, "kept", *start)
+    fine_tune(folder, "pp", *start, "--pipeline-model-parallel-size", "2")
+    losses = [scalars(folder, name)["lm loss"][1] for name in ("kept", "pp")]
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+SAMPLING = (
+    "--rollout-completion-length 8 --rollout-denoising-steps 8 --rollout-temperature 0 --prompt abc"
+).split()
+
+
+def test_a_block_model_is_sampled_with_and_without_its_cache(trained: Path) -> None:
+    load = ("tools/generate.py", "--load", str(trained), *SAMPLING)
+    answers = [
+        run(*load, "--rollout-block-length", "4", "--rollout-cache", cache).splitlines()[-2:]
+        for cache in ("none", "exact")
+    ]
+    assert answers[0] and answers[0][0] == answers[1][0]
+    printed = run(*load, "--rollout-block-length", "8", fails=True)
+    assert "--rollout-block-length 8: the model's blocks have 4 tokens; use 4" in printed
+
+
+def test_a_checkpoint_keeps_how_its_model_attends_unless_a_flag_says_otherwise(
+    folder: Path, trained: Path, start: tuple[str, ...]
+) -> None:
+    larger = ("--attention-mask", "context-causal", "--block-size", "8")
+    fine_tune(folder, "grown", *start, *larger)
+    for name, expected in (("kept", ("block-causal", 4)), ("grown", ("context-causal", 8))):
+        args = stored_arguments(checkpoint_folder(str(folder / name)))
+        assert (args.attention_mask, args.block_size) == expected
+    shape = [flag for flag in MODEL if flag not in ("--attention-mask", "block-causal")]
+    shape = [flag for flag in shape if flag not in ("--block-size", "4")]
+    printed = run(
+        *TRAIN, *shape, "--tokenizer-model", str(folder / "tokenizer"), "--pretrained-checkpoint",
+        str(trained), "--sft-train-data", str(folder / "data/demonstrations.jsonl"),
+        *"--micro-batch-size 4 --train-iters 1 --lr 1e-3".split(), fails=True,
+    )  # fmt: skip
+    assert "holds a model of --attention-mask block-causal --block-size 4; pass these" in printed
+
+
+def test_espo_and_plans_refuse_block_models_by_name(folder: Path) -> None:
+    printed = run(
+        "-m", "megatron_espo.training.espo", *MODEL, "--tokenizer-model",
+        str(folder / "tokenizer"), "--espo-task", "sudoku", fails=True,
+    )  # fmt: skip
+    assert "error: --attention-mask block-causal: ESPO knows full attention only" in printed
+    printed = run(
+        *TRAIN, *MODEL, "--dry-run", *"--micro-batch-size 1 --train-iters 1 --lr 1".split(),
+        fails=True,
+    )  # fmt: skip
+    assert "error: --attention-mask block-causal: a plan does not count" in printed
