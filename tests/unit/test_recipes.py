@@ -51,7 +51,7 @@ def test_recipes_hold_the_published_settings(task: str, parser: argparse.Argumen
     assert (espo.prompts_per_rollout, espo.updates_per_rollout) == (16, 8)
     assert (espo.elbo_estimator, espo.kl_estimator) == ("coupled", "k2")
     assert (espo.reference_mix, espo.reference_mix_interval) == (0.6, 64)
-    assert not espo.advantage_std_norm
+    assert (espo.objective, espo.advantage) == ("espo", "leave-one-out")
     assert (rollout.completion_length, rollout.block_length, rollout.temperature) == (256, 32, 1.0)
     assert args.seq_length - rollout.completion_length == 400
     assert (args.adam_beta1, args.adam_beta2, args.lr_decay_style) == (0.9, 0.99, "constant")
