@@ -31,7 +31,7 @@ def likelihood_bounds(logp: Tensor, given: Given, beta: float) -> tuple[Tensor, 
     """
     values = logp[:, :, 0]
     masked = given.tokens()[:, :, 0] & given.answer[:, None]
-    count = masked.sum(dim=-1, keepdim=True)
+    count = masked.sum(dim=-1, keepdim=True).to(values.dtype)
     lower = torch.where(masked, values, 0.0).sum(dim=-1) / count[..., 0].clamp(min=1)
     ratio = count.clamp(min=1) / given.answer[:, None].sum(dim=-1, keepdim=True)
     draws = (beta * values - ratio.log()).masked_fill(~masked, -torch.inf)
@@ -71,6 +71,6 @@ class Spg(Objective):
     def loss(self, logp: Tensor, given: Given) -> Loss:
         """Compute the policy gradient of tokens ``[b, m, 1, l]``."""
         bound, lower, upper = self.bound(logp, given)
-        share = given.answer.sum(dim=-1) / given.mean_answer
+        share = given.answer.sum(dim=-1).to(logp.dtype) / given.mean_answer
         gap = {"bound_gap": (upper - lower).detach()}
         return Loss(-given.advantages * bound * share, gap, given.advantages == 0)
