@@ -3,16 +3,16 @@
 # that spends ESPO's compute on more fine-tuning, and accuracy on a held-out test split.
 #
 #   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [--base DIR] [--no-control]
-#     [--positions rotary|learned] [--lora] [-- flags for the ESPO run]
+#     [--base-only] [--positions rotary|learned] [--lora] [-- flags for the ESPO run]
 #
-# --base DIR starts from the data and the fine-tuned model of an earlier run in DIR. A model with
+# --base-only ends with the fine-tuned model. --base DIR starts from the data and the fine-tuned model of an earlier run in DIR. A model with
 # rotary positions is a LLaDA and is written as one at the end; learned ones suit so small a model
 # better, but fit no Hugging Face folder. With --lora ESPO trains adapters of rank 8 on the base.
 # Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of two minutes that learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-task=sudoku seed=1 out="" base="" control=1 positions=rotary lora=()
+task=sudoku seed=1 out="" base="" control=1 base_only=0 positions=rotary lora=()
 while (($#)); do
   case $1 in
     sudoku | countdown) task=$1; shift ;;
@@ -20,6 +20,7 @@ while (($#)); do
     --out) out=$2; shift 2 ;;
     --base) base=$2; shift 2 ;;
     --no-control) control=0; shift ;;
+    --base-only) base_only=1; shift ;;
     --positions) positions=$2; shift 2 ;;
     --lora) lora=(--lora-rank 8 --lora-alpha 16); shift ;;
     --) shift; break ;;
@@ -105,6 +106,8 @@ if [[ -z $base ]]; then
   ranks sft "${sft[@]}" --train-iters "$sft_iters" "${sft_rate[@]}" --save "$out/base" \
     --tensorboard-dir "$out/tensorboard/sft"
 fi
+
+if ((base_only)); then exit 0; fi
 
 say "ESPO ($rollouts rollouts)"
 ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-task "$task" \

@@ -359,6 +359,14 @@ class CheckpointConfig:
 class EspoConfig:
     """ESPO: ELBO-based sequence-level policy optimization (arXiv 2512.03759)."""
 
+    objective: str = "espo"
+    """Objective: espo, token_elbo, mean_field, diffu_grpo, coupled_grpo, wd1, gdsd, spg, rspo,
+    bridge, gdpo, stable_drl, bgpo, or your own: FILE.py or my_module.my_objective
+    (docs/objectives.md)."""
+
+    objective_args: list[str] | None = field(default=None, metadata=_STRINGS)
+    """Settings of the objective, NAME=VALUE: psi=10 of gdsd, beta=1 of spg, ..."""
+
     task: str = "sudoku"
     """Task with a verifiable reward: sudoku, countdown, gsm8k, math, code, or your own: FILE.py
     or an import path, my_package.my_task, either with ":attribute" for an object in it. Several
@@ -402,11 +410,14 @@ class EspoConfig:
     """Upper clip range of the importance ratio."""
 
     kl_coef: float = 1e-3
-    """Weight of the KL penalty to the reference policy (beta); 0 keeps no reference."""
+    """Weight of the KL penalty to the reference policy (beta); 0 keeps no reference. Objectives
+    without a penalty take 0."""
 
     kl_estimator: Literal["k1", "k2", "k3", "k2_unbiased"] = "k2"
     """Estimator of the KL penalty on d = ELBO - ELBO_ref, per token: k2 = d^2/2 (paper),
-    k2_unbiased = d1 d2 / 2 with independent draws, k3 = exp(-d) - 1 + d, k1 = d."""
+    k2_unbiased = d1 d2 / 2 with independent draws, k3 = exp(-d) - 1 + d, k1 = d. d is that of a
+    whole completion, or of each token in objectives of tokens (published with k3); of a whole
+    completion k3 explodes: exp(-d) of a d of -20 nats is 5e8."""
 
     gradient: Literal["auto", "joint", "two_pass"] = "auto"
     """joint: all views of a sequence in one micro-batch, one pass. two_pass: a pass without
@@ -417,8 +428,10 @@ class EspoConfig:
     """Further prompts that a rollout may sample in place of those whose completions all have the
     same reward, from which nothing is learnt; 0: none."""
 
-    advantage_std_norm: bool = False
-    """Divide advantages by the group's standard deviation (GRPO); the paper does not."""
+    advantage: str = "leave-one-out"
+    """Advantage of a completion in its group: leave-one-out (paper), std (that over the standard
+    deviation), centred (reward - mean), or your own function of rewards: FILE.py or
+    my_module.my_function."""
 
     reference_mix: float = 0.6
     """Share a of the policy when the reference is mixed: ref <- a policy + (1-a) ref."""
@@ -502,14 +515,3 @@ class EspoConfig:
     def completions_per_rollout(self) -> int:
         """Completions of one rollout over all ranks: the global batch of every update."""
         return self.prompts_per_rollout * self.group_size
-
-    @property
-    def views_per_completion(self) -> int:
-        """Model rows behind one ELBO: a coupled draw has two views."""
-        return self.num_mc * (2 if self.elbo_estimator == "coupled" else 1)
-
-    def chosen_gradient(self, rows_per_batch: int) -> Literal["joint", "two_pass"]:
-        """Say what ``gradient`` is with micro-batches of so many views."""
-        if self.gradient != "auto":
-            return self.gradient
-        return "two_pass" if rows_per_batch % self.views_per_completion else "joint"

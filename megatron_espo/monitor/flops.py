@@ -28,6 +28,7 @@ from megatron_espo.adapters.projections import targets_of
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
 from megatron_espo.model.shape import query_groups
+from megatron_espo.objectives import num_draws, objective_of, views_per_completion
 
 
 @dataclass(frozen=True)
@@ -266,12 +267,11 @@ def elbo_flops(
         count: counts its passes, without gradients or with them (:func:`training_flops`).
 
     Returns:
-        Operations; for estimators other than ``coupled`` with the expected number of masked
-        positions.
+        Operations, with the expected number of masked positions where it is not fixed.
     """
-    masked = {"coupled": length, "exact_count": (length + 1) / 2, "bernoulli": length / 2}
-    head_rows = completions * espo.num_mc * masked[espo.elbo_estimator]
-    rows = completions * espo.views_per_completion
+    masked = objective_of(espo).masks(espo).masked(length)
+    head_rows = completions * num_draws(espo) * masked
+    rows = completions * views_per_completion(espo)
     return count(model, rows, positions, head_rows)
 
 
@@ -324,10 +324,11 @@ def rollout_flops(
     # The reference policy of adapters is their base.
     ref = elbo_flops(model.base, *asked)
     # What has no backward pass is evaluated all the same.
-    extra = 1.0 if espo.gradient == "two_pass" else left_out
+    objective = objective_of(espo)
+    extra = 1.0 if espo.gradient == "two_pass" and not objective.linear else left_out
     return RolloutFlops(
         generation=generation_flops(model, completions, positions, rollout),
-        old_elbo=(mu - 1) * one,
+        old_elbo=(mu - 1) * one if objective.compares_with_old else 0.0,
         ref_elbo=mu * ref if espo.kl_coef > 0.0 else 0.0,
         update=mu * (trained * (1.0 - left_out) + one * extra),
     )

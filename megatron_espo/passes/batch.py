@@ -110,6 +110,7 @@ def mask_rows(
     starts: Tensor,
     mask_token_id: int,
     vocab_size: int,
+    hidden: Tensor | None = None,
 ) -> RowBatch:
     """Noise rows and name the positions to predict.
 
@@ -120,6 +121,7 @@ def mask_rows(
         starts: int64 ``[R]``, position where the maskable part starts.
         mask_token_id: the mask token.
         vocab_size: tokens before padding.
+        hidden: bool ``[R, p]``, positions before ``starts`` that are masked and not predicted.
 
     Returns:
         The micro-batch, with MaskedTargets as payload.
@@ -135,6 +137,11 @@ def mask_rows(
         positions = starts[rows] + columns
         noised = tokens.clone()
         noised[rows, positions] = mask_token_id
+    if hidden is not None:
+        noised = noised.clone()
+        seen = noised[:, : hidden.size(1)]
+        places = torch.arange(seen.size(1))
+        seen[hidden[:, : seen.size(1)] & (places < starts[:, None])] = mask_token_id
     payload = MaskedTargets(
         tokens[rows, positions], rows, columns, mask.size(0), mask.size(1), is_dummy, vocab_size
     )
@@ -192,6 +199,9 @@ def view_batches(
     per_sequence = views.weights[0].numel()
     masks = views.mask_indices.flatten(0, 2)
     weights = views.weights.flatten()
+    prompts = views.prompt_masks
+    if prompts is not None:
+        prompts = prompts.expand(*views.weights.shape, -1).flatten(0, 2)
     taken = torch.arange(len(sequences)) if chosen is None else chosen
     by_length = taken[sequences.prompt_lengths[taken].argsort(descending=True, stable=True)]
     order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
@@ -211,6 +221,7 @@ def view_batches(
             starts,
             mask_token_id,
             vocab_size,
+            None if prompts is None else prompts[index],
         )
         # Policies and passes look at the same views, one after the other.
         batches.append(ViewBatch(replace(batch, sent={}), index, weights[index]))

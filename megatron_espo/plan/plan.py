@@ -13,6 +13,7 @@ from megatron_espo.monitor.flops import (
     training_flops,
 )
 from megatron_espo.monitor.throughput import PEAK_TFLOPS
+from megatron_espo.objectives import objective_of, views_per_completion
 from megatron_espo.passes.shapes import round_up
 from megatron_espo.plan.memory import GB, Memory, Passes, plan_memory
 from megatron_espo.plan.parameters import StageParameters
@@ -143,15 +144,16 @@ def make_plan(
     flops = None
     if espo is not None and rollout is not None:
         length = rollout.completion_length
-        # A coupled pair masks L positions together, another view L at most.
-        per_view = length / 2 if espo.elbo_estimator == "coupled" else length
+        # A coupled pair masks L positions together, a view whose number is drawn L at most.
+        masks = objective_of(espo).masks(espo)
+        per_view = masks.masked(length) / masks.per_draw if masks.fixed else length
         completions = espo.completions_per_rollout // args.data_parallel_size
         rows = args.espo_rows_per_batch
         passes = Passes(
             rows=rows,
             positions=round_up(args.seq_length, pad_multiple),
             head_rows=int(rows * per_view),
-            num_batches=completions * espo.views_per_completion // rows,
+            num_batches=completions * views_per_completion(espo) // rows,
             sampling=rollout,
             sampled_rows=_sampled_rows(args, espo, rollout),
             keeps_reference=espo.kl_coef > 0.0 and args.lora_rank is None,

@@ -10,7 +10,7 @@ from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views
 from megatron_espo.errors import UserError
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.model.head import view_cross_entropy
+from megatron_espo.model.head import masked_cross_entropy, view_cross_entropy
 from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.passes.batch import ViewBatch, pack_sequences, view_batches
 from megatron_espo.passes.pipeline import forward_only
@@ -94,13 +94,16 @@ def elbo_of_views(model: DiffusionModel, batches: list[ViewBatch], views: ElboVi
     return elbo_draws(sums.view_as(views.weights), views.weights)
 
 
-def evaluate_views(values: Tensor, batches: list[ViewBatch], model: DiffusionModel) -> None:
-    """Compute the summed cross entropy of each view, without gradients.
+def evaluate_views(
+    values: Tensor, batches: list[ViewBatch], model: DiffusionModel, per_token: bool = False
+) -> None:
+    """Compute the cross entropy of each view, without gradients.
 
     Args:
-        values: float32 ``[n*m*v]`` on the host, see :func:`put_in_order`.
+        values: float32 ``[n*m*v]`` on the host, or ``[n*m*v, l]``, see :func:`put_in_order`.
         batches: micro-batches of some or all views.
         model: the model.
+        per_token: of each masked token, 0 for others, in place of their sum.
 
     Raises:
         UserError: tokens of the model come block by block.
@@ -113,7 +116,7 @@ def evaluate_views(values: Tensor, batches: list[ViewBatch], model: DiffusionMod
     results = forward_only(
         model.chunks,
         [batch.batch for batch in batches],
-        view_cross_entropy(model.layout.tp),
+        (masked_cross_entropy if per_token else view_cross_entropy)(model.layout.tp),
         model.logit_shift,
         model.layout,
     )
@@ -126,8 +129,9 @@ def put_in_order(
     """Put what the last stage knows of each view at the view's place, on every rank.
 
     Args:
-        values: float32 ``[n*m*v]`` on the host; views that no micro-batch holds stay as they are.
-        results: float32 ``[R]`` per micro-batch, on the last stage; not read elsewhere.
+        values: float32 ``[n*m*v, ...]`` on the host; views that no micro-batch holds stay as they
+            are.
+        results: float32 ``[R, ...]`` per micro-batch, on the last stage; not read elsewhere.
         batches: the micro-batches.
         model: the model.
     """
@@ -135,7 +139,7 @@ def put_in_order(
     if model.layout.is_last_stage:
         known = torch.cat(list(results))
     else:
-        known = torch.empty(len(index), device=model.device)
+        known = torch.empty((len(index), *values.shape[1:]), device=model.device)
     values[index] = broadcast_from_last_stage(known, model.layout).cpu()
 
 

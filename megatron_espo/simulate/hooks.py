@@ -23,6 +23,7 @@ from megatron_espo.commands import generate
 from megatron_espo.dry_run.job import Job
 from megatron_espo.evaluation import problems, scoring
 from megatron_espo.generation import sampler
+from megatron_espo.objectives import objective_of, views_per_completion
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rl import scalars, state, trainer, update
 from megatron_espo.rl.reference import ReferencePolicy
@@ -270,8 +271,13 @@ class _Hooks:
         if whole is None:
             return None
         # Made-up rewards do not say which completions have no gradient: all of them have one.
-        whole = dataclasses.replace(whole, advantages=torch.ones_like(whole.advantages))
-        views, rows = own.espo.views_per_completion, own.rows_per_batch
+        signs = torch.ones_like(whole.advantages)
+        signs[1::2] = -1.0
+        whole = dataclasses.replace(whole, advantages=signs)
+        views, rows = views_per_completion(own.espo), own.rows_per_batch
+        # Of objectives that look at groups, whole ones.
+        alone = objective_of(own.espo).scope == "completion"
+        group = 1 if alone else own.espo.group_size
         n = len(whole.sample_ids)
         total = n * views // rows
         least = max(self.job.micro_batches, 2 * own.model.layout.pp_size)
@@ -279,7 +285,8 @@ class _Hooks:
 
         def suits(kept: int) -> bool:
             batches, left = divmod(kept * views, rows)
-            return left == 0 and batches >= least and batches % stages == 0
+            whole_groups = kept % group == 0
+            return whole_groups and left == 0 and batches >= least and batches % stages == 0
 
         kept = next((kept for kept in range(1, n) if suits(kept)), n)
         facts = self.ledger.rank.facts

@@ -31,6 +31,8 @@ from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.watch import Watch
+from megatron_espo.objectives import check_objective, chosen_gradient, views_per_completion
+from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
@@ -63,6 +65,9 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     _settle_mixing(args)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
+    args.espo_kl_coef = check_objective(espo).kl_coef
+    espo = config_from_args(EspoConfig, args)
+    load_advantage(espo.advantage)
     config_from_args(MonitorConfig, args).validate()
     rollout.validate(args.logit_shift, pad_multiple(args))
     check_full_attention(args, "ESPO")
@@ -89,7 +94,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--espo-prompts-per-rollout {espo.prompts_per_rollout} cannot be split over {dp} "
             f"data-parallel ranks; use a multiple of {dp}."
         )
-    views = espo.views_per_completion
+    views = views_per_completion(espo)
     rows = espo.completions_per_rollout // dp * views
     if args.micro_batch_size is None:
         args.micro_batch_size = views
@@ -98,7 +103,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size} does not divide the {rows} rows of a "
             f"rank's update ({espo.completions_per_rollout // dp} completions x {views} views)."
         )
-    args.espo_gradient = espo.chosen_gradient(args.micro_batch_size)
+    args.espo_gradient = chosen_gradient(espo, args.micro_batch_size)
     if args.espo_gradient == "joint" and args.micro_batch_size % views:
         raise UserError(
             f"--espo-gradient joint keeps the {views} views of a completion together; make "
@@ -224,7 +229,7 @@ def _train(
     if model.layout.is_reporter:
         say(
             f"Gradients: {espo.gradient}, in micro-batches of {args.espo_rows_per_batch} views "
-            f"({espo.views_per_completion} of a completion)"
+            f"({views_per_completion(espo)} of a completion); objective {espo.objective}"
         )
         if line := start_line(task):
             say(line)
