@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer
-from megatron_espo.diffusion.noise import ElboViews, elbo_views
+from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.evaluation.completing import evaluate_task
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.scoring import decode_completions, score_completions
@@ -26,9 +26,9 @@ from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.progress import Heartbeat, Progress
 from megatron_espo.monitor.watch import WatchState
 from megatron_espo.parallel.layout import raised_on_all
-from megatron_espo.passes.batch import ViewBatch, view_batches
+from megatron_espo.passes.batch import ViewBatch
 from megatron_espo.random import stream
-from megatron_espo.rl.elbo import elbo_of_views
+from megatron_espo.rl.elbo import cut_views, draw_views, elbo_of_views
 from megatron_espo.rl.objective import espo_terms
 from megatron_espo.rl.prompts import further_prompts, prompts_of_rollout
 from megatron_espo.rl.provenance import prompts_digest
@@ -285,24 +285,19 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
     """Draw the masks of all inner updates, the same ones whenever a rollout is taken up."""
     espo, noise = trainer.espo, []
     for place in range(espo.updates_per_rollout):
-        views = elbo_views(
+        views = draw_views(
+            trainer.model,
+            rollout.sequences,
             espo.elbo_estimator,
             stream(trainer.seed, "elbo", number, place),
             rollout.sample_ids,
             rollout.indices,
             espo.completions_per_rollout,
-            rollout.sequences.completion_length,
             espo.num_mc,
             independent_draws=espo.kl_estimator == "k2_unbiased",
         )
         recut = partial(
-            view_batches,
-            rollout.sequences,
-            views,
-            trainer.model.mask_token_id,
-            trainer.model.vocab_size,
-            trainer.rows_per_batch,
-            same_width=trainer.model.layout.pp_size > 1,
+            cut_views, trainer.model, rollout.sequences, views, trainer.rows_per_batch
         )
         noise.append(_Noise(views, recut(), recut))
     return noise

@@ -39,8 +39,8 @@ def noise_blocks(
         vocab_size: tokens before padding.
 
     Returns:
-        The micro-batch, and its noise with the weights of both rows of each sequence in the
-        payload's table: float32 ``[b, 2 s]``, the noisy copy's and those of the next-token loss.
+        The micro-batch, and its noise. With a next-token loss the weights are those of both rows
+        of each sequence in the payload's table, the noisy copy's first: float32 ``[b, 2 s]``.
     """
     noise = block_noise(
         config.forward_process,
@@ -63,5 +63,7 @@ def noise_blocks(
         config.logit_shift,
         following if config.next_token_weight else None,
     )
+    if not config.next_token_weight:
+        return batch, noise
     next_weights = torch.full_like(noise.weights, config.next_token_weight)
     return batch, noise._replace(weights=torch.cat((noise.weights, next_weights), dim=1))
