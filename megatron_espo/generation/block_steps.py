@@ -127,7 +127,7 @@ def _prefill(model: DiffusionModel, rows: Rows, batch: MicroBatch) -> RowBatch:
     starts = rows.starts(index)
     width = round_up(max(int(starts.max()), 1), model.pad_multiple)
     batch.cache, batch.cached = KeyValueCache(), list(batch.rows)
-    rows.count_pass(index, width, width, torch.zeros_like(index))
+    rows.count_pass(index, width, width, _read(torch.zeros_like(index)))
     shift = int(model.logit_shift)
     return RowBatch(
         rows.tokens[index, :width],
@@ -139,6 +139,13 @@ def _prefill(model: DiffusionModel, rows: Rows, batch: MicroBatch) -> RowBatch:
         sampling=True,
         key_limits=_limits(model, rows, index, torch.arange(width)[None]),
     )
+
+
+def _read(candidates: Tensor) -> Tensor:
+    """Count the states that the head reads of each row: of a pass without candidates, one."""
+    if not candidates.any():
+        candidates[0] = 1
+    return candidates
 
 
 def _candidates_of(
@@ -168,7 +175,7 @@ def _window(
     window = offsets[:, None] + torch.arange(asked.picked.size(1) + shift)
     chosen, positions, payload = _candidates_of(rows, asked, own, shift, int(offsets[0]))
     width = rows.tokens.size(1)
-    rows.count_pass(index, window.size(1), width, asked.picked[own].sum(1))
+    rows.count_pass(index, window.size(1), width, _read(asked.picked[own].sum(1)))
     return RowBatch(
         rows.tokens[index].gather(1, window),
         torch.full_like(index, width),

@@ -21,6 +21,10 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import DiffusionConfig
+from megatron_espo.passes.shapes import round_up
+
+# Positions whose queries attend in one call, to no key after them.
+_SEGMENT = 256
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,26 @@ class BlockAttention:
         if self.causal:
             seen &= ~((own_copy == self.copies) & (position > own_position))
         return ~seen[None, None] | padding.repeat(1, 1, 1, self.copies + 1)
+
+    def segments(self, length: int) -> list[tuple[int, int]]:
+        """Cut the positions ``length`` of a row into parts that whole blocks lie in.
+
+        Returns:
+            Beginning and end of each; nothing in a part sees a position after it.
+        """
+        step = round_up(_SEGMENT, self.size)
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+    def pairs(self, length: int) -> int:
+        """Count the queries of a row of noisy copies and clean tokens, each times its keys.
+
+        Counted are the keys of the calls that compute attention (model/block_attention.py): what is
+        masked inside a segment is computed, too.
+        """
+        return sum(
+            (end - start) * (self.copies * (2 * end - start) + end)
+            for start, end in self.segments(length)
+        )
 
     def key_limits(self, positions: Tensor, opened: Tensor, ends: Tensor) -> Tensor:
         """Say how far clean tokens and one open block see, where every row has its own.

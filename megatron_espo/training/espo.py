@@ -36,10 +36,11 @@ from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
-from megatron_espo.startup.argument_checks import check_full_attention, check_schedule
+from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
+    block_length,
     build_model,
     diffusion_model,
     inference_mode,
@@ -64,8 +65,12 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
     config_from_args(MonitorConfig, args).validate()
-    rollout.validate(args.logit_shift, pad_multiple(args))
-    check_full_attention(args, "ESPO")
+    rollout.validate(args.logit_shift, pad_multiple(args), block_length(args))
+    if args.next_token_weight:
+        raise UserError(
+            f"--next-token-weight {args.next_token_weight} is a loss of pre-training and "
+            "fine-tuning, which ESPO does not have; leave it out."
+        )
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "
@@ -173,6 +178,7 @@ def run(args: argparse.Namespace) -> None:
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
     made_with = settings_of(espo, args.seed, tokenizer)
+    made_with |= {"--block-size": block_length(args) or 0}
     with own_save_folder(args):
         saved = None
         # Only now is the checkpoint the last one of a run that was still ending.

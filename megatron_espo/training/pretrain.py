@@ -96,11 +96,6 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.eval_iters = 0
     if args.save_keep_best:
         raise UserError("--save-keep-best goes by the held-out accuracy of ESPO; leave it out.")
-    if args.dry_run and block_attention(config_from_args(DiffusionConfig, args)) is not None:
-        raise UserError(
-            f"--attention-mask {args.attention_mask}: a plan does not count the noisy copies that "
-            "rows hold besides; leave out --dry-run."
-        )
     if args.eval_interval is None:
         args.eval_interval = max(args.train_iters or 1, 1)
     check_schedule(args)

@@ -1,6 +1,5 @@
 """Block diffusion: what tokens see, one pass for all blocks, noise by block, and its loss."""
 
-import argparse
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -23,12 +22,11 @@ from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.diffusion.block_noise import block_noise
 from megatron_espo.errors import UserError
 from megatron_espo.model.head import masked_cross_entropy
-from megatron_espo.passes import pipeline
+from megatron_espo.passes import block_mask, pipeline
 from megatron_espo.passes.block_batch import block_rows
 from megatron_espo.passes.block_mask import BlockAttention
 from megatron_espo.passes.pipeline import RowBatch, padding_mask
 from megatron_espo.random import stream
-from megatron_espo.startup.argument_checks import check_full_attention
 from megatron_espo.startup.arguments import initialize_arguments
 from megatron_espo.startup.setup import build_model
 from megatron_espo.supervised.forward_step import _loss, noise_batch
@@ -140,6 +138,9 @@ def test_one_pass_equals_one_pass_per_block(
     if recomputed:
         for name, value in (("granularity", "full"), ("method", "uniform"), ("num_layers", 1)):
             monkeypatch.setattr(model.config, f"recompute_{name}", value)
+    if copies == 2:  # several segments, of which the last one is not full
+        monkeypatch.setattr(block_mask, "_SEGMENT", 5)
+        assert BlockAttention(SIZE, False).segments(LENGTH) == [(0, 8), (8, 14)]
     blocks = BlockAttention(SIZE, KINDS[kind])
     batch = block_rows(tokens, LENGTHS, mask, STARTS, MASK, 262, blocks, shift, following)
     assert batch.tokens.shape == (3, (copies + 1) * LENGTH)
@@ -339,10 +340,3 @@ def test_settings_without_sense_are_refused(settings: dict[str, Any], sentence: 
     with pytest.raises(UserError, match=sentence):
         DiffusionConfig(**settings).validate()
     DiffusionConfig(attention_mask="context-causal", block_size=8, next_token_weight=0.5).validate()
-
-
-def test_what_knows_full_attention_only_says_so() -> None:
-    for mask in (None, "full"):
-        check_full_attention(argparse.Namespace(attention_mask=mask), "sampling")
-    with pytest.raises(UserError, match="--attention-mask block-causal: sampling knows full"):
-        check_full_attention(argparse.Namespace(attention_mask="block-causal"), "sampling")
