@@ -75,6 +75,33 @@ def block_noise(
     return BlockNoise(mask.flatten(1)[:, :s], weights.flatten(1)[:, :s])
 
 
+def grown_size(
+    first: int, largest: int, factor: int, interval: int, start: int, step: int
+) -> int:
+    """Say how many tokens a block has at a step of a run in which blocks grow.
+
+    b(s) = min(largest, first * factor ** floor(max(0, s - start) / interval)), the schedule of
+    next-block adaptation (arXiv 2512.06776, section 4).
+
+    Args:
+        first: tokens at the beginning.
+        largest: tokens at the end.
+        factor: of each growth.
+        interval: steps from one growth to the next.
+        start: steps before the first interval.
+        step: optimizer steps done, s.
+
+    Returns:
+        Tokens.
+    """
+    size = first
+    for _ in range(max(0, step - start) // interval):
+        if size >= largest:
+            break
+        size *= factor
+    return min(size, largest)
+
+
 def block_elbo_views(
     estimator: ElboEstimator,
     key: Stream,

@@ -70,9 +70,10 @@ def _blocks(plan: Plan) -> list[str]:
     args, passes = plan.args, plan.passes
     if not passes.copies:
         return []
+    grown = f", grown to {args.block_growth_to}" if args.block_growth_to else ""
     copies = f"{passes.copies} noisy cop{'ies' if passes.copies > 1 else 'y'}"
     return [
-        f"Blocks: {args.attention_mask}, of {args.block_size} tokens; a row of {passes.width:,} "
+        f"Blocks: {args.attention_mask}, of {args.block_size} tokens{grown}; a row of {passes.width:,} "
         f"positions passes with {copies} beside the clean tokens, {passes.positions:,} in all"
     ]
 

@@ -66,6 +66,11 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo.validate()
     config_from_args(MonitorConfig, args).validate()
     rollout.validate(args.logit_shift, pad_multiple(args), block_length(args))
+    if args.block_growth_to is not None:
+        raise UserError(
+            f"--block-growth-to {args.block_growth_to}: blocks grow in pre-training and "
+            "fine-tuning; ESPO's keep their size, leave it out."
+        )
     if args.next_token_weight:
         raise UserError(
             f"--next-token-weight {args.next_token_weight} is a loss of pre-training and "

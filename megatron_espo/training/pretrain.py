@@ -40,6 +40,7 @@ from megatron_espo.startup.setup import (
     run_entry_point,
     sequence_split,
 )
+from megatron_espo.supervised.blocks import begin_growth
 from megatron_espo.supervised.forward_step import forward_step
 from megatron_espo.supervised.rows import (
     epoch_steps,
@@ -65,6 +66,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--seq-length and --micro-batch-size are missing; pass both.")
     sft = config_from_args(SftConfig, args)
     sft.validate()
+    begin_growth(args)
     if not (args.train_iters or args.train_samples or args.skip_train or sft.epochs):
         raise UserError(
             "--train-iters is missing: how many steps to train; or --sft-epochs with "
