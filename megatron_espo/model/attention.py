@@ -24,7 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_espo.model.block_attention import attend_in_parts
+from megatron_espo.model.block_attention import attend_to_blocks
 from megatron_espo.passes.state import PassState, current_pass
 
 
@@ -101,7 +101,7 @@ def _attend(
     scale = module.score_scale
     with get_cuda_rng_tracker().fork() if tracked else nullcontext():
         if state.noisy is not None and selected is None and mask is not None:
-            output = attend_in_parts(query, key, value, mask, state.noisy, scale, dropout)
+            output = attend_to_blocks(query, key, value, mask, state.noisy, scale, dropout)
         else:
             output = fused_attention(query, key, value, mask, scale, dropout)
     return output if selected is None else selected.of_attention(output)

@@ -59,15 +59,28 @@ class BlockAttention:
         """
         length = padding.size(-1)
         places = torch.arange((self.copies + 1) * length, device=padding.device)
-        copy, position = places // length, places % length
-        block, clean = position // self.size, copy == self.copies
-        query = places[start:stop, None]
-        own_copy, own_position = query // length, query % length
-        own_block = own_position // self.size
-        seen = (own_copy == copy) & (own_block == block) | clean & (own_block > block)
-        if self.causal:
-            seen &= ~((own_copy == self.copies) & (position > own_position))
+        seen = self.sees(places[start:stop, None], places, length)
         return ~seen[None, None] | padding.repeat(1, 1, 1, self.copies + 1)
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        """Say whether places of a row see others, padding aside.
+
+        Args:
+            query: int64, places.
+            key: int64, places; shapes that go together.
+            length: L.
+
+        Returns:
+            bool.
+        """
+        copy, position = key // length, key % length
+        own_copy, own_position = query // length, query % length
+        block, own_block = position // self.size, own_position // self.size
+        seen = (own_copy == copy) & (own_block == block)
+        seen = seen | (copy == self.copies) & (own_block > block)
+        if self.causal:
+            seen = seen & ~((own_copy == self.copies) & (position > own_position))
+        return seen
 
     def segments(self, length: int) -> list[tuple[int, int]]:
         """Cut the positions ``length`` of a row into parts that whole blocks lie in.
