@@ -140,6 +140,20 @@ class DiffusionConfig:
     block_size: int | None = None
     """Tokens of a block, counted from the first one of the prompt."""
 
+    block_growth_to: int | None = None
+    """Pre-training and fine-tuning: blocks grow from --block-size to so many tokens during the run,
+    by --block-growth-factor every --block-growth-interval steps (NBDiff: from 1 to 32). A
+    checkpoint keeps the size that its last step had. Default: they stay as they are."""
+
+    block_growth_factor: int = 2
+    """How many times as large each growth makes the blocks."""
+
+    block_growth_interval: int | None = None
+    """Steps from one growth to the next."""
+
+    block_growth_start: int = 0
+    """Steps before the first of these intervals begins."""
+
     next_token_weight: float = 0.0
     """With context-causal, weight of the next-token loss on the clean tokens (NBDiff 0.5)."""
 
@@ -195,6 +209,7 @@ class DiffusionConfig:
                 f"--block-size {self.block_size} has no effect without --attention-mask "
                 "block-causal or context-causal; pass one or leave it out."
             )
+        self._validate_growth(in_blocks)
         if not 0.0 <= self.next_token_weight < math.inf:
             raise UserError(
                 f"--next-token-weight {self.next_token_weight} must not be negative; use 0.5."
@@ -203,6 +218,35 @@ class DiffusionConfig:
             raise UserError(
                 f"--next-token-weight {self.next_token_weight} has no effect without "
                 "--attention-mask context-causal: other clean tokens see those they would predict."
+            )
+
+    def _validate_growth(self, in_blocks: bool) -> None:
+        if self.block_growth_to is None:
+            if self.block_growth_interval is not None or self.block_growth_start:
+                raise UserError(
+                    "--block-growth-interval and --block-growth-start have no effect without "
+                    "--block-growth-to; pass it or leave them out."
+                )
+            return
+        if not in_blocks or self.block_size is None:
+            raise UserError(
+                f"--block-growth-to {self.block_growth_to} has no effect without --attention-mask "
+                "block-causal or context-causal; pass one or leave it out."
+            )
+        if self.block_growth_to < self.block_size:
+            raise UserError(
+                f"--block-growth-to {self.block_growth_to} is below --block-size "
+                f"{self.block_size}, from which blocks grow; change one of them."
+            )
+        if self.block_growth_interval is None or self.block_growth_interval < 1:
+            raise UserError(
+                f"--block-growth-to {self.block_growth_to} needs --block-growth-interval, the "
+                "steps from one growth to the next; pass at least 1."
+            )
+        if self.block_growth_factor < 2 or self.block_growth_start < 0:
+            raise UserError(
+                f"--block-growth-factor {self.block_growth_factor} must be at least 2, and "
+                f"--block-growth-start {self.block_growth_start} not negative."
             )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
 
-from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.console import captured
 from megatron_espo.conversion.hf_cache import converted_checkpoint
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
@@ -18,7 +18,6 @@ from megatron_espo.evaluation.problems import (
     load_workers,
 )
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.passes.block_mask import block_attention
 from megatron_espo.startup.arguments import (
     checkpoint_arguments,
     config_from_args,
@@ -26,6 +25,7 @@ from megatron_espo.startup.arguments import (
     reading_checkpoint,
 )
 from megatron_espo.startup.setup import (
+    block_length,
     build_model,
     diffusion_model,
     initialize_process_groups,
@@ -74,9 +74,7 @@ def validate_sampling(config: RolloutConfig, args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
-    blocks = block_attention(config_from_args(DiffusionConfig, args))
-    size = None if blocks is None else blocks.size
-    config.validate(args.logit_shift, pad_multiple(args), size)
+    config.validate(args.logit_shift, pad_multiple(args), block_length(args))
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:

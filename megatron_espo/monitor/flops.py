@@ -8,27 +8,32 @@ its own, so that its product costs as much again, not twice. What activation rec
 is not counted; what the algorithm asks for (the gradient-free pass of ``two_pass``, the frozen
 policies) is.
 
-Four things differ from the count of a causal language model:
+Five things differ from the count of a causal language model:
 
 * attention is bidirectional: every position sees every other, nothing is halved;
 * the output head runs on chosen rows only, so that its share is counted in rows;
 * the last layer leaves out the positions that nothing reads (passes/state.py);
-* a rollout is many full passes: one per denoising step, not one per token.
+* a rollout is many full passes: one per denoising step, not one per token;
+* models whose tokens come block by block pass noisy copies of a row beside its clean tokens. Of
+  their attention all is counted that is computed, whether the mask hides it or not.
 
 Rows are counted at the width that they are given, the same for all.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from dataclasses import fields as fields_of
 from typing import NamedTuple
 
 from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import targets_of
-from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
 from megatron_espo.model.shape import query_groups
 from megatron_espo.objectives import num_draws, objective_of, views_per_completion
+from megatron_espo.passes.block_mask import BlockAttention, block_attention
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,8 @@ class ModelDimensions:
         gated: whether the MLP has a gate beside its up projection (SwiGLU).
         adapters: parameters of the LoRA adapters of a layer's q, k and v, of its other projections,
             and of the head; None where all weights are trained.
+        blocks: how the rows of ELBOs and updates attend where tokens come block by block, with as
+            many noisy copies as share a row.
     """
 
     num_layers: int
@@ -57,6 +64,7 @@ class ModelDimensions:
     vocab_size: int
     gated: bool = True
     adapters: tuple[int, int, int] | None = None
+    blocks: BlockAttention | None = None
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "ModelDimensions":
@@ -71,12 +79,31 @@ class ModelDimensions:
             vocab_size=args.vocab_size,
             gated=bool(args.swiglu),
             adapters=_adapter_parameters(args),
+            blocks=_noisy_rows(args),
         )
 
     @property
     def base(self) -> "ModelDimensions":
         """The model without its adapters."""
         return replace(self, adapters=None)
+
+
+def _noisy_rows(args: argparse.Namespace) -> BlockAttention | None:
+    """Read how rows of noisy copies attend, and how many views share one."""
+    fields = {field.name: getattr(args, field.name, None) for field in fields_of(DiffusionConfig)}
+    if fields["attention_mask"] is None:
+        return None
+    blocks = block_attention(DiffusionConfig(**fields))
+    if blocks is None:
+        return None
+    # Only ESPO's arguments know micro-batches of views.
+    views = getattr(args, "espo_rows_per_batch", None)
+    if views is None:
+        return blocks.with_copies(1)
+    espo = EspoConfig(
+        **{field.name: getattr(args, f"espo_{field.name}") for field in fields_of(EspoConfig)}
+    )
+    return blocks.with_copies(math.gcd(views, views_per_completion(espo)))
 
 
 def _adapter_parameters(args: argparse.Namespace) -> tuple[int, int, int] | None:
@@ -126,7 +153,9 @@ def forward_flops(
         rows: sequences in the batch.
         positions: positions per sequence that pass through the layers.
         head_rows: hidden states, over all sequences, that reach the output head.
-        keys: positions that each position attends to; None for ``positions`` (no cache).
+        keys: positions that each position attends to; None for ``positions`` (no cache). Without
+            them the sequences of a block model are views, so many of which share a row as
+            ``model.blocks`` says.
 
     Returns:
         Operations. Attention of the last layer is counted as if all sequences had the same number
@@ -142,6 +171,12 @@ def _forward(
     head_rows: float,
     keys: int | None = None,
 ) -> _Parts:
+    if keys is None and model.blocks is not None:
+        copies = model.blocks.copies
+        sequences, width = rows / copies, (copies + 1) * positions
+        read = min(head_rows, sequences * width)
+        pairs = sequences * model.blocks.pairs(positions)
+        return _parts(model, sequences * width, pairs, head_rows, read * width)
     keys = positions if keys is None else keys
     passed = rows * positions
     read = min(head_rows, passed)
@@ -213,8 +248,8 @@ def generation_flops(
 ) -> float:
     """Count the sampling of completions by its settings alone, for planning.
 
-    Caches, parallel decoding and early stop are left out: what they save shows when they run
-    (:func:`passed_flops`).
+    Approximate caches, parallel decoding and early stop are left out: what they save shows when
+    they run (:func:`passed_flops`).
 
     The head runs on the candidates of each step: the positions of the block that are still masked
     for orders that rank them, or just those that will be committed for ``random`` and ``origin``.
@@ -241,11 +276,48 @@ def generation_flops(
         left = [config.block_length - sum(counts[:step]) for step in ran]
         decided = config.remasking == "random"
         candidates = config.block_length if decided else sum(left)
+    if model.blocks is not None:
+        return _block_generation(model, rows, positions, config, evaluations, candidates)
     # Classifier-free guidance passes every row twice.
     copies = 2 if config.guidance_scale > 0.0 else 1
     passes = blocks * evaluations * copies * rows
     head_rows = blocks * candidates * copies * rows
     return forward_flops(model, passes, positions, head_rows)
+
+
+def _block_generation(
+    model: ModelDimensions,
+    rows: float,
+    positions: int,
+    config: RolloutConfig,
+    evaluations: int,
+    candidates: int,
+) -> float:
+    """Count sampling block by block, with prompts that end with a block.
+
+    Args:
+        model: dimensions.
+        rows: completions.
+        positions: of a row.
+        config: sampling settings.
+        evaluations: denoising steps of a block.
+        candidates: hidden states that reach the head in them.
+
+    Returns:
+        Operations.
+    """
+    k, blocks = config.block_length, config.completion_length // config.block_length
+    prompt = positions - config.completion_length
+    read = float(blocks * candidates)
+    if config.cache == "exact":
+        # Each finished block but the last one passes once more, for its keys and values.
+        windows = (blocks * evaluations + blocks - 1) * k
+        before = _parts(model, prompt, prompt**2, 0.0, 0.0)
+        steps = _parts(model, windows, windows * positions, read, read * positions)
+        return rows * (sum(before) + sum(steps))
+    widths = [prompt + (block + 1) * k for block in range(blocks)]
+    passed, pairs = (evaluations * sum(w**power for w in widths) for power in (1, 2))
+    return rows * sum(_parts(model, passed, pairs, read, candidates * sum(widths)))
 
 
 def elbo_flops(

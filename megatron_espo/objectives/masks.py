@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_espo.diffusion.block_noise import block_elbo_views
 from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views, random_subset
 from megatron_espo.random import Stream, substream, uniform
 
@@ -29,6 +30,8 @@ class Ask(NamedTuple):
         answers: int64 ``[b]``, tokens up to the first end of sequence, it included.
         prompt_width: p, of the longest prompt.
         block_length: tokens of a block of the sampler (--rollout-block-length).
+        offsets: of a block-diffusion model int64 ``[b]``, places of the completion's first block
+            that the prompt takes; None of another model.
     """
 
     key: Stream
@@ -40,6 +43,7 @@ class Ask(NamedTuple):
     answers: Tensor
     prompt_width: int
     block_length: int
+    offsets: Tensor | None = None
 
     def uniform(self, purpose: str, draw: int, count: int) -> Tensor:
         """Draw float64 ``[b, count]`` for one of the draws."""
@@ -59,10 +63,12 @@ class Masks:
     Attributes:
         per_draw: v.
         fixed: a draw masks the same number of tokens whatever is drawn.
+        by_block: a block-diffusion model has such views, too: each block has its own.
     """
 
     per_draw: int = 1
     fixed: bool = False
+    by_block: bool = False
 
     def masked(self, length: int) -> float:
         """Expected number of masked completion tokens of a draw's views together."""
@@ -84,6 +90,7 @@ class ElboMasks(Masks):
 
     estimator: ElboEstimator = "coupled"
     independent_draws: bool = False
+    by_block = True
 
     @property
     def per_draw(self) -> int:  # type: ignore[override]
@@ -102,6 +109,17 @@ class ElboMasks(Masks):
 
     def draw(self, ask: Ask) -> ElboViews:
         """See Masks."""
+        if ask.offsets is not None:
+            return block_elbo_views(
+                self.estimator,
+                ask.key,
+                ask.sample_ids,
+                ask.offsets,
+                ask.length,
+                ask.num_draws,
+                ask.block_length,
+                independent_draws=self.independent_draws,
+            )
         return elbo_views(
             self.estimator,
             ask.key,

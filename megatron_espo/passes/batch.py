@@ -53,6 +53,7 @@ class MaskedTargets:
         is_dummy: nothing is masked in this micro-batch; the one row is there so that every
             rank's part of the model still gets a gradient (of zeros).
         vocab_size: tokens before padding.
+        weights: float32 ``[r]``, factors in sums over rows; None: all 1.
     """
 
     targets: Tensor
@@ -62,6 +63,7 @@ class MaskedTargets:
     num_columns: int
     is_dummy: bool
     vocab_size: int
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,15 @@ class ViewBatch:
     batch: RowBatch
     view_index: Tensor
     weights: Tensor
+
+    @property
+    def view_lengths(self) -> Tensor:
+        """Positions of each view that hold a token: int64 ``[R]``.
+
+        Views of a sequence may share a row of the model (passes/block_views.py).
+        """
+        lengths = self.batch.lengths
+        return lengths.repeat_interleave(len(self.view_index) // len(lengths))
 
 
 def pack_sequences(
@@ -168,6 +179,29 @@ def fill_up(needed: Tensor, lengths: Tensor, multiple: int) -> Tensor:
     return chosen
 
 
+def order_of_views(
+    sequences: Sequences, per_sequence: int, rows_per_batch: int, chosen: Tensor | None
+) -> tuple[Tensor, int]:
+    """Say in which order views are cut into micro-batches.
+
+    Args:
+        sequences: n sequences.
+        per_sequence: views of each, m v.
+        rows_per_batch: views of a micro-batch.
+        chosen: int64 ``[k]``, the sequences to take; None takes all.
+
+    Returns:
+        int64 ``[k m v]``, places among all n m v views, the longest sequences' first, those of a
+        sequence side by side; and the width of the longest sequence.
+    """
+    taken = torch.arange(len(sequences)) if chosen is None else chosen
+    by_length = taken[sequences.prompt_lengths[taken].argsort(descending=True, stable=True)]
+    order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
+    assert len(order) % rows_per_batch == 0, (len(order), rows_per_batch)
+    longest = int(sequences.prompt_lengths[taken].max()) + sequences.completion_length
+    return order, sequences.shapes.width(longest)
+
+
 def view_batches(
     sequences: Sequences,
     views: ElboViews,
@@ -202,12 +236,8 @@ def view_batches(
     prompts = views.prompt_masks
     if prompts is not None:
         prompts = prompts.expand(*views.weights.shape, -1).flatten(0, 2)
-    taken = torch.arange(len(sequences)) if chosen is None else chosen
-    by_length = taken[sequences.prompt_lengths[taken].argsort(descending=True, stable=True)]
-    order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
-    assert len(order) % rows_per_batch == 0, (len(order), rows_per_batch)
-    longest = int(sequences.prompt_lengths[taken].max()) + sequences.completion_length
-    width, batches = sequences.shapes.width(longest), []
+    order, width = order_of_views(sequences, per_sequence, rows_per_batch, chosen)
+    batches = []
     for index in order.split(rows_per_batch):
         sequence = index // per_sequence
         starts = sequences.prompt_lengths[sequence]

@@ -212,9 +212,10 @@ def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     padded = batch.padded or stage.config.recompute_granularity is not None
     # Other masks hide more than padding.
     padded = padded or batch.blocks is not None or limits is not None
-    copies = 0 if batch.blocks is None or part is not None else batch.blocks.copies
+    noisy = batch.blocks if batch.blocks is not None and batch.blocks.copies else None
+    noisy = noisy if part is None else None
     sampling = batch.sampling
-    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, sampling, copies)
+    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, sampling, noisy)
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
     num_rows = batch.rows.numel() if part is None else part.places.numel()

@@ -21,6 +21,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_espo.passes.block_mask import BlockAttention
+
 
 class KeyValueCache:
     """Keys and values of some rows, layer by layer, of this rank's heads and pipeline stage.
@@ -199,8 +201,8 @@ class PassState:
             for passes without a mask, and some devices' fastest one takes none.
         sampling: whether tokens are drawn from the pass. Nothing compares it with a pass that has
             gradients, so the layers may take kernels that round otherwise.
-        copies: noisy copies of the rows that stand before the clean tokens (passes/block_mask.py),
-            where all of them pass here; 0 elsewhere.
+        noisy: how rows attend that hold noisy copies before the clean tokens, where all of their
+            positions pass here; None elsewhere.
     """
 
     selected: SelectedRows | None = None
@@ -210,7 +212,7 @@ class PassState:
     width: int = 0
     padded: bool = True
     sampling: bool = False
-    copies: int = 0
+    noisy: BlockAttention | None = None
 
 
 _current: ContextVar[PassState | None] = ContextVar("model_pass", default=None)

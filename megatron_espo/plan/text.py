@@ -64,6 +64,19 @@ def _layout(plan: Plan) -> list[str]:
         f"Model: {args.preset or 'of the command line'}, {plan.num_parameters:,} parameters "
         f"(vocabulary {args.vocab_size:,} + {padding:,} rows of padding), {per_gpu:,} on a GPU",
         *_adapters(plan),
+        *_blocks(plan),
+    ]
+
+
+def _blocks(plan: Plan) -> list[str]:
+    args, passes = plan.args, plan.passes
+    if not passes.copies:
+        return []
+    grown = f", grown to {args.block_growth_to}" if args.block_growth_to else ""
+    copies = f"{passes.copies} noisy cop{'ies' if passes.copies > 1 else 'y'}"
+    return [
+        f"Blocks: {args.attention_mask}, of {args.block_size} tokens{grown}; a row of {passes.width:,} "
+        f"positions passes with {copies} beside the clean tokens, {passes.positions:,} in all"
     ]
 
 

@@ -30,8 +30,9 @@ from megatron_espo.monitor.watch import WatchState
 from megatron_espo.objectives import num_draws, objective_of
 from megatron_espo.objectives.masks import Ask
 from megatron_espo.parallel.layout import raised_on_all
-from megatron_espo.passes.batch import ViewBatch, view_batches
+from megatron_espo.passes.batch import ViewBatch
 from megatron_espo.random import stream
+from megatron_espo.rl.elbo import cut_views
 from megatron_espo.rl.prompts import further_prompts, prompts_of_rollout
 from megatron_espo.rl.provenance import prompts_digest
 from megatron_espo.rl.reference import Reference
@@ -298,7 +299,9 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
     """Draw the masks of all inner updates, the same ones whenever a rollout is taken up."""
     espo, noise = trainer.espo, []
     objective, length = objective_of(espo), rollout.sequences.completion_length
-    answers = None
+    answers, offsets = None, None
+    if trainer.model.blocks is not None:
+        offsets = rollout.sequences.prompt_lengths % trainer.model.blocks.size
     if objective.per_token:
         answers = answers_of(rollout.completion_lengths, length, trainer.model.layout)
     for place in range(espo.updates_per_rollout):
@@ -313,19 +316,12 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
                 answers=(rollout.completion_lengths + 1).clamp(max=length),
                 prompt_width=int(rollout.sequences.prompt_lengths.max()),
                 block_length=trainer.rollout.block_length,
+                offsets=offsets,
             )
         )
         if trainer.model.logit_shift and views.prompt_masks is not None:
             views.prompt_masks[..., 0] = False  # such a model has never seen it masked
-        recut = partial(
-            view_batches,
-            rollout.sequences,
-            views,
-            trainer.model.mask_token_id,
-            trainer.model.vocab_size,
-            trainer.rows_per_batch,
-            same_width=trainer.model.layout.pp_size > 1,
-        )
+        recut = partial(cut_views, trainer.model, rollout.sequences, views, trainer.rows_per_batch)
         noise.append(_Noise(views, recut(), recut, answers))
     return noise
 

@@ -100,7 +100,7 @@ class _Update:
         multiple = rows // math.gcd(rows, per_sequence)
         lengths = torch.zeros(len(needed), dtype=torch.int64)
         for batch in self.batches:
-            lengths[batch.view_index // per_sequence] = batch.batch.lengths
+            lengths[batch.view_index // per_sequence] = batch.view_lengths
         chosen = fill_up(needed, lengths, multiple)
         if bool(chosen.all()):
             return chosen, self.batches

@@ -93,23 +93,6 @@ def check_layout(args: argparse.Namespace) -> None:
         )
 
 
-def check_full_attention(args: argparse.Namespace, what: str) -> None:
-    """Refuse models that attend block by block, where nothing was written for them.
-
-    Args:
-        args: parsed arguments, with the checkpoint's settings.
-        what: what is to be done with the model.
-
-    Raises:
-        UserError: naming the flag.
-    """
-    if args.attention_mask not in (None, "full"):
-        raise UserError(
-            f"--attention-mask {args.attention_mask}: {what} knows full attention only; use a "
-            "model that was trained with it (pre-training and fine-tuning know blocks)."
-        )
-
-
 def check_counts(args: argparse.Namespace) -> None:
     """Check that what is counted is at least one, before anything is divided by it.
 

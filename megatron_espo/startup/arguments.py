@@ -83,6 +83,11 @@ _PREFIXES: dict[type, str] = {
 _SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids")
 
 _ATTENTION = ("attention_mask", "block_size")
+# How a run that goes on lets its blocks grow.
+_GROWTH = (
+    *("block_growth_to", "block_growth_from"),
+    *("block_growth_factor", "block_growth_interval", "block_growth_start"),
+)
 
 # What must agree between a run and the checkpoint it loads. That there is none has a meaning for
 # the last ones.
@@ -344,6 +349,9 @@ def _load_model_settings(args: argparse.Namespace) -> None:
         # Unlike the rest it may be chosen anew: models are adapted to blocks, and to larger ones.
         for name in _ATTENTION:
             setattr(args, name, getattr(loaded[1], name, None))
+        if source == "load" and getattr(loaded[1], "block_growth_to", None) is not None:
+            for name in _GROWTH:
+                setattr(args, name, getattr(loaded[1], name))
     args.tokenizer_model = tokenizer or stored_tokenizer(root, loaded[1])
     # The padding of the vocabulary depends on the layout; it is worked out anew.
     args.padded_vocab_size = None

@@ -211,6 +211,16 @@ def pad_multiple(args: argparse.Namespace) -> int:
     )
 
 
+def block_length(args: argparse.Namespace) -> int | None:
+    """Say how many tokens a block of the model has; None where all positions see each other.
+
+    Args:
+        args: arguments with the model's settings.
+    """
+    blocks = block_attention(config_from_args(DiffusionConfig, args))
+    return None if blocks is None else blocks.size
+
+
 def diffusion_model(
     chunks: Sequence[torch.nn.Module], prompts: Iterable[Sequence[int]] = ()
 ) -> DiffusionModel:

@@ -31,17 +31,23 @@ from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.watch import Watch
-from megatron_espo.objectives import check_objective, chosen_gradient, views_per_completion
+from megatron_espo.objectives import (
+    check_objective,
+    chosen_gradient,
+    objective_of,
+    views_per_completion,
+)
 from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
-from megatron_espo.startup.argument_checks import check_full_attention, check_schedule
+from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
+    block_length,
     build_model,
     diffusion_model,
     inference_mode,
@@ -67,10 +73,10 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo.validate()
     args.espo_kl_coef = check_objective(espo).kl_coef
     espo = config_from_args(EspoConfig, args)
+    _check_blocks(args, espo)
     load_advantage(espo.advantage)
     config_from_args(MonitorConfig, args).validate()
-    rollout.validate(args.logit_shift, pad_multiple(args))
-    check_full_attention(args, "ESPO")
+    rollout.validate(args.logit_shift, pad_multiple(args), block_length(args))
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "
@@ -141,6 +147,27 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--save-keep-best goes by --espo-eval-data, which is missing; pass it.")
 
 
+def _check_blocks(args: argparse.Namespace, espo: EspoConfig) -> None:
+    """Refuse what a model whose tokens come block by block cannot be trained with."""
+    if args.block_growth_to is not None:
+        raise UserError(
+            f"--block-growth-to {args.block_growth_to}: blocks grow in pre-training and "
+            "fine-tuning; ESPO's keep their size, leave it out."
+        )
+    if args.next_token_weight:
+        raise UserError(
+            f"--next-token-weight {args.next_token_weight} is a loss of pre-training and "
+            "fine-tuning, which ESPO does not have; leave it out."
+        )
+    objective = objective_of(espo)
+    by_block = objective.masks(espo).by_block and not objective.per_token
+    if block_length(args) is not None and not by_block:
+        raise UserError(
+            f"--espo-objective {espo.objective} is not defined for a model whose tokens come block "
+            f"by block (--attention-mask {args.attention_mask}); use one of whole ELBOs, as espo."
+        )
+
+
 def _settle_mixing(args: argparse.Namespace) -> None:
     """Choose how often the reference is mixed where the command line does not say."""
     if args.lora_rank is None:
@@ -178,6 +205,7 @@ def run(args: argparse.Namespace) -> None:
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
     made_with = settings_of(espo, args.seed, tokenizer)
+    made_with |= {"--block-size": block_length(args) or 0}
     with own_save_folder(args):
         saved = None
         # Only now is the checkpoint the last one of a run that was still ending.

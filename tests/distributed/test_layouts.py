@@ -18,15 +18,14 @@ from megatron.training import training as megatron_training
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation import cut, sampler
 from megatron_espo.generation.sampler import generate
-from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.batch import pack_sequences
 from megatron_espo.passes.shapes import Shapes, few_widths, round_up
 from megatron_espo.passes.state import KeyValueCache
 from megatron_espo.plan.memory import Passes, cache_memory
 from megatron_espo.random import stream, uniform
-from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
+from megatron_espo.rl.elbo import cut_views, draw_views, elbo_of_views, estimate_elbo
 from megatron_espo.rl.update import accumulate_gradient
 from megatron_espo.supervised import forward_step as supervised
 from megatron_espo.supervised.forward_step import forward_step
@@ -404,22 +403,15 @@ def espo_gradient(
     rows = own_rows(built)
     config = EspoConfig(gradient=mode, num_mc=2, kl_coef=0.05, prompts_per_rollout=4, group_size=2)
     ids = torch.arange(N)[rows]
-    views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, config.num_mc)
     sequences = pack_sequences(
         prompts[rows],
         completions[rows],
         built.model.pad_token_id,
         Shapes(built.model.pad_multiple * 2),
     )
-    recut = partial(
-        view_batches,
-        sequences,
-        views,
-        built.model.mask_token_id,
-        built.model.vocab_size,
-        rows_per_batch,
-        same_width=built.model.layout.pp_size > 1,
-    )
+    key = stream(5, "elbo")
+    views = draw_views(built.model, sequences, "coupled", key, ids, ids, N, config.num_mc)
+    recut = partial(cut_views, built.model, sequences, views, rows_per_batch)
     batches = recut()
     for chunk in built.model.chunks:
         chunk.train()
