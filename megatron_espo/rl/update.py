@@ -10,7 +10,8 @@ exp() is not linear, so all draws of a sequence must meet before the ratio. Two 
 Without a KL penalty the gradient of some sequences is exactly zero: the advantage is, or the ratio
 is clipped. They have no backward pass. Data-parallel ranks may then have different numbers of
 micro-batches, since none of their collectives belongs to a micro-batch but the last one's, which
-every rank has; the scale is that of the global batch in any case.
+every rank has; the scale is that of the global batch in any case. Where they share experts, all have
+as many as the one with most.
 """
 
 import math
@@ -28,7 +29,11 @@ from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.head import view_cross_entropy
-from megatron_espo.parallel.layout import any_over_samples, union_over_samples
+from megatron_espo.parallel.layout import (
+    any_over_samples,
+    most_over_experts,
+    union_over_samples,
+)
 from megatron_espo.passes.batch import ViewBatch, fill_up
 from megatron_espo.passes.pipeline import run_model
 from megatron_espo.rl.elbo import elbo_of_views, evaluate_views, put_in_order
@@ -89,7 +94,9 @@ class _Update:
             of them for virtual pipeline stages, filled up with others. There is at least one, in
             which a rank takes part in what all ranks do together.
         """
-        if self.recut is None or bool(needed.all()):
+        # Ranks that share experts make as many passes.
+        least = most_over_experts(int(needed.sum()), self.model.layout, self.model.device)
+        if self.recut is None or least == len(needed):
             return torch.ones_like(needed), self.batches
         rows = len(self.batches[0].view_index)
         rows *= self.model.layout.pp_size if len(self.model.chunks) > 1 else 1
@@ -98,7 +105,7 @@ class _Update:
         lengths = torch.zeros(len(needed), dtype=torch.int64)
         for batch in self.batches:
             lengths[batch.view_index // per_sequence] = batch.batch.lengths
-        chosen = fill_up(needed, lengths, multiple)
+        chosen = fill_up(needed, lengths, multiple, least)
         if bool(chosen.all()):
             return chosen, self.batches
         return chosen, self.recut(chosen=chosen.nonzero()[:, 0])
@@ -179,6 +186,7 @@ def _joint(update: _Update) -> Accumulated:
     scale = update.scale(len(batches))
     # The last micro-batch's backward pass is the one in which gradients are reduced.
     may_clip = elbo_ref is None and elbo_old is not None and model.layout.pp_size == 1
+    may_clip = may_clip and model.layout.experts is None
 
     def loss(batch: ViewBatch, sums: Tensor) -> Tensor:
         nonlocal left_out
