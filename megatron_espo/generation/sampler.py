@@ -245,8 +245,10 @@ def _evaluate(
         the probability that the score is the logarithm of, and the token's probability.
     """
     config = scheduler.config
+    # A row of logits without the prompt beside each, for guidance.
+    copies = 2 if config.guidance_scale > 0.0 else 1
+    draw = ByRows(partial(_draw, model=model, config=config), _uniforms, _drawn, copies)
     if model.blocks is not None:
-        draw = partial(_draw, model=model, config=config)
         return evaluate_blocks(model, rows, scheduler, index, picked, uniforms, draw)
     place = {row: i for i, row in enumerate(index.tolist())}
     taking_part = index[picked.any(1)].tolist()
@@ -289,12 +291,7 @@ def _evaluate(
     results = forward_only(
         model.chunks,
         made,
-        ByRows(
-            partial(_draw, model=model, config=config),
-            _uniforms,
-            _drawn,
-            2 if config.guidance_scale > 0.0 else 1,
-        ),
+        draw,
         model.logit_shift,
         model.layout,
         # Only before the first step of a call; the next ones use the same FP8 copy of the weights.

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -213,11 +213,14 @@ def pad_multiple(args: argparse.Namespace) -> int:
     )
 
 
-def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
+def diffusion_model(
+    chunks: Sequence[torch.nn.Module], prompts: Iterable[Sequence[int]] = ()
+) -> DiffusionModel:
     """Describe the built model for sampling and likelihoods.
 
     Args:
         chunks: this rank's model chunks.
+        prompts: see :func:`few_shapes`.
 
     Returns:
         The handle.
@@ -235,7 +238,7 @@ def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
         pad_multiple=pad_multiple(args),
         device=device.current_device(),
         layout=current_layout(),
-        widths=few_shapes(args),
+        widths=few_shapes(args, prompts),
         blocks=block_attention(config_from_args(DiffusionConfig, args)),
     )
 
@@ -254,18 +257,31 @@ def keeps_graphs(args: argparse.Namespace) -> bool:
     return with_te and device.has_cuda()
 
 
-def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
+def few_shapes(
+    args: argparse.Namespace,
+    prompts: Iterable[Sequence[int]] = (),
+    completions: Sequence[int] = (),
+) -> tuple[int, ...]:
     """Choose the widths of micro-batches: a few where attention keeps a graph for every shape.
 
     Args:
         args: Megatron's arguments.
+        prompts: those that there will be, if they are known, the same on every rank: the widths
+            lie between the shortest row and the longest, not up to --seq-length.
+        completions: lengths of completions; that of a rollout if empty.
 
     Returns:
         The widths; none where any will do.
     """
     if not keeps_graphs(args):
         return ()
-    return few_widths(args.rollout_completion_length + 1, args.seq_length, pad_multiple(args))
+    completions = completions or [args.rollout_completion_length]
+    lengths = [len(prompt) for prompt in prompts]
+    shortest, longest = min(completions) + 1, args.seq_length
+    if lengths:
+        shortest = min(completions) + max(min(lengths), 1)
+        longest = min(max(completions) + max(lengths), longest)
+    return few_widths(shortest, longest, pad_multiple(args))
 
 
 @contextlib.contextmanager

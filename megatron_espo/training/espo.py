@@ -219,7 +219,8 @@ def _train(
     )
     if start.accuracy is not None:
         checkpoints.evaluated(start.step, start.accuracy)
-    model = diffusion_model(chunks)
+    held_out = eval_data.encoded if eval_data else ()
+    model = diffusion_model(chunks, [*train_data.encoded, *held_out])
     if model.layout.is_reporter:
         say(
             f"Gradients: {espo.gradient}, in micro-batches of {args.espo_rows_per_batch} views "

@@ -42,7 +42,10 @@ GENERATION = (
     "--rollout-block-length 8 --rollout-denoising-steps 16 --tokenizer-model none"
 ).split()
 LORA = "--lora-rank 4 --fp8-format hybrid --rollout-top-p 0.9".split()
-COMPARE = "--dry-run --simulate --dry-run-world-size 4 --simulate-compare".split()
+# Two ranks at a time; the flag that compares all ranks stands last.
+COMPARE = (
+    "--dry-run --simulate --simulate-processes 2 --dry-run-world-size 4 --simulate-compare"
+).split()
 # What is started, with which flags.
 STARTED = {
     "espo": ("run_espo_8b.sh", ["--recipe", "countdown", *WIDTH, *ESPO, *PIPELINE, *COMPARE]),
@@ -61,7 +64,7 @@ STARTED = {
     ),
     "espo, one gpu": (
         "run_espo_8b.sh",
-        ["--recipe", "lora_80gb", *WIDTH, *ESPO, *COMPARE[:2], "--dry-run-world-size", "1"],
+        ["--recipe", "lora_80gb", *WIDTH, *ESPO, *COMPARE[:4], "--dry-run-world-size", "1"],
     ),
     "pretrain": ("pretrain_8b.sh", [*WIDTH, *LOOP, *COMPARE]),
     "sft": ("sft_8b.sh", [*WIDTH, *LOOP, "--sft-valid-data", "none.jsonl", *COMPARE[:-1]]),
@@ -151,6 +154,7 @@ def main(folder: Path) -> None:
         ranks=module.ranks[:2],
         folder=str(own),
         record_trace=True,
+        processes=2,
     )
     (own / "tokenizer").symlink_to(Path(module.folder) / "tokenizer")
     plans["disagreeing"] = plans["module"]

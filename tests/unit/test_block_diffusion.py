@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +280,7 @@ def test_blocks_of_one_token_with_the_shift_are_the_autoregressive_model(
     config.validate()
     data = {"tokens": tokens, "sample_id": torch.arange(2)}
     batch, noise, maskable = noise_batch(data, config, stream(1, "test"), MASK, 300)
-    head = partial(masked_cross_entropy, tp_group=mpu.get_tensor_model_parallel_group())
+    head = masked_cross_entropy(mpu.get_tensor_model_parallel_group())
     table = pipeline.run_model(ours, batch, head, config.logit_shift)
     loss, _ = _loss(table, noise=noise, lengths=maskable.sum(1), cp_size=1)
     assert abs(loss / (1 + weight) - expected) < 1e-6 * expected
