@@ -16,10 +16,12 @@ import argparse
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from megatron_espo.errors import UserError
+from megatron_espo.passes.state import current_pass
 
 # The published rule of LLaDA2.0: the sum of this many scores ranks a group.
 _SCORES_OF_GROUP = 2
@@ -36,6 +38,24 @@ class CountingRouter(TopKRouter):
         # Megatron leaves such a bias as it is.
         self.frozen_expert_bias = self.config.moe_router_bias_update_rate == 0.0
 
+    def routing(
+        self, logits: Tensor, padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Choose experts, as Megatron does, and note the choice where the pass asks for it.
+
+        Args:
+            logits: ``[w, b, e]``.
+            padding_mask: bool ``[w, b]``, True where a token is padding.
+
+        Returns:
+            ``[t, e]`` weights and bool ``[t, e]``, the chosen ones.
+        """
+        weights, chosen = super().routing(logits, padding_mask)
+        state = current_pass()
+        if state is not None and state.routing is not None:
+            state.routing.note(self.layer_number, chosen)
+        return weights, chosen
+
     def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
         """Count the tokens of each expert in passes with gradients.
 
@@ -49,6 +69,46 @@ class CountingRouter(TopKRouter):
             if padding_mask is not None:
                 routing_map = routing_map & ~padding_mask[:, None]
             self.local_tokens_per_expert += routing_map.sum(dim=0)
+
+
+    def _apply_seq_aux_loss(
+        self,
+        probs: Tensor,
+        scores_for_aux_loss: Tensor,
+        routing_map: Tensor,
+        seq_length: int,
+        bsz: int,
+        with_padding_mask: bool = False,
+    ) -> Tensor:
+        """Attach the balance of each row (DeepSeek-V2, arXiv 2405.04434, eq. 23) to the weights.
+
+        Megatron's divides by the mean length of the rows of a micro-batch, so that the loss of a
+        padded row depends on those beside it.
+
+        Args:
+            probs: ``[t, e]``.
+            scores_for_aux_loss: ``[t, e]``, zero where a token is padding.
+            routing_map: bool ``[t, e]``, likewise.
+            seq_length: positions of this rank.
+            bsz: b.
+            with_padding_mask: whether any token is padding.
+
+        Returns:
+            ``probs``, whose backward pass adds the loss's gradient.
+        """
+        coefficient = self.get_aux_loss_coeff("seq_aux_loss")
+        if coefficient == 0.0:
+            return probs
+        # Of whole rows, wherever their positions lie.
+        counts = routing_map.view(seq_length, bsz, -1).sum(dim=0).float()
+        counts = reduce_from_tensor_model_parallel_region(counts, self.tp_cp_group)
+        lengths = (counts.sum(dim=-1) / self.topk).clamp(min=1.0)
+        sums = scores_for_aux_loss.view(seq_length, bsz, -1).sum(dim=0)
+        factor = coefficient * self.config.num_moe_experts / self.topk
+        loss = ((sums * counts).sum(dim=-1) / lengths.square()).mean() * factor
+        return self.attach_and_log_load_balancing_loss(
+            probs, coefficient, loss, "seq_load_balancing_loss", self.tp_cp_group
+        )
 
 
 def is_balanced(config: Any) -> bool:
@@ -115,6 +175,61 @@ def settle_experts(args: argparse.Namespace) -> None:
     _check_scores(args)
     _check_groups(args)
     _check_split(args)
+    if args.lora_rank is not None:
+        # The base does not move under its adapters.
+        args.moe_router_bias_update_rate = 0.0
+
+
+def shares_experts(args: argparse.Namespace) -> bool:
+    """Say whether a layer's experts lie on ranks that work on different rows.
+
+    Args:
+        args: Megatron's arguments.
+
+    Returns:
+        Whether these ranks must make the same passes.
+    """
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or tp)
+    return bool(args.num_experts) and ranks > tp * cp
+
+
+def check_uneven_rows(args: argparse.Namespace, what: str) -> None:
+    """Refuse a dispatcher that wants as many tokens on every rank, where they have not.
+
+    Args:
+        args: Megatron's arguments.
+        what: what is to be done with the model.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if args.moe_token_dispatcher_type == "allgather" and shares_experts(args):
+        raise UserError(
+            f"--moe-token-dispatcher-type allgather wants as many tokens on every rank; {what} "
+            "has rows of different lengths: use alltoall."
+        )
+
+
+def settle_policy(args: argparse.Namespace) -> None:
+    """Keep the routers of a policy from moving by anything but its loss.
+
+    Args:
+        args: Megatron's arguments; the rate of the experts' biases becomes 0.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    if not args.num_experts:
+        return
+    check_uneven_rows(args, "ESPO")
+    if has_auxiliary_loss(args):
+        raise UserError(
+            "--moe-aux-loss-coeff is a loss of pre-training and fine-tuning; ESPO's has no such "
+            "part: leave it out."
+        )
+    # Old, current and reference policies then choose with the same biases.
+    args.moe_router_bias_update_rate = 0.0
 
 
 def _check_scores(args: argparse.Namespace) -> None:
@@ -210,8 +325,4 @@ def _check_split(args: argparse.Namespace) -> None:
         raise UserError(
             f"--moe-shared-expert-intermediate-size {shared} is not divisible by "
             f"--tensor-model-parallel-size {tp}."
-        )
-    if has_auxiliary_loss(args) and args.context_parallel_size > 1:
-        raise UserError(
-            "--moe-aux-loss-coeff with --context-parallel-size above 1: not tried; leave one out."
         )

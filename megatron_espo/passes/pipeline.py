@@ -33,6 +33,7 @@ from megatron_espo.passes.head import ContextPart, HeadInput, LogitsFunction, se
 from megatron_espo.passes.state import (
     KeyValueCache,
     PassState,
+    RoutingLog,
     SelectedRows,
     running,
     select_positions,
@@ -70,6 +71,7 @@ class RowBatch:
             among them.
         key_limits: int64 like ``tokens``, at least 1: each position sees the keys before this one,
             whatever ``lengths`` and ``blocks`` say. None: not in use.
+        routing: where routers of experts note what they choose, or None.
     """
 
     tokens: Tensor
@@ -85,6 +87,7 @@ class RowBatch:
     sent: "dict[Any, _Inputs] | None" = None
     blocks: BlockAttention | None = None
     key_limits: Tensor | None = None
+    routing: RoutingLog | None = None
 
 
 def padding_mask(lengths: Tensor, s: int) -> Tensor:
@@ -234,7 +237,9 @@ def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     padded = padded or batch.blocks is not None or limits is not None
     copies = 0 if batch.blocks is None or part is not None else batch.blocks.copies
     sampling = batch.sampling
-    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, sampling, copies)
+    state = PassState(
+        selected, batch.cache, batch.cache_rows, window, s, padded, sampling, copies, batch.routing
+    )
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
     num_rows = batch.rows.numel() if part is None else part.places.numel()
@@ -252,8 +257,9 @@ def _select(stage: Any, tokens: Tensor, rows: Tensor, places: Tensor) -> Selecte
         # The layer runs again in the backward pass, when this pass is long over. Passes without
         # gradients keep the rows, too: kernels and FP8 scales may round other shapes otherwise.
         return None
-    if _counts_tokens(stage):
-        # The last layer's experts must see all tokens as those of the others do.
+    if _counts_tokens(stage) or stage.same_tokens:
+        # The last layer's experts must see all tokens as those of the others do; or ranks that
+        # share them must have as many.
         return None
     b, width = tokens.shape
     tp_group = stage.pg_collection.tp if config.sequence_parallel else None

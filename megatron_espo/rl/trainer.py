@@ -42,6 +42,7 @@ from megatron_espo.rl.rollout import (
     sample,
     take_failures,
 )
+from megatron_espo.rl.routing import noted_as, routing_scalars, watch_routing
 from megatron_espo.rl.samples_table import write_samples
 from megatron_espo.rl.scalars import (
     Clock,
@@ -304,7 +305,7 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
             trainer.rows_per_batch,
             same_width=trainer.model.layout.pp_size > 1,
         )
-        noise.append(_Noise(views, recut(), recut))
+        noise.append(_Noise(views, watch_routing(recut(), trainer.model), recut))
     return noise
 
 
@@ -317,11 +318,17 @@ def _evaluate_frozen_policies(
     """
     old: list[Tensor | None] = [None]
     reference: list[Tensor | None] = [None] * len(noise)
-    with clock("old_elbo"), trainer.inference(), _fp8(trainer, "elbo"):
+    passed = [n.batches for n in noise]
+    with (
+        clock("old_elbo"), trainer.inference(), _fp8(trainer, "elbo"), noted_as("old", passed),
+    ):  # fmt: skip
         old += [elbo_of_views(trainer.model, n.batches, n.views) for n in noise[1:]]
     if trainer.reference is not None:
         visit = trainer.reference.in_model
-        with clock("ref_elbo"), trainer.inference(), _fp8(trainer, "elbo"), visit():
+        with (
+            clock("ref_elbo"), trainer.inference(), _fp8(trainer, "elbo"), visit(),
+            noted_as("reference", passed),
+        ):  # fmt: skip
             reference = [elbo_of_views(trainer.model, n.batches, n.views) for n in noise]
     return PreparedRollout(rollout, tuple(old), tuple(reference))
 
@@ -347,7 +354,7 @@ def _update(
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         elbo_ref = prepared.elbo_ref[place]
-        with _fp8(trainer, "elbo"):
+        with _fp8(trainer, "elbo"), noted_as("current", [noise.batches]):
             draws, again, left_out = accumulate_gradient(
                 model,
                 noise.batches,
@@ -378,6 +385,7 @@ def _update(
     if place == 0:
         # The ratio of a rollout's first update must be 1.
         scalars |= first_ratio_scalars(draws, again, length, model.layout)
+    scalars |= routing_scalars(noise.batches, model)
     trainer.dashboard.report(scalars, step)
     if place + 1 == espo.updates_per_rollout:
         trainer.dashboard.histograms({"policy/ratio": columns["ratio"]}, step)
