@@ -232,6 +232,31 @@ def settle_policy(args: argparse.Namespace) -> None:
     args.moe_router_bias_update_rate = 0.0
 
 
+def check_stored_optimizer(
+    args: argparse.Namespace, stored: argparse.Namespace, source: str
+) -> None:
+    """Refuse an optimizer's state that Megatron keeps in another form than it would look for.
+
+    With expert parallelism it has an optimizer of its own for the experts.
+
+    Args:
+        args: Megatron's arguments.
+        stored: those of the checkpoint whose optimizer is to be loaded.
+        source: flag and folder.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    theirs = getattr(stored, "expert_model_parallel_size", 1)
+    ours = args.expert_model_parallel_size
+    if args.num_experts and (theirs > 1) != (ours > 1):
+        raise UserError(
+            f"{source} was saved with --expert-model-parallel-size {theirs}: its optimizer's state "
+            f"does not move to {ours}; use {'2 or more' if theirs > 1 else 1}, or begin a run with "
+            f"{source.replace('--load', '--pretrained-checkpoint')}."
+        )
+
+
 def _check_scores(args: argparse.Namespace) -> None:
     """Check how experts are scored."""
     if args.moe_router_score_function == "softmax" and args.moe_router_enable_expert_bias:

@@ -44,7 +44,7 @@ from megatron_espo.config import (
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
-from megatron_espo.model.experts import settle_experts
+from megatron_espo.model.experts import check_stored_optimizer, settle_experts
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.model.supported import MODEL, check_supported, flag_of
 from megatron_espo.recipes import expand_recipes
@@ -219,6 +219,7 @@ def initialize_arguments(
     if resumed_iteration(args) and not args.no_load_optim:
         stored = stored_arguments(checkpoint_folder(args.load, resumed_iteration(args)))
         settle_schedule(args, stored, f"--load {args.load}")
+        check_stored_optimizer(args, stored, f"--load {args.load}")
     return args
 
 

@@ -114,6 +114,8 @@ def build_case(tokenizer: str, weights: str, case: MoeCase, solo: bool = False) 
         *("--pretrained-checkpoint", weights, *KINDS[case.kind], *case.flags),
         *("--expert-model-parallel-size", str(case.ep), "--context-parallel-size", str(case.cp)),
         *("--expert-tensor-parallel-size", str(case.etp)),
+        # Megatron's distributed optimizer knows no other.
+        *(("--optimizer", "adam") if "--use-distributed-optimizer" in case.flags else ()),
     ]
     return build_layout(tokenizer, case.tp, case.pp, tuple(flags), solo=solo, shape=LLADA2)
 
