@@ -48,7 +48,7 @@ PUBLISHED = ModelShape(
     qk_norm=True,
     experts=ExpertShape(num_experts=64, topk=8, hidden_size=1024, layers=(1,) * 16),
 )
-"""LLaDA-MoE-7B-A1B's shape. No layer has the feed-forward part of all tokens whose size it names."""
+"""LLaDA-MoE-7B-A1B's shape. No layer has the dense feed-forward part whose size it names."""
 
 # Fields with which the published code would compute something else, and what they must be.
 _REQUIRED: dict[str, tuple[Any, ...]] = {

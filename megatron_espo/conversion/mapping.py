@@ -229,14 +229,10 @@ class _Layer:
         if experts.bias:
             own = {names.router_bias: bias}
             # Megatron adds to it in float32, in models of every type.
-            blocks.append(
-                self.block(f"mlp.router.{_BIAS}", own, weight[0], dtype=torch.float32)
-            )
+            blocks.append(self.block(f"mlp.router.{_BIAS}", own, weight[0], dtype=torch.float32))
         for expert in range(experts.num_experts):
             prefix = names.expert.format(expert=expert)
-            blocks += self.feed_forward(
-                "mlp.experts.experts", prefix, experts.hidden_size, expert
-            )
+            blocks += self.feed_forward("mlp.experts.experts", prefix, experts.hidden_size, expert)
         if experts.shared_size is not None:
             blocks += self.feed_forward("mlp.shared_experts", names.shared, experts.shared_size)
         return blocks

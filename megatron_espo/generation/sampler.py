@@ -104,9 +104,7 @@ def generate(
         The completions in the order of the prompts.
     """
     try:
-        found = _generate(
-            model, prompts, sample_ids, config, seed, purpose, on_step, on_finished
-        )
+        found = _generate(model, prompts, sample_ids, config, seed, purpose, on_step, on_finished)
     except Interrupted:
         keep_company(model.chunks, model.layout)
         raise

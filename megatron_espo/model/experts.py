@@ -38,9 +38,7 @@ class CountingRouter(TopKRouter):
         # Megatron leaves such a bias as it is.
         self.frozen_expert_bias = self.config.moe_router_bias_update_rate == 0.0
 
-    def routing(
-        self, logits: Tensor, padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts, as Megatron does, and note the choice where the pass asks for it.
 
         Args:
@@ -69,7 +67,6 @@ class CountingRouter(TopKRouter):
             if padding_mask is not None:
                 routing_map = routing_map & ~padding_mask[:, None]
             self.local_tokens_per_expert += routing_map.sum(dim=0)
-
 
     def _apply_seq_aux_loss(
         self,

@@ -54,7 +54,7 @@ PRESETS: dict[str, str] = {
     # inclusionAI/LLaDA2.0-mini and LLaDA2.1-mini: 16 billion weights, of which a token passes 1.4.
     "llada2_mini": (
         f"{_MIXTURE} --num-layers 20 --ffn-hidden-size 5120 --group-query-attention "
-        "--num-query-groups 4 --kv-channels 128 --max-position-embeddings 32768 "
+        "--num-query-groups 4 --max-position-embeddings 32768 "
         "--rotary-base 600000 --rotary-percent 0.5 --norm-epsilon 1e-6 --num-experts 256 "
         "--moe-layer-freq [0]+[1]*19 --moe-ffn-hidden-size 512 "
         "--moe-shared-expert-intermediate-size 512 --moe-router-score-function sigmoid "

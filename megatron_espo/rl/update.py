@@ -10,8 +10,8 @@ exp() is not linear, so all draws of a sequence must meet before the ratio. Two 
 Without a KL penalty the gradient of some sequences is exactly zero: the advantage is, or the ratio
 is clipped. They have no backward pass. Data-parallel ranks may then have different numbers of
 micro-batches, since none of their collectives belongs to a micro-batch but the last one's, which
-every rank has; the scale is that of the global batch in any case. Where they share experts, all have
-as many as the one with most.
+every rank has; the scale is that of the global batch in any case. Where they share experts, all
+have as many as the one with most.
 """
 
 import math

@@ -28,7 +28,8 @@ _COUNTS = (
     "kv_channels", "vocab_size", "seq_length", "max_position_embeddings", "micro_batch_size",
     "expert_model_parallel_size", "expert_tensor_parallel_size", "num_experts", "moe_router_topk",
     "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_num_groups",
-    "moe_router_group_topk", "global_batch_size", "save_interval", "log_interval", "make_vocab_size_divisible_by",
+    "moe_router_group_topk", "global_batch_size", "save_interval", "log_interval",
+    "make_vocab_size_divisible_by",
 )  # fmt: skip
 
 

@@ -114,6 +114,7 @@ BLOCK_CASES = {
     ),
 }
 
+
 class MoeCase(NamedTuple):
     """A layout of a model with mixtures of experts."""
 

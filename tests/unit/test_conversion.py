@@ -67,8 +67,14 @@ SHAPES = {
         llada2.PUBLISHED,
         **TINY,
         experts=ExpertShape(
-            **_EXPERTS, layers=(0, 1), shared_size=48, score="sigmoid", bias=True, groups=4,
-            best_groups=2, scaling=2.5,
+            **_EXPERTS,
+            layers=(0, 1),
+            shared_size=48,
+            score="sigmoid",
+            bias=True,
+            groups=4,
+            best_groups=2,
+            scaling=2.5,
         ),
     ),
     "llada_moe": dataclasses.replace(
