@@ -17,6 +17,7 @@ from megatron_espo.evaluation.problems import (
     load_task_data,
     load_workers,
 )
+from megatron_espo.model.experts import check_uneven_rows
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.startup.arguments import (
     checkpoint_arguments,
@@ -93,6 +94,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--load is missing: the folder of the checkpoint (or --hf).")
     if not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):
         args.bf16, args.fp16 = stored.bf16, stored.fp16
+    check_uneven_rows(args, "sampling")
     args.exit_on_missing_checkpoint = True
     args.skip_train = args.no_load_optim = args.no_load_rng = True
     args.perform_initialization = False  # every weight comes from the checkpoint

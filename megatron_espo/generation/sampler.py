@@ -34,7 +34,7 @@ from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.parallel.vocab import draw_tokens
 from megatron_espo.passes.head import ByRows
-from megatron_espo.passes.pipeline import RowBatch, forward_only
+from megatron_espo.passes.pipeline import RowBatch, forward_only, keep_company
 from megatron_espo.passes.state import KeyValueCache
 
 
@@ -71,7 +71,6 @@ class Generation(NamedTuple):
         return self.num_committed / self.num_evaluations
 
 
-@torch.no_grad()
 def generate(
     model: DiffusionModel,
     prompts: Sequence[Sequence[int]],
@@ -104,6 +103,28 @@ def generate(
     Returns:
         The completions in the order of the prompts.
     """
+    try:
+        found = _generate(model, prompts, sample_ids, config, seed, purpose, on_step, on_finished)
+    except Interrupted:
+        keep_company(model.chunks, model.layout)
+        raise
+    # Ranks that share experts go on together until the last one has its completions.
+    keep_company(model.chunks, model.layout)
+    return found
+
+
+@torch.no_grad()
+def _generate(
+    model: DiffusionModel,
+    prompts: Sequence[Sequence[int]],
+    sample_ids: Tensor,
+    config: RolloutConfig,
+    seed: int,
+    purpose: str,
+    on_step: Callable[[Tensor], None] | None,
+    on_finished: Callable[[Tensor, Tensor], None] | None,
+) -> Generation:
+    """Sample this rank's completions; see :func:`generate`."""
     length, n = config.completion_length, len(prompts)
     if n == 0:
         nothing = torch.empty(0, dtype=torch.int64)

@@ -31,7 +31,7 @@ from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import targets_of
 from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
-from megatron_espo.model.shape import query_groups
+from megatron_espo.model.shape import ExpertShape, query_groups
 from megatron_espo.objectives import num_draws, objective_of, views_per_completion
 from megatron_espo.passes.block_mask import BlockAttention, block_attention
 
@@ -53,6 +53,9 @@ class ModelDimensions:
             and of the head; None where all weights are trained.
         blocks: how the rows of ELBOs and updates attend where tokens come block by block, with as
             many noisy copies as share a row.
+        mixtures: for each layer whether it is a mixture of experts; none in a model without.
+        active_size: channels inside the experts that compute a token, the shared one among them.
+        num_experts: experts that the router of a mixture scores.
     """
 
     num_layers: int
@@ -65,11 +68,25 @@ class ModelDimensions:
     gated: bool = True
     adapters: tuple[int, int, int] | None = None
     blocks: BlockAttention | None = None
+    mixtures: tuple[int, ...] = ()
+    active_size: int = 0
+    num_experts: int = 0
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> "ModelDimensions":
         """Read the dimensions from Megatron's validated arguments."""
+        experts = ExpertShape.of(args)
+        active = (
+            {}
+            if experts is None
+            else {
+                "mixtures": experts.layers,
+                "active_size": experts.topk * experts.hidden_size + (experts.shared_size or 0),
+                "num_experts": experts.num_experts,
+            }
+        )
         return cls(
+            **active,
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
@@ -207,10 +224,7 @@ def _parts(
     attention_size = model.num_attention_heads * model.head_dim
     key_value_size = model.num_query_groups * model.head_dim
     inputs = model.hidden_size * (attention_size + 2 * key_value_size)  # q, k, v
-    outputs = (
-        attention_size * model.hidden_size  # output projection
-        + (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
-    )
+    outputs = attention_size * model.hidden_size  # output projection
     first, others, of_head = model.adapters or (0, 0, 0)
     weights = head_rows * model.hidden_size * model.vocab_size
     adapters, attention = head_rows * of_head, 0.0
@@ -218,10 +232,21 @@ def _parts(
         all_read = model.num_layers * positions
         some_read = (model.num_layers - 1) * positions + min(head_rows, positions)
         weights += all_read * inputs + some_read * outputs
+        *before, last = _feed_forward(model)
+        weights += positions * sum(before) + min(head_rows, positions) * last
         adapters += all_read * first + some_read * others
         # Scores (one product per key and channel), and as many to apply them to the values.
         attention = ((model.num_layers - 1) * pairs + head_pairs) * 2 * attention_size
     return _Parts(2.0 * weights, 2.0 * adapters, 2.0 * attention)
+
+
+def _feed_forward(model: ModelDimensions) -> list[int]:
+    """List the weights of each layer's feed-forward part that a token passes."""
+    products = (3 if model.gated else 2) * model.hidden_size
+    dense = products * model.ffn_hidden_size
+    mixture = products * model.active_size + model.hidden_size * model.num_experts
+    layers = model.mixtures or (0,) * model.num_layers
+    return [mixture if one else dense for one in layers]
 
 
 def training_flops(model: ModelDimensions, rows: float, positions: int, head_rows: float) -> float:

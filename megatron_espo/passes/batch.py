@@ -160,18 +160,19 @@ def mask_rows(
     return RowBatch(noised, lengths, rows, positions, payload, padded=padded)
 
 
-def fill_up(needed: Tensor, lengths: Tensor, multiple: int) -> Tensor:
+def fill_up(needed: Tensor, lengths: Tensor, multiple: int, least: int = 0) -> Tensor:
     """Choose the sequences of a pass: those that are needed, and others that fill it up.
 
     Args:
         needed: bool ``[n]``.
         lengths: int64 ``[n]``; the shortest of the others are taken.
         multiple: how many sequences make whole micro-batches; n is a multiple of it.
+        least: how many sequences there must be in any case.
 
     Returns:
         bool ``[n]``; True at a multiple of ``multiple`` places, at ``multiple`` at least.
     """
-    count = max(round_up(int(needed.sum()), multiple), multiple)
+    count = max(round_up(max(int(needed.sum()), least), multiple), multiple)
     assert count <= len(needed), (count, len(needed))
     order = torch.where(needed, -1, lengths).argsort(stable=True)
     chosen = torch.zeros_like(needed)

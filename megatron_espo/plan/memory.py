@@ -121,8 +121,8 @@ def parameter_bytes(args: argparse.Namespace) -> tuple[int, int, float]:
         args: Megatron's validated arguments.
 
     Returns:
-        Bytes of a weight, of its gradient, and of its optimizer state, the latter as an average
-        over the data- and context-parallel ranks with the distributed optimizer.
+        Bytes of a weight, of its gradient, and of its optimizer state on all ranks that share it:
+        see :func:`_optimizer_memory`.
     """
     half = args.bf16 or args.fp16
     weight = 2 if half else 4
@@ -131,10 +131,21 @@ def parameter_bytes(args: argparse.Namespace) -> tuple[int, int, float]:
     state = [torch.float32] * (3 if half else 2)
     if args.use_precision_aware_optimizer:
         state = [args.main_params_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype]
-    optimizer = float(sum(dtype.itemsize for dtype in state))
-    if args.use_distributed_optimizer:
-        optimizer /= args.data_parallel_size * args.context_parallel_size
-    return weight, gradient, optimizer
+    return weight, gradient, float(sum(dtype.itemsize for dtype in state))
+
+
+def _optimizer_memory(args: argparse.Namespace, stage: StageParameters, each: float) -> float:
+    """Bytes of a rank's optimizer state, ``each`` of them for a parameter.
+
+    With the distributed optimizer the data- and context-parallel ranks share it; that of experts
+    the ranks that hold the same ones.
+    """
+    if not args.use_distributed_optimizer:
+        return stage.trained * each
+    ranks = args.data_parallel_size * args.context_parallel_size
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    alike = ranks * tp / (ep * (args.expert_tensor_parallel_size or tp))
+    return each * ((stage.trained - stage.experts) / ranks + stage.experts / alike)
 
 
 def _chunks_in_flight(args: argparse.Namespace, stage: int, num_batches: int) -> tuple[int, float]:
@@ -325,7 +336,7 @@ def plan_memory(
     """
     weight, gradient, optimizer = parameter_bytes(args)
     moved = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
-    state = stage.trained * optimizer
+    state = _optimizer_memory(args, stage, optimizer)
     frozen = stage.trained < stage.total
     sizes = activations.layer_sizes(args, bool(args.fp8) and passes.fp8_gradients)
     fused = args.gradient_accumulation_fusion and sizes.with_te and not frozen

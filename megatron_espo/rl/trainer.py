@@ -45,6 +45,7 @@ from megatron_espo.rl.rollout import (
     sample,
     take_failures,
 )
+from megatron_espo.rl.routing import noted_as, routing_scalars, watch_routing
 from megatron_espo.rl.samples_table import write_samples
 from megatron_espo.rl.scalars import (
     Clock,
@@ -322,7 +323,7 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
         if trainer.model.logit_shift and views.prompt_masks is not None:
             views.prompt_masks[..., 0] = False  # such a model has never seen it masked
         recut = partial(cut_views, trainer.model, rollout.sequences, views, trainer.rows_per_batch)
-        noise.append(_Noise(views, recut(), recut, answers))
+        noise.append(_Noise(views, watch_routing(recut(), trainer.model), recut, answers))
     return noise
 
 
@@ -336,17 +337,19 @@ def _evaluate_frozen_policies(
     objective = objective_of(trainer.espo)
     old: list[Tensor | None] = [None] * len(noise)
     reference: list[Tensor | None] = [None] * len(noise)
+    passed = [n.batches for n in noise]
 
-    def evaluate(noise: Sequence[_Noise]) -> list[Tensor | None]:
-        return [log_probabilities(trainer.model, n.batches, n.views, objective) for n in noise]
+    def evaluate(policy: str, noise: Sequence[_Noise]) -> list[Tensor | None]:
+        with noted_as(policy, passed):
+            return [log_probabilities(trainer.model, n.batches, n.views, objective) for n in noise]
 
     if objective.compares_with_old:
         with clock("old_elbo"), trainer.inference(), _fp8(trainer, "elbo"):
-            old[1:] = evaluate(noise[1:])
+            old[1:] = evaluate("old", noise[1:])
     if trainer.reference is not None:
         visit = trainer.reference.in_model
         with clock("ref_elbo"), trainer.inference(), _fp8(trainer, "elbo"), visit():
-            reference = evaluate(noise)
+            reference = evaluate("reference", noise)
     return PreparedRollout(rollout, tuple(old), tuple(reference))
 
 
@@ -371,7 +374,7 @@ def _update(
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         elbo_ref = prepared.elbo_ref[place]
-        with _fp8(trainer, "elbo"):
+        with _fp8(trainer, "elbo"), noted_as("current", [noise.batches]):
             draws, again, left_out = accumulate_gradient(
                 model,
                 noise.batches,
@@ -406,6 +409,7 @@ def _update(
     if place == 0:
         # The ratio of a rollout's first update must be 1.
         scalars |= first_ratio_scalars(draws, again, length, model.layout)
+    scalars |= routing_scalars(noise.batches, model)
     trainer.dashboard.report(scalars, step)
     if place + 1 == espo.updates_per_rollout and "ratio" in columns:
         trainer.dashboard.histograms({"policy/ratio": columns["ratio"]}, step)

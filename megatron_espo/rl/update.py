@@ -13,7 +13,8 @@ a draw's ELBO. The derivative of a linear one is known without the first of two 
 Without a KL penalty the gradient of some sequences is exactly zero: the advantage is, or the ratio
 is clipped. They have no backward pass. Data-parallel ranks may then have different numbers of
 micro-batches, since none of their collectives belongs to a micro-batch but the last one's, which
-every rank has; the scale is that of the global batch in any case.
+every rank has; the scale is that of the global batch in any case. Where they share experts, all
+have as many as the one with most.
 """
 
 import math
@@ -31,7 +32,11 @@ from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.head import masked_cross_entropy, view_cross_entropy
 from megatron_espo.objectives import Objective, chosen_gradient, loss_gradient, objective_of
-from megatron_espo.parallel.layout import any_over_samples, union_over_samples
+from megatron_espo.parallel.layout import (
+    any_over_samples,
+    most_over_experts,
+    union_over_samples,
+)
 from megatron_espo.passes.batch import ViewBatch, fill_up
 from megatron_espo.passes.pipeline import run_model
 from megatron_espo.rl.elbo import evaluate_views, put_in_order
@@ -92,7 +97,9 @@ class _Update:
             of them for virtual pipeline stages, filled up with others. There is at least one, in
             which a rank takes part in what all ranks do together.
         """
-        if self.recut is None or bool(needed.all()):
+        # Ranks that share experts make as many passes.
+        least = most_over_experts(int(needed.sum()), self.model.layout, self.model.device)
+        if self.recut is None or least == len(needed):
             return torch.ones_like(needed), self.batches
         rows = len(self.batches[0].view_index)
         rows *= self.model.layout.pp_size if len(self.model.chunks) > 1 else 1
@@ -101,7 +108,7 @@ class _Update:
         lengths = torch.zeros(len(needed), dtype=torch.int64)
         for batch in self.batches:
             lengths[batch.view_index // per_sequence] = batch.view_lengths
-        chosen = fill_up(needed, lengths, multiple)
+        chosen = fill_up(needed, lengths, multiple, least)
         if bool(chosen.all()):
             return chosen, self.batches
         return chosen, self.recut(chosen=chosen.nonzero()[:, 0])
@@ -220,6 +227,7 @@ def _joint(update: _Update) -> Accumulated:
     scale = update.scale(len(batches))
     # The last micro-batch's backward pass is the one in which gradients are reduced.
     may_clip = facts.reference is None and facts.old is not None and model.layout.pp_size == 1
+    may_clip = may_clip and model.layout.experts is None
 
     def loss(batch: ViewBatch, found: Tensor) -> Tensor:
         nonlocal left_out

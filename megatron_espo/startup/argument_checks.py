@@ -26,7 +26,10 @@ _COUNTS = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
     "kv_channels", "vocab_size", "seq_length", "max_position_embeddings", "micro_batch_size",
-    "global_batch_size", "save_interval", "log_interval", "make_vocab_size_divisible_by",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "num_experts", "moe_router_topk",
+    "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_num_groups",
+    "moe_router_group_topk", "global_batch_size", "save_interval", "log_interval",
+    "make_vocab_size_divisible_by",
 )  # fmt: skip
 
 

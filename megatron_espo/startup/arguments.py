@@ -44,6 +44,7 @@ from megatron_espo.config import (
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
+from megatron_espo.model.experts import check_stored_optimizer, settle_experts
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.model.supported import MODEL, check_supported, flag_of
 from megatron_espo.recipes import expand_recipes
@@ -92,7 +93,15 @@ _GROWTH = (
 # What must agree between a run and the checkpoint it loads. That there is none has a meaning for
 # the last ones.
 _COMPARED = (*MODEL, "vocab_size", "mask_token_id", "logit_shift")
-_OPTIONAL = ("activation_func_clamp_value", "rotary_seq_len_interpolation_factor")
+_OPTIONAL = (
+    "activation_func_clamp_value",
+    "rotary_seq_len_interpolation_factor",
+    "num_experts",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
 
 
 class _PrefixedGroup(ArgumentGroupFactory):
@@ -137,6 +146,11 @@ def add_arguments(
         use_distributed_optimizer=False,
         # SIGTERM saves and leaves; a checkpoint can be taken up in another layout.
         exit_signal_handler=True,
+        # Megatron's own, "allgather", wants as many tokens on every rank.
+        moe_token_dispatcher_type="alltoall",
+        # As all published mixtures score their experts.
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
         dist_ckpt_optim_fully_reshardable=True,
         # Megatron's default carries scales from call to call; see fp8.check_policy_arguments.
         fp8_recipe=None,
@@ -210,6 +224,7 @@ def initialize_arguments(
     if resumed_iteration(args) and not args.no_load_optim:
         stored = stored_arguments(checkpoint_folder(args.load, resumed_iteration(args)))
         settle_schedule(args, stored, f"--load {args.load}")
+        check_stored_optimizer(args, stored, f"--load {args.load}")
     return args
 
 
@@ -321,6 +336,7 @@ def _settle_model(args: argparse.Namespace) -> None:
     check_counts(args)
     config_from_args(DiffusionConfig, args).validate()
     check_supported(args)
+    settle_experts(args)
     check_adapters(args)
 
 

@@ -148,6 +148,8 @@ def initialize_process_groups(args: argparse.Namespace) -> Store | None:
             args.pipeline_model_parallel_size,
             args.virtual_pipeline_model_parallel_size,
             context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         )
     return store

@@ -24,6 +24,7 @@ from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
+from megatron_espo.model.experts import settle_policy
 from megatron_espo.model.fp8 import check_policy_arguments
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.flops import ModelDimensions
@@ -83,6 +84,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             "--attention-dropout 0 --hidden-dropout 0."
         )
     check_policy_arguments(args, espo.fp8_phases)
+    settle_policy(args)
     if args.seq_length is None:
         raise UserError("--seq-length is missing: the most tokens of prompt and completion.")
     if args.seq_length <= rollout.completion_length:

@@ -27,6 +27,7 @@ from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft_dataset import SftDataset
 from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import around_each_save
+from megatron_espo.model.experts import check_uneven_rows
 from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
 from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.passes.block_mask import block_attention
@@ -89,6 +90,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--seq-length {args.seq_length} is not a multiple of {needed}, which {split} ranks "
             f"that share a row{recipe} need; change it."
         )
+    if sft.train_data is not None:
+        check_uneven_rows(args, "fine-tuning")
     if sft.epochs:
         _settle_epochs(args, args.global_batch_size or rows)
     is_split = sft.train_data is None and args.split is not None

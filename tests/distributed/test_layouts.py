@@ -1,5 +1,6 @@
 """The same ELBOs, gradients, tokens and losses in every layout as on one rank."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -344,10 +345,14 @@ def gradients_of(built: Built) -> dict[str, Tensor]:
             prefix = next((p for p in numbers if name.startswith(p)), None)
             if prefix is not None:
                 name = numbers[prefix] + name.removeprefix(prefix)
+            shards = group
+            if (match := re.search(r"local_experts\.(\d+)", name)) is not None:
+                name = name.replace(match[0], f"experts.{own_experts(chunk)[int(match[1])]}")
+                shards = chunk.pg_collection.expt_tp
             gradient = parameter.main_grad.detach().clone()
-            if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1:
-                parts = [torch.empty_like(gradient) for _ in range(group.size())]
-                dist.all_gather(parts, gradient, group=group)
+            if getattr(parameter, "tensor_model_parallel", False) and shards.size() > 1:
+                parts = [torch.empty_like(gradient) for _ in range(shards.size())]
+                dist.all_gather(parts, gradient, group=shards)
                 if name.endswith("linear_fc1.weight"):
                     halves = [part.chunk(2) for part in parts]
                     parts = [h[0] for h in halves] + [h[1] for h in halves]
@@ -356,10 +361,17 @@ def gradients_of(built: Built) -> dict[str, Tensor]:
     return result
 
 
+def own_experts(chunk: Any) -> range:
+    """The numbers of the experts that lie on this rank, of every mixture."""
+    group, count = chunk.pg_collection.ep, chunk.config.num_moe_experts
+    share = count // group.size()
+    return range(group.rank() * share, (group.rank() + 1) * share)
+
+
 def gather_gradient_shards(built: Built) -> None:
     """Bring the shards of a reduce-scatter together: a rank's buffers hold its own sums only."""
     for chunk in built.model.chunks:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
