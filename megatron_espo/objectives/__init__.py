@@ -2,13 +2,14 @@
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Literal
 
 from megatron_espo.config import EspoConfig
 from megatron_espo.errors import UserError
-from megatron_espo.objectives.base import Given, Loss, Objective, loss_gradient
+from megatron_espo.objectives.base import Given, Loss, Objective, loss_gradient, setting
 from megatron_espo.objectives.bgpo import Bgpo
 from megatron_espo.objectives.bridge import Bridge
 from megatron_espo.objectives.coupled_grpo import CoupledGrpo
@@ -35,6 +36,7 @@ __all__ = [
     "loss_gradient",
     "num_draws",
     "objective_of",
+    "setting",
     "views_per_completion",
 ]
 
@@ -95,22 +97,26 @@ def load_objective(name: str, settings: tuple[str, ...] = ()) -> Objective:
 
 
 def _values(objective: Objective, name: str, settings: tuple[str, ...]) -> dict[str, float | int]:
-    known = {field.name: getattr(objective, field.name) for field in dataclasses.fields(objective)}
+    fields = {field.name: field for field in dataclasses.fields(objective)}
+    known = {key: getattr(objective, key) for key in fields}
     values = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
+    for given in settings:
+        key, equals, text = given.partition("=")
         if not equals or key not in known:
             has = f"its settings are {', '.join(known)}" if known else "it has none"
             raise UserError(
-                f"--espo-objective-args {setting}: no setting of --espo-objective {name}, {has}; "
+                f"--espo-objective-args {given}: no setting of --espo-objective {name}, {has}; "
                 "write NAME=VALUE."
             )
         try:
             values[key] = type(known[key])(text)
         except ValueError:
             raise UserError(
-                f"--espo-objective-args {setting}: {text} is no {type(known[key]).__name__}."
+                f"--espo-objective-args {given}: {text} is no {type(known[key]).__name__}."
             ) from None
+        low, high = fields[key].metadata.get("range", (-math.inf, math.inf))
+        if not low <= values[key] <= high or math.isinf(values[key]):
+            raise UserError(f"--espo-objective-args {given}: must lie in [{low:g}, {high:g}].")
     return values
 
 
@@ -159,12 +165,12 @@ def check_objective(espo: EspoConfig) -> EspoConfig:
     objective, name = objective_of(espo), f"--espo-objective {espo.objective}"
     if "kl_coef" not in objective.honours and espo.kl_coef == _DEFAULTS.kl_coef:
         espo = dataclasses.replace(espo, kl_coef=0.0)
-    for setting in _SHARED:
-        value, idle = getattr(espo, setting), {"kl_coef": (0.0,), "num_mc": (1, 2)}
-        without = idle.get(setting, (getattr(_DEFAULTS, setting),))
-        if setting not in objective.honours and value not in without:
+    for flag in _SHARED:
+        value, idle = getattr(espo, flag), {"kl_coef": (0.0,), "num_mc": (1, 2)}
+        without = idle.get(flag, (getattr(_DEFAULTS, flag),))
+        if flag not in objective.honours and value not in without:
             raise UserError(
-                f"--espo-{setting.replace('_', '-')} {value} has no effect with {name}; leave it "
+                f"--espo-{flag.replace('_', '-')} {value} has no effect with {name}; leave it "
                 f"out or pass {without[0]}."
             )
     if espo.kl_estimator == "k2_unbiased" and "k2_unbiased" not in objective.honours:
@@ -177,7 +183,4 @@ def check_objective(espo: EspoConfig) -> EspoConfig:
             f"--espo-gradient joint: with {name} a completion's loss depends on its group, which "
             "no micro-batch holds; use two_pass."
         )
-    load = objective.masks(espo)
-    if load.per_draw < 1:
-        raise UserError(f"{name} has no views; its settings must leave at least one.")
     return espo

@@ -3,9 +3,10 @@
 Symbols: b completions, m draws, v views per draw, l completion length, G completions of a group.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,17 @@ from megatron_espo.config import EspoConfig
 from megatron_espo.objectives.masks import ElboMasks, Masks
 
 Scope = Literal["completion", "advantages", "group"]
+
+
+def setting(default: float, low: float = -math.inf, high: float = math.inf) -> Any:
+    """Make a field of an objective whose values lie in a range; an int default takes ints alone.
+
+    Args:
+        default: its default.
+        low: smallest value.
+        high: largest value.
+    """
+    return field(default=default, metadata={"range": (low, high)})
 
 
 @dataclass(frozen=True)

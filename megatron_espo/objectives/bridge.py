@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_espo.objectives.base import Given, Loss, Objective
+from megatron_espo.objectives.base import Given, Loss, Objective, setting
 from megatron_espo.objectives.kl import sequence_kl
 from megatron_espo.objectives.ratios import sequence_loss
 
@@ -24,7 +24,7 @@ class Bridge(Objective):
         dual_clip: largest ratio that a negative advantage is multiplied with.
     """
 
-    dual_clip: float = 3.0
+    dual_clip: float = setting(3.0, low=1.0)
     idle_without_advantage = True
     honours = frozenset(
         {"clip_eps_low", "clip_eps_high", "kl_coef", "kl_estimator", "num_mc", "elbo_estimator"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.objectives.base import Given, Loss, Objective
+from megatron_espo.objectives.base import Given, Loss, Objective, setting
 from megatron_espo.objectives.masks import OnePass
 from megatron_espo.objectives.ratios import token_loss
 
@@ -25,7 +25,7 @@ class DiffuGrpo(Objective):
         prompt_mask: probability of a prompt token to be masked.
     """
 
-    prompt_mask: float = 0.15
+    prompt_mask: float = setting(0.15, 0.0, 1.0)
     per_token, idle_without_advantage = True, True
     honours = frozenset({"clip_eps_low", "clip_eps_high", "kl_coef", "kl_estimator", "num_mc"})
 

@@ -9,6 +9,7 @@ n_k / L, in place of t_k.
 from dataclasses import dataclass
 
 from megatron_espo.config import EspoConfig
+from megatron_espo.objectives.base import setting
 from megatron_espo.objectives.espo import Espo
 from megatron_espo.objectives.masks import Quadrature
 
@@ -21,7 +22,7 @@ class Gdpo(Espo):
         nodes: mask ratios of a draw.
     """
 
-    nodes: int = 3
+    nodes: int = setting(3, low=1)
     honours = frozenset(
         {"clip_eps_low", "clip_eps_high", "kl_coef", "kl_estimator", "num_mc", "k2_unbiased"}
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.objectives.base import Given, Loss, Objective
+from megatron_espo.objectives.base import Given, Loss, Objective, setting
 from megatron_espo.objectives.kl import pointwise_kl
 from megatron_espo.objectives.masks import ElboMasks, HalfPairs, Masks
 
@@ -28,7 +28,7 @@ class Gdsd(Objective):
     """
 
     psi: float = 10.0
-    elbo_weights: int = 0
+    elbo_weights: int = setting(0, 0, 1)
     honours = frozenset({"clip_eps_low", "clip_eps_high", "kl_coef", "kl_estimator", "num_mc"})
 
     def masks(self, espo: EspoConfig) -> Masks:

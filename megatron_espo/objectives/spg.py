@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.objectives.base import Given, Loss, Objective
+from megatron_espo.objectives.base import Given, Loss, Objective, setting
 from megatron_espo.objectives.masks import Blockwise
 
 
@@ -52,9 +52,9 @@ class Spg(Objective):
         prompt_mask: probability of a token before the block to be masked.
     """
 
-    beta: float = 1.5
-    mix: float = 0.5
-    prompt_mask: float = 0.15
+    beta: float = setting(1.5, low=1.0)
+    mix: float = setting(0.5, 0.0, 1.0)
+    prompt_mask: float = setting(0.15, 0.0, 1.0)
     per_token, idle_without_advantage, compares_with_old = True, True, False
     honours = frozenset({"num_mc"})
 

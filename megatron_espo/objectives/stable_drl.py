@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_espo.objectives.base import Given, Loss
+from megatron_espo.objectives.base import Given, Loss, setting
 from megatron_espo.objectives.spg import Spg, likelihood_bounds
 
 
@@ -23,7 +23,7 @@ class StableDrl(Spg):
         clip: largest importance weight before the softmax.
     """
 
-    clip: float = 5.0
+    clip: float = setting(5.0, low=1.0)
     compares_with_old = True
     scope = "group"
 

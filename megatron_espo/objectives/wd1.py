@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.objectives.base import Given, Loss, Objective
+from megatron_espo.objectives.base import Given, Loss, Objective, setting
 from megatron_espo.objectives.masks import OnePass
 
 
@@ -23,7 +23,7 @@ class Wd1(Objective):
         prompt_mask: probability of a prompt token to be masked.
     """
 
-    prompt_mask: float = 0.15
+    prompt_mask: float = setting(0.15, 0.0, 1.0)
     per_token, linear, compares_with_old = True, True, False
     scope = "advantages"
     honours = frozenset({"num_mc"})

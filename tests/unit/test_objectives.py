@@ -9,9 +9,15 @@ import torch
 from objective_references import REFERENCES, Group
 from torch import Tensor
 
-from megatron_espo.config import EspoConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.errors import UserError
+from megatron_espo.monitor.flops import (
+    ModelDimensions,
+    RolloutFlops,
+    forward_flops,
+    rollout_flops,
+)
 from megatron_espo.objectives import (
     BUILT_IN,
     Given,
@@ -281,6 +287,10 @@ def test_settings_of_an_objective() -> None:
         ("espo", ("psi=1",), "it has none"),
         ("gdsd", ("psi=much",), "much is no float"),
         ("gdpo", ("nodes=2.5",), "2.5 is no int"),
+        ("gdpo", ("nodes=0",), "nodes=0: must lie in"),
+        ("spg", ("beta=nan",), "beta=nan: must lie in"),
+        ("wd1", ("prompt_mask=1.5",), r"must lie in \[0, 1\]"),
+        ("gdsd", ("psi=inf",), "psi=inf: must lie in"),
         ("grpo", (), "no such objective; use one of espo, token_elbo"),
         ("nothing.at_all", (), "no such objective"),
         ("nowhere.py", (), "no such file"),
@@ -288,6 +298,32 @@ def test_settings_of_an_objective() -> None:
     ):
         with pytest.raises(UserError, match=part):
             load_objective(name, settings)
+
+
+def test_the_arithmetic_of_a_run_knows_the_passes_of_its_objective() -> None:
+    dimensions = ModelDimensions(
+        num_layers=2, hidden_size=8, ffn_hidden_size=16, num_attention_heads=2, num_query_groups=2,
+        head_dim=4, vocab_size=32,
+    )  # fmt: skip
+    rollout = RolloutConfig(completion_length=16, block_length=16, denoising_steps=16)
+
+    def flops(name: str, **settings: Any) -> RolloutFlops:
+        espo = EspoConfig(objective=name, num_mc=1, updates_per_rollout=3, **settings)
+        return rollout_flops(dimensions, 24, espo, rollout)
+
+    def evaluation(views: int, masked: int) -> float:
+        n = EspoConfig().completions_per_rollout
+        return forward_flops(dimensions, n * views, 24, n * masked)
+
+    for name, views, masked, old in (
+        ("espo", 2, 16, 2), ("diffu_grpo", 1, 16, 2), ("coupled_grpo", 3, 32, 2),
+        ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2),
+    ):  # fmt: skip
+        found = flops(name)
+        assert found.ref_elbo == pytest.approx(3 * evaluation(views, masked)), name
+        assert found.old_elbo == pytest.approx(old * evaluation(views, masked)), name
+    alone, two = (flops("wd1", kl_coef=0.0, gradient=way) for way in ("joint", "two_pass"))
+    assert alone.ref_elbo == alone.old_elbo == 0.0 and alone.update == two.update
 
 
 def test_own_advantages(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
