@@ -75,9 +75,7 @@ def block_noise(
     return BlockNoise(mask.flatten(1)[:, :s], weights.flatten(1)[:, :s])
 
 
-def grown_size(
-    first: int, largest: int, factor: int, interval: int, start: int, step: int
-) -> int:
+def grown_size(first: int, largest: int, factor: int, interval: int, start: int, step: int) -> int:
     """Say how many tokens a block has at a step of a run in which blocks grow.
 
     b(s) = min(largest, first * factor ** floor(max(0, s - start) / interval)), the schedule of

@@ -149,9 +149,7 @@ def _prefixes(rows: Rows, batch: MicroBatch) -> _Prefixes:
     return _Prefixes(torch.tensor(index), torch.tensor(places))
 
 
-def _prefill(
-    model: DiffusionModel, rows: Rows, batch: MicroBatch, prefixes: _Prefixes
-) -> RowBatch:
+def _prefill(model: DiffusionModel, rows: Rows, batch: MicroBatch, prefixes: _Prefixes) -> RowBatch:
     """Take in what lies before the first open blocks of a micro-batch; nothing is read."""
     index = prefixes.index
     starts = rows.starts(index)

@@ -58,7 +58,7 @@ def estimate_elbo(
     Returns:
         One number per sequence, and the draws behind it.
     """
-    n, length = completions.shape
+    n = len(completions)
     indices = torch.arange(n)
     ids = indices if sample_ids is None else sample_ids
     sequences = pack_sequences(prompts, completions, model.pad_token_id, model.shapes)

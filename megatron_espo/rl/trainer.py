@@ -296,9 +296,7 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
             espo.num_mc,
             independent_draws=espo.kl_estimator == "k2_unbiased",
         )
-        recut = partial(
-            cut_views, trainer.model, rollout.sequences, views, trainer.rows_per_batch
-        )
+        recut = partial(cut_views, trainer.model, rollout.sequences, views, trainer.rows_per_batch)
         noise.append(_Noise(views, recut(), recut))
     return noise
 

@@ -66,16 +66,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo.validate()
     config_from_args(MonitorConfig, args).validate()
     rollout.validate(args.logit_shift, pad_multiple(args), block_length(args))
-    if args.block_growth_to is not None:
-        raise UserError(
-            f"--block-growth-to {args.block_growth_to}: blocks grow in pre-training and "
-            "fine-tuning; ESPO's keep their size, leave it out."
-        )
-    if args.next_token_weight:
-        raise UserError(
-            f"--next-token-weight {args.next_token_weight} is a loss of pre-training and "
-            "fine-tuning, which ESPO does not have; leave it out."
-        )
+    _check_blocks(args)
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "
@@ -144,6 +135,20 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--espo-train-data is missing: the task's problems as JSONL.")
     if args.save_keep_best and espo.eval_data is None:
         raise UserError("--save-keep-best goes by --espo-eval-data, which is missing; pass it.")
+
+
+def _check_blocks(args: argparse.Namespace) -> None:
+    """Refuse what supervised training alone does with blocks."""
+    if args.block_growth_to is not None:
+        raise UserError(
+            f"--block-growth-to {args.block_growth_to}: blocks grow in pre-training and "
+            "fine-tuning; ESPO's keep their size, leave it out."
+        )
+    if args.next_token_weight:
+        raise UserError(
+            f"--next-token-weight {args.next_token_weight} is a loss of pre-training and "
+            "fine-tuning, which ESPO does not have; leave it out."
+        )
 
 
 def _settle_mixing(args: argparse.Namespace) -> None:

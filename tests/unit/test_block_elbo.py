@@ -1,4 +1,4 @@
-"""The block ELBO: against all masks of a tiny model, in shared and separate passes, its gradient."""
+"""The block ELBO: all masks of a tiny model, shared and separate passes, its gradient."""
 
 import itertools
 from dataclasses import replace
@@ -107,7 +107,9 @@ def by_table(found: dict[frozenset[int], dict[int, float]], row: int, views: Any
 
 @pytest.mark.parametrize("row", [0, 1])
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_the_estimate_is_unbiased(built: DiffusionModel, estimator: ElboEstimator, row: int) -> None:
+def test_the_estimate_is_unbiased(
+    built: DiffusionModel, estimator: ElboEstimator, row: int
+) -> None:
     model = of_kind(built, "block-causal")
     found = losses_of_all_masks(model, "block-causal", row, False)
     ids, offset = torch.arange(30_000), len(PROMPTS[row]) % SIZE
@@ -143,7 +145,9 @@ def test_a_coupled_pair_masks_each_token_once_at_a_level_of_its_block() -> None:
     for count, most in zip(counts, (2, 4, 1), strict=True):
         share = torch.bincount(count[:, 0], minlength=most + 1) / len(ids)
         assert (share - 1 / (most + 1)).abs().max() < 0.015
-    assert abs(torch.corrcoef(torch.stack((counts[0][:, 0], counts[1][:, 0])).double())[0, 1]) < 0.03
+    assert (
+        abs(torch.corrcoef(torch.stack((counts[0][:, 0], counts[1][:, 0])).double())[0, 1]) < 0.03
+    )
     again = block_elbo_views("coupled", stream(1, "test"), ids[5:7], ids[5:7] * 0 + 2, 7, 1, 4)
     assert torch.equal(again.mask_indices, views.mask_indices[5:7])
 
@@ -203,9 +207,7 @@ def test_gradients_are_those_of_the_block_elbo(built: DiffusionModel, mode: Any)
     parameters = [p for p in chunk.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.grad = None
-    found = accumulate_gradient(
-        model, cut(), views, old, ref, advantages, LENGTH, config, 3, cut
-    )
+    found = accumulate_gradient(model, cut(), views, old, ref, advantages, LENGTH, config, 3, cut)
     torch.testing.assert_close(found.draws, base, rtol=1e-5, atol=1e-4)
     actual = [p.grad.clone() for p in parameters]
     for parameter in parameters:
