@@ -79,16 +79,12 @@ def _rollout(options: argparse.Namespace, size: int, cache: str) -> RolloutConfi
     return RolloutConfig(length, size, length, cache=cache)  # type: ignore[arg-type]
 
 
-def _sampling(
-    model: DiffusionModel, shape: Shape, size: int, options: argparse.Namespace
-) -> None:
+def _sampling(model: DiffusionModel, shape: Shape, size: int, options: argparse.Namespace) -> None:
     for chunk in model.chunks:
         chunk.eval()
     prompts, ids = random_prompts(options.rows, options.prompt, shape), torch.arange(options.rows)
     sides = {
-        name: partial(
-            generate, model, prompts, ids, _rollout(options, size, cache), 1, "benchmark"
-        )
+        name: partial(generate, model, prompts, ids, _rollout(options, size, cache), 1, "benchmark")
         for name, cache in (("without a cache", "none"), ("exact cache", "exact"))
     }
     title = f"sampling, prompt {options.prompt}, completion {options.completion}, blocks of {size}"

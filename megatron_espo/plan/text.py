@@ -75,8 +75,9 @@ def _blocks(plan: Plan) -> list[str]:
     grown = f", grown to {args.block_growth_to}" if args.block_growth_to else ""
     copies = f"{passes.copies} noisy cop{'ies' if passes.copies > 1 else 'y'}"
     return [
-        f"Blocks: {args.attention_mask}, of {args.block_size} tokens{grown}; a row of {passes.width:,} "
-        f"positions passes with {copies} beside the clean tokens, {passes.positions:,} in all"
+        f"Blocks: {args.attention_mask}, of {args.block_size} tokens{grown}; a row of "
+        f"{passes.width:,} positions passes with {copies} beside the clean tokens, "
+        f"{passes.positions:,} in all"
     ]
 
 

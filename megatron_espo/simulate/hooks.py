@@ -23,6 +23,7 @@ from megatron_espo.commands import generate
 from megatron_espo.dry_run.job import Job
 from megatron_espo.evaluation import problems, scoring
 from megatron_espo.generation import sampler
+from megatron_espo.model import block_attention
 from megatron_espo.objectives import objective_of, views_per_completion
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rl import scalars, state, trainer, update
@@ -142,6 +143,8 @@ class _Hooks:
     def sampling(self) -> None:
         """Draw tokens that the host knows, and stop after a few steps."""
         replace_everywhere(sampler._evaluate, self._evaluate)
+        # There is nothing to compile for.
+        block_attention._skips = False
         replace_everywhere(sampler.generate, self._generate)
 
     def _evaluate(self, model: Any, *rest: Any, **named: Any) -> Tensor:
@@ -183,6 +186,10 @@ class _Hooks:
             facts["rollout_batch"] = config.micro_batch_size
             every = config.cache_refresh_steps or config.steps_per_block
             facts["whole_passes"] = blocks * -(-config.steps_per_block // every)
+            if config.cache == "exact":
+                # Prompts are taken in at the first step; each block but the last one after its own.
+                facts["whole_passes"] = 1
+                facts["denoising_steps"] += blocks - 1
         if not config.is_parallel:
             # So that the steps that are run reach the next block.
             config = dataclasses.replace(

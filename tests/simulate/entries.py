@@ -31,6 +31,7 @@ ESPO = (
 ).split()
 PIPELINE = "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 1".split()
 CONTEXT = "--context-parallel-size 2 --tensor-model-parallel-size 1".split()
+BLOCKS = "--attention-mask block-causal --block-size 8".split()
 LOOP = "--seq-length 64 --micro-batch-size 2 --global-batch-size 64".split()
 EVALUATION = (
     "--load checkpoints/llada-8b --bf16 --tensor-model-parallel-size 2 --sequence-parallel "
@@ -66,6 +67,11 @@ STARTED = {
         "run_espo_8b.sh",
         ["--recipe", "lora_80gb", *WIDTH, *ESPO, *COMPARE[:4], "--dry-run-world-size", "1"],
     ),
+    "espo, blocks": (
+        "run_espo_8b.sh",
+        ["--recipe", "countdown", *WIDTH, *ESPO, *BLOCKS, "--rollout-cache", "exact", *COMPARE],
+    ),
+    "pretrain, blocks": ("adapt_8b.sh", [*WIDTH, *LOOP, *COMPARE[:-1]]),
     "pretrain": ("pretrain_8b.sh", [*WIDTH, *LOOP, *COMPARE]),
     "sft": ("sft_8b.sh", [*WIDTH, *LOOP, "--sft-valid-data", "none.jsonl", *COMPARE[:-1]]),
     "evaluate": (evaluation, [*MODEL, *EVALUATION, *COMPARE[:-1]]),
@@ -94,6 +100,7 @@ STARTED = {
 RECIPES = {
     "run_espo_8b.sh": (espo, ["llada_8b", "gsm8k"]),
     "pretrain_8b.sh": (pretrain, ["pretrain_8b"]),
+    "adapt_8b.sh": (pretrain, ["adapt_8b"]),
     "sft_8b.sh": (pretrain, ["llada_8b", "sft_8b"]),
 }
 

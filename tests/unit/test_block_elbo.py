@@ -1,4 +1,4 @@
-"""The block ELBO: against all masks of a tiny model, in shared and separate passes, its gradient."""
+"""The block ELBO: all masks of a tiny model, shared and separate passes, its gradient."""
 
 import itertools
 from dataclasses import replace

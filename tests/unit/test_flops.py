@@ -232,8 +232,12 @@ def test_flops_of_block_models_are_those_of_their_passes(
     ids = torch.arange(2)
     for cache in ("none", "exact"):
         rollout = RolloutConfig(LENGTH, 4, 8, cache=cache)  # type: ignore[arg-type]
-        made = []
-        got = counted(lambda: made.append(generate(model, PROMPTS, ids, rollout, 1, "flops")))
+        made: list[Any] = []
+
+        def sample(made: list[Any] = made, rollout: RolloutConfig = rollout) -> None:
+            made.append(generate(model, PROMPTS, ids, rollout, 1, "flops"))
+
+        got = counted(sample)
         assert passed_flops(dimensions, *made[0].work.sum(0).tolist()) == pytest.approx(got, 0.02)
         # One state is read of passes without candidates, which a plan leaves out.
         assert generation_flops(dimensions, 2, POSITIONS, rollout) == pytest.approx(got, rel=0.04)
