@@ -22,7 +22,7 @@ def stream_weights(
         load: reads parameters and buffers by name.
         kept: parts that keep their weights, because others use them, too.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     saved = model.state_dict(keep_vars=True)
     parameters |= {name: b for name, b in model.named_buffers() if name in saved}
     covered: set[str] = set()
