@@ -17,6 +17,7 @@ from interpreter import python
 from tool_loading import load_tool
 
 from megatron_espo.__main__ import COMMANDS, _resolve
+from megatron_espo.commands import inference
 from megatron_espo.commands.launch import complete_flags
 from megatron_espo.commands.make_random_model import PUBLISHED, tiny
 from megatron_espo.conversion.convert import convert_to_megatron
@@ -116,7 +117,8 @@ def entry_of(command: str) -> tuple[str, list[str]]:
     """Find what a command starts: the name of a command or script of ours, and its flags."""
     # A value that another program prints; what the reader is to fill in.
     plain = re.sub(r"\$\(.*\)", "12", command.partition("|")[2] or command).partition(" > ")[0]
-    words = [word for word in shlex.split(plain) if word != "..."]
+    words = shlex.split(plain)
+    words = words[:-1] if words[-1] == "..." else words
     while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
         words = words[1:]
     starts = [
@@ -157,7 +159,7 @@ class Parsed(Exception):
 
 @pytest.fixture
 def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parsers do their work, and nothing comes after it."""
+    """Parsers do their work, and nothing comes after it, or from the hub before it."""
     whole = argparse.ArgumentParser.parse_args
 
     def parse(self: argparse.ArgumentParser, *given: object, **more: object) -> None:
@@ -165,6 +167,7 @@ def parse_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    monkeypatch.setattr(inference, "converted_checkpoint", lambda *_: "converted")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +187,7 @@ def test_flags_are_those_of_the_command(
 
 def test_a_flag_that_there_is_not_is_found(parse_only: None) -> None:
     for command in (
-        "python tools/convert_hf.py to-megatron --hf x --outt y",
+        "python tools/convert_hf.py to-megatron --hf x --out y --outt z",
         "torchrun --nproc-per-node 8 -m megatron_espo.training.espo --espo-no-such 1",
         "examples/run_espo_8b.sh --recipe no-such",
         "megatron-espo evalute",
@@ -271,7 +274,7 @@ def test_commands_run_as_written(block: Block, prepared: Path, tmp_path: Path) -
     reader_folder(prepared, tmp_path, text)
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "PYTHON": python(), "OMP_NUM_THREADS": "1",
-        "HOME": str(tmp_path), "PATH": f"{tmp_path}/.venv/bin:{os.environ['PATH']}",
+        "HOME": str(prepared), "PATH": f"{tmp_path}/.venv/bin:{os.environ['PATH']}",
     }  # fmt: skip
     # Of several pages that show the same one, it runs in the first.
     for command in filter(is_run, commands(block)):
@@ -292,12 +295,11 @@ def test_commands_run_as_written(block: Block, prepared: Path, tmp_path: Path) -
 def test_python_runs_as_written(
     block: Block, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ast.parse(block.text)
     if any(block.page == page and part in block.text for page, part in LISTED_PYTHON):
         return
     reader_folder(prepared, tmp_path, "")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(prepared))  # converted once
     names: dict[str, object] = {}
     where = f"{block.page}, line {block.line}"
     exec(compile(substituted(block.text), where, "exec"), names)
@@ -305,6 +307,29 @@ def test_python_runs_as_written(
         if part in block.text:
             exec(then, names)
     start_anew()
+
+
+# Pages that are linked before they are written.
+TO_COME = {"objectives.md", "moe.md"}
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", head).strip().lower() for head in heads]
+    return {re.sub(r"[^\w\- ]", "", head).replace(" ", "-") for head in plain}
+
+
+def test_links_lead_somewhere() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "findings/README.md"):
+        text = page.read_text("utf-8")
+        for link in re.findall(r'\]\(([^)\s]+)\)|src="([^"]+)"', text):
+            path, _, anchor = "".join(link).partition("#")
+            target = page.parent / path if path else page
+            if path.startswith("http") or target.name in TO_COME:
+                continue
+            assert target.exists(), f"{page.name}: {path}"
+            assert not anchor or anchor in anchors(target), f"{page.name}: {path}#{anchor}"
 
 
 def test_newcomers_need_ten_commands_at_most() -> None:
