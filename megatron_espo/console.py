@@ -114,7 +114,7 @@ class _Lines(io.TextIOBase):
     """A text file whose lines an output takes.
 
     Args:
-        output: the output.
+        output: gets each line when it is whole.
         instead_of: the stream that it stands for.
     """
 

@@ -5,6 +5,6 @@ model.chat("What is the capital of France?")
 """
 
 import megatron_espo.startup  # noqa: F401  as entry points do, before Megatron is imported
-from megatron_espo.api.model import Likelihood, Model, Sample, load
+from megatron_espo.api.model import Likelihood, Model, Prompt, Sample, load
 
-__all__ = ["Likelihood", "Model", "Sample", "load"]
+__all__ = ["Likelihood", "Model", "Prompt", "Sample", "load"]

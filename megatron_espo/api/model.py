@@ -235,13 +235,21 @@ class Model:
         (text,) = self.generate([turns], **settings)
         return text
 
-    def animate(self, prompt: Prompt, path: str | os.PathLike[str], **settings: Any) -> str:
+    def animate(
+        self,
+        prompt: Prompt,
+        path: str | os.PathLike[str],
+        *,
+        width: int | None = None,
+        **settings: Any,
+    ) -> str:
         """Draw a completion as it fills in.
 
         Args:
             prompt: what is completed.
             path: ``NAME.gif`` for an animation, ``NAME.png`` for a sheet of six moments, or a
                 folder for a picture per step.
+            width: characters of a line, such as 4 for a sudoku of 4 x 4; None takes what fits.
             **settings: see :meth:`sample`; one completion is drawn.
 
         Returns:
@@ -264,7 +272,7 @@ class Model:
         assert recorder is not None
         stops, tokenizer = self.handle.stop_token_ids, self.tokenizer
         story = [(f.step, pieces_of(f, tokenizer, stops)) for f in recorder.frames[0]]
-        save_frames(target, prompt if isinstance(prompt, str) else "", story)
+        save_frames(target, prompt if isinstance(prompt, str) else "", story, width)
         return found.text
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_espo.errors import UserError
 
+_PROC = Path("/proc")
 LOCK = "run.lock"
 
 _BEAT = 5.0
@@ -85,10 +86,22 @@ def _host() -> str:
 
 
 def _since(pid: int) -> int | None:
-    """When a process started, or None where there is none, or only what is left of one."""
+    """When a process started, or None where there is none, or only what is left of one.
+
+    Without Linux's /proc it is 0 for a process that there is: a number that was given again counts
+    as the same process then.
+    """
+    if not (_PROC / "self/stat").exists():
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
+        except PermissionError:
+            pass  # somebody else's
+        return 0
     try:
         # The command's name in parentheses may hold spaces.
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        words = (_PROC / f"{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     return None if words[0] in "ZX" else int(words[19])

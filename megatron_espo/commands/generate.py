@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="picture of the completion filling in: NAME.gif, NAME.png (a sheet) or a folder",
     )
+    parser.add_argument(
+        "--frames-width",
+        type=int,
+        help="characters of a line in these pictures, such as 4 for a sudoku of 4 x 4",
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,6 +81,13 @@ def main(argv: Sequence[str]) -> None:
         check_frames_path(options.save_frames)
         if options.prompt is None or len(options.prompt) != 1:
             raise UserError("--save-frames shows one completion; give one --prompt.")
+    if options.frames_width is not None and (
+        options.frames_width < 1 or options.save_frames is None
+    ):
+        raise UserError(
+            f"--frames-width {options.frames_width}: a line of --save-frames has 1 or more "
+            "characters; pass both or leave it out."
+        )
     if not options.delay >= 0.0:
         raise UserError(f"--delay {options.delay} must be 0 or more seconds.")
     if is_dry_run(rest):
@@ -114,8 +126,8 @@ class Session:
     """A model, a terminal and what was said so far.
 
     Attributes:
-        model: the model.
-        tokenizer: its tokenizer.
+        model: answers; in evaluation mode.
+        tokenizer: turns texts into its ids and back.
         encoder: makes ids of prompts.
         config: sampling settings.
         seed: of the run.
@@ -296,7 +308,9 @@ class Session:
                 (frame.step, pieces_of(frame, self.tokenizer, model.stop_token_ids))
                 for frame in recorder.frames[0]
             ]
-            count = save_frames(self.options.save_frames, shown[0], story)
+            count = save_frames(
+                self.options.save_frames, shown[0], story, self.options.frames_width
+            )
             print(f"{self.options.save_frames}: {count} frames", file=sys.stderr)
         if self._shows and self.options.prompt is not None:
             print(

@@ -2,6 +2,7 @@
 
 megatron-espo plot runs/sudoku-seed1 --title "ESPO on sudoku"
 megatron-espo plot runs/lr3e-6 runs/lr1e-5 --out compared.png
+megatron-espo plot runs/sudoku-seed* --demo --out demo.png
 """
 
 import json
@@ -9,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_espo.command_line import Parser
-from megatron_espo.monitor.curves import draw_runs, find_events, read_scalars, run_names
+from megatron_espo.errors import UserError
+from megatron_espo.monitor.curves import find_events, read_scalars, run_names
+from megatron_espo.monitor.pictures import draw_demo, draw_runs
 
 _ROWS = {
     "base": "before (fine-tuned base)",
@@ -33,15 +36,43 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, nargs="+", help="folders of runs or of their events")
     parser.add_argument("--title", help="heading (default: the folders' names)")
     parser.add_argument("--out", type=Path, help="PNG to write (default: curves.png in the run)")
+    parser.add_argument(
+        "--demo",
+        action="store_true",
+        help="of demos: what is solved before, after and by the control, and on the way",
+    )
     options = parser.parse_args(argv)
     runs = {
         name: read_scalars(find_events(folder))
         for name, folder in zip(run_names(options.run), options.run, strict=True)
     }
-    title = options.title or ", ".join(runs)
-    draw_runs(runs, title, options.out or options.run[0] / "curves.png")
+    target = options.out or options.run[0] / "curves.png"
+    if options.demo:
+        draw_demo(
+            {name: _tested(folder) for name, folder in zip(runs, options.run, strict=True)},
+            runs,
+            target,
+        )
+    else:
+        draw_runs(runs, options.title or ", ".join(runs), target)
     for folder in options.run:
         print_table(folder)
+
+
+def _tested(folder: Path) -> dict[str, float]:
+    """Collect what a demo's evaluations found, for :func:`draw_demo`.
+
+    Raises:
+        UserError: the folder is not that of a demo that came to its end.
+    """
+    found = {
+        label: read_evaluation(folder / f"test-{name}.log")
+        for name, label in (("base", "before"), ("espo", "after ESPO"), ("control", "control"))
+    }
+    accuracies = {label: row["accuracy"] for label, row in found.items() if row}
+    if "after ESPO" not in accuracies:
+        raise UserError(f"{folder}: --demo wants the folder of a demo that has been tested.")
+    return accuracies
 
 
 def print_table(folder: Path) -> None:

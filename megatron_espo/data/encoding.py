@@ -75,7 +75,7 @@ def encode_prompt(tokenizer: FastTokenizer, prompt: ChatPrompt) -> list[int]:
     """Turn a prompt into ids; special tokens that it spells count.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: must have a chat format if the prompt is messages.
         prompt: text, taken as it is; or chat messages ("role", "content"), written in the
             tokenizer's chat format with the header of the assistant's turn at the end.
 
@@ -108,9 +108,9 @@ class PromptEncoder:
         """Look the tokens up.
 
         Args:
-            tokenizer: the tokenizer.
+            tokenizer: is asked for its special tokens and its chat format.
             spelled: what to do with those that a prompt spells; see PromptConfig.
-            mask_token_id: the mask token.
+            mask_token_id: must not come out of a prompt's text.
             stop_token_ids: what ends a completion.
         """
         added = tokenizer.added_tokens_decoder.items()
@@ -175,7 +175,7 @@ class PromptEncoder:
         """Return the ids of a text with marks.
 
         Args:
-            text: the text.
+            text: with marks in place of the special tokens that it spells.
             names: what the marks stand for.
 
         Returns:
@@ -226,7 +226,7 @@ def decode_completion(
     """Return the text of a completion, as rewards see it.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: of the model that made them.
         ids: the token ids of the completion.
         eos_ids: ids that end it (``SpecialIds.stop_token_ids``); what follows is not part of it.
 

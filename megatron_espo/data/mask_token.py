@@ -69,7 +69,7 @@ def add_mask_token(tokenizer: "FastTokenizer", mask_token_id: int) -> None:
 
     Args:
         tokenizer: the tokenizer; changed in place.
-        mask_token_id: the id.
+        mask_token_id: a row of the vocabulary without a token, or a token that no text uses.
     """
     if tokenizer.mask_token_id is not None:
         return

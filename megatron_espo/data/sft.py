@@ -77,7 +77,7 @@ def read_rows(
 
     Args:
         path: JSONL of {"prompt", "completion"} or {"messages"}.
-        tokenizer: the tokenizer.
+        tokenizer: must have a chat format if the file holds messages.
         ids: its special ids.
         seq_length: most tokens of a row.
         completion_length: tokens of every completion; None: as many as it has.
@@ -137,7 +137,7 @@ def read_examples(
 
     Args:
         path: the file.
-        tokenizer: the tokenizer.
+        tokenizer: must have a chat format if the file holds messages.
         ids: its special ids.
         spelled: what to do with special tokens that messages spell; see PromptConfig.
 

@@ -174,7 +174,7 @@ def write_tokenizer(tokenizer: FastTokenizer, folder: str | Path) -> None:
     Version 5 reads the older names, too.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: what is written; it stays as it is.
         folder: an existing folder.
     """
     tokenizer.save_pretrained(str(folder))
@@ -266,7 +266,7 @@ def special_ids(tokenizer: FastTokenizer, mask_token_id: int | None = None) -> S
     """Collect the special token ids of a tokenizer.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: names its mask, end and padding token, or some of them.
         mask_token_id: the mask token, where the tokenizer names none (LLaDA's published folder).
 
     Returns:

@@ -15,7 +15,7 @@ def check_gpus(gpus: Sequence[Gpu], wanted: int | None, built_with_cuda: bool) -
     """Look at the visible GPUs.
 
     Args:
-        gpus: the GPUs.
+        gpus: as PyTorch and the driver list them.
         wanted: how many there must be, or None.
         built_with_cuda: whether PyTorch was built with CUDA.
 

@@ -67,11 +67,11 @@ def complete_problems(
 
     Args:
         model: the policy, in evaluation mode.
-        task: the task.
+        task: scores, in reward workers where it has some.
         examples: all problems.
         encoded: their prompts.
         items: n pairs of a problem's number and a sample's number: this rank's share.
-        tokenizer: the tokenizer.
+        tokenizer: decodes what is scored.
         config: sampling settings.
         seed: seed of orders and tokens that are random.
         on_step: see generation.sampler.
@@ -156,10 +156,10 @@ def evaluate_task(
 
     Args:
         model: the policy, in evaluation mode.
-        task: the task.
+        task: scores, in reward workers where it has some.
         examples: held-out problems, the same on every rank; split over data-parallel ranks.
         encoded: their prompts.
-        tokenizer: the tokenizer.
+        tokenizer: decodes what is scored.
         config: sampling settings; taken at temperature 0.
         seed: seed of orders that are random.
         on_step: see generation.sampler.

@@ -86,9 +86,9 @@ def load_task_data(
     """Read a task's problems and tokenize their prompts.
 
     Args:
-        task: the task.
+        task: reads the file; several tasks read one each.
         path: JSONL file, or None; with several tasks a list of them (tasks.blend).
-        tokenizer: the tokenizer.
+        tokenizer: of the model; prompts are encoded once, here.
         args: Megatron's arguments.
         count: most problems to take, of each task; 0 takes all.
         training: whether they are to train on: then each of several tasks must have some.

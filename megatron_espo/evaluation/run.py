@@ -39,9 +39,9 @@ def evaluate(
 
     Args:
         model: the model, in evaluation mode.
-        task: the task.
+        task: scores the completions.
         data: its problems, the same on every rank.
-        tokenizer: the tokenizer.
+        tokenizer: decodes what is scored.
         protocol: lengths and settings.
         seed: seed of the draws.
         open_store: opens the folder that keeps completions; None keeps nothing. Called on the

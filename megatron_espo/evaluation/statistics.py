@@ -111,7 +111,7 @@ class Summary:
         accuracy_high: upper end.
         reward: mean reward.
         completion_length: mean effective tokens.
-        num_problems: problems.
+        num_problems: how many problems the means are over.
         num_samples: completions per problem.
         length: tokens generated per completion.
         num_evaluations: mean model evaluations per completion.

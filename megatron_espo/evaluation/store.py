@@ -28,7 +28,7 @@ class CompletionStore:
         A last line that was cut short when an earlier run was killed is dropped.
 
         Args:
-            folder: the folder.
+            folder: holds the completions; of one evaluation alone.
             settings: what the completions depend on: JSON values. Mappings (``"lengths"``,
                 ``"prompts"``) may gain keys from run to run; all else must be what it was.
 

@@ -36,7 +36,7 @@ class Frame:
 
     Attributes:
         step: the step, from 0 (all masked).
-        tokens: its tokens.
+        tokens: ids, the mask token where nothing is committed yet.
         steps: for each token the step that committed it, 0 where it is masked.
     """
 
@@ -59,7 +59,7 @@ class Recorder:
         Args:
             count: completions.
             length: tokens of each.
-            mask_token_id: the mask token.
+            mask_token_id: stands where nothing is committed.
         """
         self._mask = mask_token_id
         blank = Frame(0, (mask_token_id,) * length, (0,) * length)
@@ -88,7 +88,7 @@ def pieces_of(
 
     Args:
         frame: a completion in the making.
-        tokenizer: the tokenizer.
+        tokenizer: writes ids that belong together as one piece.
         stop_token_ids: tokens that end a text.
 
     Returns:
@@ -162,8 +162,8 @@ class LiveView:
             prompts: shown before the completions.
             length: tokens of a completion.
             steps: denoising steps, for the line of progress.
-            mask_token_id: the mask token.
-            tokenizer: the tokenizer.
+            mask_token_id: stands where nothing is committed.
+            tokenizer: writes ids that belong together as one piece.
             stop_token_ids: tokens that end a text.
             delay: seconds to wait after each step, so that eyes can follow a small model.
         """

@@ -241,7 +241,7 @@ def elbo_flops(
 
     Args:
         model: dimensions.
-        completions: completions.
+        completions: how many, on all ranks.
         positions: padded width of a row.
         length: completion length.
         espo: estimator and number of draws.

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
@@ -9,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from megatron_espo.errors import UserError
 from megatron_espo.monitor.denoising import Piece
 
-_WIDTH, _NARROWEST, _MARGIN, _SIZE = 76, 32, 18, 17
+_WIDTH, _NARROWEST, _MARGIN, _SIZE, _LARGE = 76, 32, 18, 17, 34
+_LEAST = 190  # of pixels, for the bar at the bottom and its numbers
 _PAPER, _INK, _PALE, _NEW = "#ffffff", "#1b1f24", "#8b949e", "#b7ebc0"
 # An animation longer than this is thinned out; nobody watches it otherwise.
 _MOST_FRAMES, _SECONDS, _HOLD_MS = 150, 8.0, 2500
@@ -19,7 +21,7 @@ Story = Sequence[tuple[int, Sequence[Piece]]]
 """Denoising steps and the completion after each."""
 
 
-def save_frames(path: Path, prompt: str, story: Story) -> int:
+def save_frames(path: Path, prompt: str, story: Story, width: int | None = None) -> int:
     """Draw a completion as it fills in.
 
     Args:
@@ -27,6 +29,8 @@ def save_frames(path: Path, prompt: str, story: Story) -> int:
             otherwise, for a PNG per step.
         prompt: shown above the completion.
         story: the frames.
+        width: characters of a line, at least 1; None takes what the text needs, up to 76. Of fewer
+            than 32 the letters are large, and the prompt stands to the left: a puzzle of 4 x 4.
 
     Returns:
         Pictures drawn.
@@ -35,11 +39,11 @@ def save_frames(path: Path, prompt: str, story: Story) -> int:
         UserError: the path cannot be written.
     """
     # Equal sizes, so that an animation does not jump.
-    layouts = [_lines(pieces) for _, pieces in story]
+    layouts = [_lines(pieces, width or _WIDTH) for _, pieces in story]
     rows = max(map(len, layouts))
     widest = max(len(line) for lines in layouts for line in lines)
     columns = min(_WIDTH, max(_NARROWEST, widest, *map(len, prompt.splitlines() or [""])))
-    size = (columns, rows)
+    size = _Size(width or columns, rows, width or _WIDTH, (width or _WIDTH) < _NARROWEST)
     try:
         if path.suffix.lower() == ".gif":
             chosen = _spread(story, _MOST_FRAMES)
@@ -94,40 +98,58 @@ def _cells(text: str) -> list[str]:
     return ["\n" if c == "\n" else "    " if c == "\t" else c for c in text if c != "\r"]
 
 
-def _lines(pieces: Sequence[Piece]) -> list[list[tuple[str, int]]]:
+def _lines(pieces: Sequence[Piece], width: int) -> list[list[tuple[str, int]]]:
     """Break a completion into lines of characters with their steps."""
     lines: list[list[tuple[str, int]]] = [[]]
     for piece in pieces:
         for character in _cells(piece.text):
-            if character == "\n" or len(lines[-1]) >= _WIDTH:
+            if character == "\n" or len(lines[-1]) >= width:
                 lines.append([])
             if character != "\n":
                 lines[-1].append((character, piece.step))
     return lines
 
 
-def _draw(
-    prompt: str, step: int, last: int, pieces: Sequence[Piece], cells: tuple[int, int]
-) -> Image.Image:
-    """Draw one frame, so many columns and rows of text: prompt, completion, progress."""
-    columns, rows = cells
-    font = _font()
-    wide, high = font.getlength("M"), int(_SIZE * 1.4)
-    above = [line for part in prompt.splitlines() for line in _wrapped(part)][-8:]
+class _Size(NamedTuple):
+    """What the frames of a story have in common.
+
+    Attributes:
+        columns: of text that are drawn.
+        rows: of text.
+        width: characters after which a line breaks.
+        is_small: whether letters are large and the prompt stands beside the completion.
+    """
+
+    columns: int
+    rows: int
+    width: int
+    is_small: bool
+
+
+def _draw(prompt: str, step: int, last: int, pieces: Sequence[Piece], cells: _Size) -> Image.Image:
+    """Draw one frame: prompt, completion, progress."""
+    font = _font(_LARGE if cells.is_small else _SIZE)
+    wide, high = font.getlength("M"), int(font.size * 1.4)
+    above = [line for part in prompt.splitlines() for line in _wrapped(part, cells.width)][-8:]
+    left, top = float(_MARGIN), _MARGIN
+    rows, columns = cells.rows + len(above), cells.columns
+    if cells.is_small and above:  # beside each other
+        left += (columns + 1) * wide
+        rows, columns = max(cells.rows, len(above)), 2 * columns + 1
+    elif above:
+        top += high * len(above) + 10
     size = (
-        int(2 * _MARGIN + columns * wide),
-        2 * _MARGIN + high * (len(above) + rows) + (10 if above else 0) + 26,
+        max(int(2 * _MARGIN + columns * wide), _LEAST),
+        2 * _MARGIN + high * rows + 36,
     )
     image = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(image)
-    y = _MARGIN
-    for given in above:
-        draw.text((_MARGIN, y), given, font=font, fill=_PALE)
-        y += high
-    y += 10 if above else 0
-    for line in _lines(pieces):
+    for number, given in enumerate(above):
+        draw.text((_MARGIN, _MARGIN + number * high), given, font=font, fill=_PALE)
+    for row, line in enumerate(_lines(pieces, cells.width)):
+        y = top + row * high
         for place, (character, born) in enumerate(line):
-            x = _MARGIN + place * wide
+            x = left + place * wide
             box = (x, y + 2, x + wide - 1, y + high - 3)
             if born == 0:
                 draw.rectangle((box[0] + 1, box[1] + 3, box[2] - 1, box[3] - 3), fill="#d0d7de")
@@ -135,7 +157,6 @@ def _draw(
                 draw.rectangle(box, fill=_NEW)
             if born != 0:
                 draw.text((x, y), character, font=font, fill=_PALE if born < 0 else _INK)
-        y += high
     _progress(draw, size, step, last)
     return image
 
@@ -164,8 +185,8 @@ def _sheet(images: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _wrapped(line: str) -> list[str]:
-    return [line[i : i + _WIDTH] for i in range(0, max(len(line), 1), _WIDTH)]
+def _wrapped(line: str, width: int) -> list[str]:
+    return [line[i : i + width] for i in range(0, max(len(line), 1), width)]
 
 
 def _font(size: int = _SIZE) -> ImageFont.FreeTypeFont:

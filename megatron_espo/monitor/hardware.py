@@ -1,6 +1,7 @@
 """GPU utilisation, memory, power and temperature through NVML; nothing where there is no GPU."""
 
 import resource
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -110,7 +111,9 @@ def local_hardware(gpu: GpuMonitor | None) -> dict[str, float]:
     reading = {} if gpu is None else gpu.drain()
     if device.has_cuda():
         reading["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / _GIB
-    reading["host_peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / _GIB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Kilobytes, but bytes on macOS.
+    reading["host_peak_gib"] = peak * (1 if sys.platform == "darwin" else 1024) / _GIB
     return reading
 
 

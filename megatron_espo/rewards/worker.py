@@ -4,12 +4,15 @@ A process of its own that knows nothing of torch, Megatron, CUDA or process grou
 that hangs or crashes can be ended and replaced. Messages are JSON with a length before them.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
 import signal
 import socket
 import sys
+import threading
+import time
 import traceback
 from dataclasses import asdict
 
@@ -22,17 +25,43 @@ OUT_OF_MEMORY = 77
 """Exit code of a worker that ran out of memory; the pool counts it as a crash."""
 _MEMORY = 4 << 30  # address space of a built-in task: far more than any needs
 _PR_SET_PDEATHSIG = 1
+_LOOK_SECONDS = 1.0
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that comes about.
+    """Have this process end when its parent ends, however that comes about.
+
+    Linux's kernel sees to it. Elsewhere a thread looks once a second, which a score that never
+    gives way to other threads can hold up.
 
     Args:
         parent: the parent's process id; this process leaves at once if it is gone already.
     """
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    try:
+        ask_kernel = ctypes.CDLL(None, use_errno=True).prctl
+    except AttributeError:  # not Linux
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    else:
+        ask_kernel(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_SECONDS)
+    os._exit(0)
+
+
+def limit_memory(most: int) -> None:
+    """Bound this process's memory and forbid core dumps, where the system lets a process do so.
+
+    Args:
+        most: bytes of address space; macOS refuses such a limit, and the process has none then.
+    """
+    for kind, value in ((resource.RLIMIT_AS, most), (resource.RLIMIT_CORE, 0)):
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(kind, (value, value))
 
 
 def main(fd: int, parent: int) -> None:
@@ -54,9 +83,8 @@ def main(fd: int, parent: int) -> None:
         send(connection, _failure(error))
         return
     names = task.spellings() if isinstance(task, Blend) else [setup["task"]]
-    if BUILT_IN.keys() >= set(names):
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    is_built_in = BUILT_IN.keys() >= set(names)
+    limit_memory(_MEMORY if is_built_in else resource.RLIM_INFINITY)
     send(connection, {"ready": True})
     while (job := receive(connection)) is not None:
         prompt = job["prompt"]

@@ -113,7 +113,7 @@ class RewardWorkers:
     killed.
 
     Args:
-        task: the task.
+        task: as loaded in this process; workers load it anew by ``name``.
         name: how `load_task` finds it, in the workers as here.
         num_workers: most processes.
         timeout: seconds of wall-clock time per completion; a slower one scores 0.

@@ -19,6 +19,7 @@ user that nobody else is.
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -62,6 +63,11 @@ def sandbox_mode() -> Mode:
     Raises:
         UserError: none works, or only one that has to be accepted first.
     """
+    if sys.platform != "linux":
+        raise UserError(
+            f"generated code is contained by what Linux alone has, and this is {sys.platform}: run "
+            "tasks that execute code on Linux, for example in a container."
+        )
     limits = Limits(test_seconds=_START_SECONDS, total_seconds=_START_SECONDS)
     reasons = []
     for mode in MODES:

@@ -78,7 +78,7 @@ def init_fake_group(rank: int, world_size: int) -> None:
     """Start torch.distributed with ranks that are not there.
 
     Args:
-        rank: this rank.
+        rank: the one that this process plays.
         world_size: ranks of the job.
     """
     _init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)

@@ -55,7 +55,7 @@ class Stored(NamedTuple):
     """A checkpoint that a run is told of.
 
     Attributes:
-        flag: the flag.
+        flag: that names the checkpoint, for messages.
         path: its value.
         args: the arguments stored in it.
     """

@@ -69,9 +69,9 @@ def check_writable(flag: str, folder: str, rank: int) -> None:
     """Make a folder, and a file in it for a moment.
 
     Args:
-        flag: its flag.
-        folder: the folder.
-        rank: this rank.
+        flag: names the folder in the message.
+        folder: made with its parents where it is missing.
+        rank: of this process, so that ranks do not use one name at a time.
 
     Raises:
         UserError: naming the flag and what the system says.

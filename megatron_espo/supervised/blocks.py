@@ -37,7 +37,7 @@ def noise_blocks(
         config: forward process, and the weight of the next-token loss.
         blocks: the attention.
         key: random stream.
-        mask_token_id: the mask token.
+        mask_token_id: takes the place of what is noised.
         vocab_size: tokens before padding.
 
     Returns:

@@ -81,7 +81,7 @@ def noise_batch(
             ``prompt_length`` and ``completion_length``, int64 ``[b]``.
         config: forward process.
         key: random stream.
-        mask_token_id: the mask token.
+        mask_token_id: takes the place of what is masked.
         vocab_size: tokens before padding.
         shapes: widths that fine-tuning rows are cut to, which leaves out padding alone; None
             leaves them as they are.

@@ -100,7 +100,7 @@ def tagged_prompt(instruction: str, problem: str) -> tuple[ChatMessage, ...]:
 
     Args:
         instruction: What the task is.
-        problem: This problem.
+        problem: What is asked, in words.
 
     Returns:
         One message of the user.
@@ -171,7 +171,7 @@ def read_examples(task: Task, path: str | PathLike[str]) -> list[Example]:
     """Read a task's file of problems, whoever wrote the task.
 
     Args:
-        task: The task.
+        task: Built-in or anybody's; its ValueError is a user's mistake.
         path: The file.
 
     Returns:

@@ -21,7 +21,7 @@ class Part:
     Attributes:
         spelling: what the command line calls it.
         weight: how many prompts are of it, relative to the others.
-        task: the task.
+        task: reads and scores its own problems.
     """
 
     spelling: str

@@ -32,7 +32,7 @@ import megatron_espo.commands.evaluate
 import megatron_espo.commands.generate
 import megatron_espo.commands.launch
 import megatron_espo.conversion.convert
-import megatron_espo.monitor.curves
+import megatron_espo.monitor.pictures
 import megatron_espo.training.espo
 import megatron_espo.training.pretrain  # noqa: F401
 

@@ -10,7 +10,8 @@ import pytest
 from interpreter import python
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_espo.monitor.curves import PANELS, draw_runs, read_scalars, run_names
+from megatron_espo.monitor.curves import read_scalars, run_names
+from megatron_espo.monitor.pictures import PANELS, draw_demo, draw_runs, limits, panels_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,6 +74,60 @@ def test_picture_of_several_runs_changes_with_each(tmp_path: Path) -> None:
         assert picture({**runs, run: {"reward/mean": ([0, 1, 2], [0.1, 0.9, 0.3])}}) != whole
 
 
+def test_own_metrics_have_a_panel_of_their_own(tmp_path: Path) -> None:
+    curves = {"reward/mean": ([0, 2], [0.0, 1.0]), "reward/zero_std_groups": ([0], [0.5])}
+    assert panels_of({"a": curves}) == list(PANELS)
+    own = {"reward/format": ([0, 2], [0.1, 0.2]), "reward/gsm8k/steps": ([0], [3.0])}
+    *rest, last = panels_of({"a": curves | own, "b": curves})
+    assert rest == list(PANELS)
+    assert last.labels == {"reward/format": "format", "reward/gsm8k/steps": "gsm8k/steps"}
+    for folder, runs in (("one", {"a": curves | own}), ("two", {"a": curves | own, "b": own})):
+        draw_runs(runs, "own", tmp_path / f"{folder}.png")
+        assert (tmp_path / f"{folder}.png").stat().st_size > 1000
+
+
+def test_a_quantity_has_one_colour_in_all_panels() -> None:
+    from megatron_espo.monitor.pictures import _style
+
+    for pair in (
+        ("reward/mean", "eval/reward"),
+        ("reward/correct", "eval/accuracy"),
+        ("policy/ratio/max", "policy/ratio/mean"),
+        ("time/rollout", "performance/rollout_tokens_per_second"),
+    ):
+        assert _style(pair[0], 0)["color"] == _style(pair[1], 3)["color"]
+    named = [label for panel in PANELS for label in panel.labels]
+    assert len(named) == len(set(named))
+
+
+def test_one_spike_does_not_flatten_a_panel() -> None:
+    calm = [1.0 + 0.01 * (i % 5) for i in range(40)]
+    low, high = limits([[*calm, 50.0, float("nan"), -7.0]])
+    assert 0.9 < low < 1.0 and 1.04 < high < 1.1
+    # Few points are all shown, and so is what belongs to the curve.
+    assert limits([[1.0, 1.0, 50.0]])[1] > 50.0
+    low, high = limits([[float(i) for i in range(100)]])
+    assert low < 0.0 and high > 99.0
+    low, high = limits([[16.0] * 30])
+    assert low < 16.0 < high
+    assert limits([[float("nan")]]) == (0.0, 1.0)
+
+
+def test_picture_of_demos_shows_every_number(tmp_path: Path) -> None:
+    tests = {"seed 1": {"before": 0.1, "control": 0.2, "after ESPO": 0.5}}
+    runs = {"seed 1": {"eval/accuracy": ([0, 8, 16], [0.1, 0.3, 0.5])}}
+
+    def picture(tests: dict, runs: dict) -> bytes:
+        draw_demo(tests, runs, tmp_path / "demo.png")
+        return matplotlib.image.imread(tmp_path / "demo.png").tobytes()
+
+    whole = picture(tests, runs)
+    assert whole == picture(tests, runs)
+    for name in tests["seed 1"]:
+        assert picture({"seed 1": {**tests["seed 1"], name: 0.4}}, runs) != whole
+    assert picture(tests, {"seed 1": {"eval/accuracy": ([0, 8, 16], [0.1, 0.2, 0.5])}}) != whole
+
+
 def test_runs_are_named_by_what_tells_them_apart() -> None:
     assert run_names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
     assert run_names([Path("/x/1/a"), Path("/x/2/a")]) == ["1/a", "2/a"]
@@ -108,6 +163,17 @@ def test_tool_compares_runs(tmp_path: Path) -> None:
     done = plot_run(tmp_path / "one", tmp_path / "two", Path("--out"), tmp_path / "both.png")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "both.png").stat().st_size > 1000
+
+
+def test_tool_draws_demos_and_says_which_are_none(tmp_path: Path) -> None:
+    write_events(tmp_path / "run/tensorboard", {"eval/accuracy": [0.25, 0.5]})
+    picture = tmp_path / "demo.png"
+    done = plot_run(tmp_path / "run", Path("--demo"), Path("--out"), picture)
+    assert done.returncode == 2 and "a demo that has been tested" in done.stderr
+    row = json.dumps({"accuracy": 0.5, "reward": 0.5, "num_problems": 40})
+    (tmp_path / "run/test-espo.log").write_text(row)
+    done = plot_run(tmp_path / "run", Path("--demo"), Path("--out"), picture)
+    assert done.returncode == 0 and picture.stat().st_size > 1000, done.stderr
 
 
 def test_tool_names_a_folder_without_a_run(tmp_path: Path) -> None:

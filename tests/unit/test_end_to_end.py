@@ -15,7 +15,8 @@ import torch
 from interpreter import python
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
-from megatron_espo.monitor.curves import PANELS, TIME_DEPENDENT, Curve, read_details, read_scalars
+from megatron_espo.monitor.curves import TIME_DEPENDENT, Curve, read_details, read_scalars
+from megatron_espo.monitor.pictures import PANELS
 
 pytestmark = pytest.mark.slow
 

@@ -109,6 +109,25 @@ def test_a_long_animation_is_thinned_out_and_keeps_its_ends(tmp_path: Path) -> N
     assert save_frames(tmp_path / "a.gif", "", story) == 150
 
 
+def test_a_puzzle_of_four_by_four_is_drawn_as_one(tmp_path: Path) -> None:
+    def frame(prompt: str, width: int | None) -> Image.Image:
+        story = [(1, [Piece(digit, 1) for digit in "1234" * 4])]
+        save_frames(tmp_path / f"{prompt}{width}", prompt, story, width)
+        return Image.open(tmp_path / f"{prompt}{width}/step0001.png").convert("RGB")
+
+    puzzle, line, alone = frame("1" * 16, 4), frame("1" * 16, None), frame("", 4)
+    # The puzzle to the left of its solution, four lines each.
+    assert puzzle.height == alone.height > 1.5 * line.height
+    assert alone.width < puzzle.width < line.width
+    right = puzzle.crop((puzzle.width // 2, 0, puzzle.width, puzzle.height - 30))
+    left = puzzle.crop((0, 0, puzzle.width // 2, puzzle.height - 30))
+    green = (183, 235, 192)
+    assert {colour for _, colour in right.getcolors(10_000)} >= {green}
+    assert green not in {colour for _, colour in left.getcolors(10_000)}
+    wide, wider = frame("1" * 50, 40), frame("1" * 50, None)
+    assert wide.height > wider.height
+
+
 def test_another_kind_of_picture_is_refused(tmp_path: Path) -> None:
     for good in ("a.gif", "a.PNG", "folder"):
         check_frames_path(tmp_path / good)

@@ -130,6 +130,7 @@ MISTAKES = {
     f"{GENERATE} --prompt a --delay -1": "--delay",
     f"{GENERATE} --prompt a --save-frames a.mov": "a.mov",
     f"{GENERATE} --prompt a b --save-frames a.gif": "--save-frames",
+    f"{GENERATE} --prompt a --frames-width 4": "--frames-width 4",
     f"{GENERATE} --prompt a --rollout-temprature 1": "did you mean --rollout-temperature",
     f"{GENERATE} --prompt {'a' * 900}": "--prompt",
     "tools/generate.py --prompt a": "--load",

@@ -14,7 +14,7 @@ def clear_folder(folder: str, kept: Collection[str] = ()) -> None:
     up first. What cannot be removed stays.
 
     Args:
-        folder: the folder.
+        folder: stays itself, empty.
         kept: names in it that stay.
     """
     mark, count = secrets.token_hex(8), 0

@@ -21,7 +21,7 @@ def line_up(value: Any, operator: str, others: int = 8) -> tuple[list[Any], int]
     """Hide a value among others.
 
     Args:
-        value: the value.
+        value: expected by the test.
         operator: what is to be done with it, "Eq" or "In" for example.
         others: how many others.
 

@@ -50,7 +50,7 @@ def encode(value: Any, depth: int = 0) -> Any:
     """Turn a plain value into what JSON can hold.
 
     Args:
-        value: the value.
+        value: of standard types, or of numpy's.
         depth: containers around it.
 
     Returns:
