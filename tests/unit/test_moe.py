@@ -10,6 +10,8 @@ import torch
 from test_passes import OFFSETS, UNEVEN, WIDTH, build, logits_of, random_batch, window
 from torch import Tensor
 
+from megatron_espo.adapters.attach import attach_adapters, is_adapter
+from megatron_espo.config import LoraConfig
 from megatron_espo.conversion import llada2, llada_moe
 from megatron_espo.conversion.mapping import model_blocks
 from megatron_espo.errors import UserError
@@ -222,3 +224,24 @@ def test_operations_are_those_of_the_weights_that_a_token_passes(module: Any) ->
     # The published models have 1.4 billion; with LLaDA2.0's the embedding is counted.
     assert 1.1e9 < active < 1.4e9
     assert forward_flops(dimensions, 1, 1, 1, keys=0) / 2 == pytest.approx(active, rel=1e-9)
+
+
+def test_adapters_are_on_attention_dense_parts_and_shared_experts(tokenizer: str) -> None:
+    model = build(tokenizer, *LLADA2)
+    before = logits_of(model.train(), UNEVEN)
+    attach_adapters(model, LoraConfig(rank=4), seed=1)
+    adapted = {
+        name.split(".adapter.")[0] for name, _ in model.named_parameters() if is_adapter(name)
+    }
+    linear = ("self_attention.linear_qkv", "self_attention.linear_proj")
+    parts = ("mlp", "mlp.shared_experts", "mlp.shared_experts")
+    assert adapted == {
+        f"decoder.layers.{layer}.{name}"
+        for layer, part in enumerate(parts)
+        for name in (*linear, f"{part}.linear_fc1", f"{part}.linear_fc2")
+    }
+    after = logits_of(model, UNEVEN)
+    torch.testing.assert_close(after, before)
+    after.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == is_adapter(name), name
