@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from test_passes import OFFSETS, UNEVEN, WIDTH, build, logits_of, random_batch, window
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from megatron_espo.model.shape import ModelShape
 from megatron_espo.monitor.flops import ModelDimensions, forward_flops
 from megatron_espo.passes.state import KeyValueCache, RoutingLog
 from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.simulate.experts import balance_experts
 
 LLADA2 = (
     "--num-layers 3 --qk-layernorm --kv-channels 16 --rotary-percent 0.5 --num-experts 8 "
@@ -245,3 +247,19 @@ def test_adapters_are_on_attention_dense_parts_and_shared_experts(tokenizer: str
     after.sum().backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == is_adapter(name), name
+
+
+def test_a_simulated_rank_sends_and_gets_as_many_tokens_of_each_expert(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(MoEAlltoAllTokenDispatcher, "preprocess", lambda self, routing_map: None)
+    balance_experts()
+    second = Namespace(
+        config=Namespace(moe_router_topk=3), num_experts=4, local_expert_indices=[2, 3],
+        num_local_experts=2, ep_size=2, tp_size=1,
+    )  # fmt: skip
+    counts = MoEAlltoAllTokenDispatcher.preprocess(second, torch.zeros(5, 4))
+    # Of 15 tokens 4, 4, 4 and 3; both ranks send as many to the experts of this one.
+    assert counts.tolist() == [8, 6]
+    assert second.input_splits.tolist() == [8, 7] and second.output_splits.tolist() == [7, 7]
+    assert second.num_global_tokens_per_local_expert.tolist() == [[4, 3], [4, 3]]
