@@ -49,7 +49,7 @@ def espo(folder: Path, name: str, *flags: str, fails: bool = False) -> str:
         "--espo-train-data", str(folder / "data/train.jsonl"),
         "--espo-eval-data", str(folder / "data/test.jsonl"),
         "--espo-num-rollouts", "2", "--espo-prompts-per-rollout", "4", "--espo-group-size", "4",
-        "--espo-updates-per-rollout", "2", "--micro-batch-size", "8", "--lr", "1e-2",
+        "--espo-updates-per-rollout", "2", "--espo-gradient", "two_pass", "--micro-batch-size", "8", "--lr", "3e-4",
         "--pretrained-checkpoint", str(folder / "base"), "--load", str(folder / name), "--save",
         str(folder / name), "--save-interval", "1", "--tensorboard-dir",
         str(folder / f"{name}-events"), *flags, fails=fails,
