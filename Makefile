@@ -10,7 +10,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300 $(DURATIONS)
 
-.PHONY: setup te demo demo-seeds test test-fast test-unit test-simulate test-gpu test-dist layouts pretrain-tiny bench docs format lint type smoke check clean
+.PHONY: setup te demo demo-seeds test test-fast test-unit test-simulate test-gpu test-dist layouts pretrain-tiny bench compare docs format lint type smoke check clean
 
 setup: $(VENV)/.installed
 
@@ -78,6 +78,10 @@ bench: setup  ## rollouts and updates against a straightforward implementation
 		$(BIN)/python -W ignore -m benchmarks.rollout_and_elbo --shape $$shape --only rollout \
 			--trained runs/benchmark/$$shape/checkpoint \
 			--out runs/benchmark/$$shape-trained.json || exit 1; done
+
+compare: setup  ## objectives on the demo's sudoku with the same bases, seeds, sampler and noise
+	$(RUN) -W ignore -m benchmarks.compare --out runs/compare --table docs/objectives.md \
+		--figure docs/objectives.png
 
 docs: setup  ## docs/api.md, made from docstrings
 	$(RUN) tools/make_api_docs.py

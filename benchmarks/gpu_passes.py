@@ -16,6 +16,7 @@ from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.generation.sampler import Interrupted, generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.flops import ModelDimensions, forward_flops
+from megatron_espo.objectives import views_per_completion
 from megatron_espo.passes.batch import ViewBatch, pack_sequences, view_batches
 from megatron_espo.random import stream, uniform
 from megatron_espo.rl.elbo import elbo_of_views
@@ -56,7 +57,7 @@ def views_of(
     model: DiffusionModel, rows: int, options: argparse.Namespace
 ) -> tuple[ElboViews, list[ViewBatch]]:
     """One micro-batch of views of random sequences."""
-    n = max(rows // ESPO.views_per_completion, 1)
+    n = max(rows // views_per_completion(ESPO), 1)
     ids = torch.arange(n)
     length = options.completion
     numbers = uniform(stream(1, "tokens"), ids, options.prompt + length)
@@ -68,7 +69,7 @@ def views_of(
         model.pad_token_id,
         model.shapes,
     )
-    size = n * ESPO.views_per_completion
+    size = n * views_per_completion(ESPO)
     batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, size)
     return views, batches
 

@@ -18,6 +18,7 @@ from megatron_espo.diffusion.noise import ElboViews, elbo_views
 from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.flops import ModelDimensions, elbo_flops, training_flops
+from megatron_espo.objectives import views_per_completion
 from megatron_espo.passes.batch import pack_sequences, view_batches
 from megatron_espo.random import stream
 from megatron_espo.rl.update import accumulate_gradient
@@ -184,7 +185,7 @@ def update_flops(work: Workload) -> dict[bool, float]:
         shape.num_layers, size, 3 * size, heads, heads, size // heads, shape.vocab_size
     )
     positions, espo = work.prompt_length + length, EspoConfig(num_mc=work.num_mc)
-    rows = work.sequences * espo.views_per_completion
+    rows = work.sequences * views_per_completion(espo)
     ours = elbo_flops(dimensions, work.sequences, positions, length, espo, training_flops)
     return {True: ours, False: training_flops(dimensions, rows, positions, rows * positions)}
 

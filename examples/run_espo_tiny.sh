@@ -3,16 +3,17 @@
 # that spends ESPO's compute on more fine-tuning, and accuracy on a held-out test split.
 #
 #   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [--base DIR] [--no-control]
-#     [--positions rotary|learned] [--lora] [-- flags for the ESPO run]
+#     [--base-only] [--positions rotary|learned] [--lora] [--blocks N] [-- flags for the ESPO run]
 #
-# --base DIR starts from the data and the fine-tuned model of an earlier run in DIR. A model with
+# --base-only ends with the fine-tuned model. --base DIR starts from the data and the fine-tuned model of an earlier run in DIR. A model with
 # rotary positions is a LLaDA and is written as one at the end; learned ones suit so small a model
-# better, but fit no Hugging Face folder. With --lora ESPO trains adapters of rank 8 on the base.
+# better, but fit no Hugging Face folder. With --lora ESPO trains adapters of rank 8 on the base. With
+# --blocks N the model is a block-diffusion model of N tokens a block, which is no LLaDA either.
 # Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of two minutes that learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-task=sudoku seed=1 out="" base="" control=1 positions=rotary lora=()
+task=sudoku seed=1 out="" base="" control=1 base_only=0 positions=rotary lora=() blocks=0 sampled=()
 while (($#)); do
   case $1 in
     sudoku | countdown) task=$1; shift ;;
@@ -20,7 +21,9 @@ while (($#)); do
     --out) out=$2; shift 2 ;;
     --base) base=$2; shift 2 ;;
     --no-control) control=0; shift ;;
+    --base-only) base_only=1; shift ;;
     --positions) positions=$2; shift 2 ;;
+    --blocks) blocks=$2; shift 2 ;;
     --lora) lora=(--lora-rank 8 --lora-alpha 16); shift ;;
     --) shift; break ;;
     *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
@@ -76,6 +79,15 @@ espo=(--espo-prompts-per-rollout "$prompts" --espo-group-size "$group"
 # which cost three. A fine-tuning step passes 128 rows forward and backward.
 passes=$((prompts * group * (completion + 2 * (updates + (updates - 1) + 3 * updates))))
 control_iters=$((rollouts * passes / (3 * 128)))
+block_length=$completion
+if ((blocks)); then
+  shape+=(--attention-mask block-causal --block-size "$blocks")
+  sampled=(--rollout-cache exact) block_length=$blocks
+  # In positions: a step of sampling passes a block, a pair of views takes three rows in place of
+  # two, and a fine-tuning row has a noisy copy.
+  passes=$((prompts * group * (3 + 3 * (updates + (updates - 1) + 3 * updates))))
+  control_iters=$((rollouts * passes / (3 * 128 * 2)))
+fi
 
 if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it runs
   sft_iters=6 rollouts=2 control_iters=6
@@ -94,8 +106,9 @@ fi
 
 model=(--preset tiny --tokenizer-model "$out/tokenizer" --seq-length "$seq_length" --seed "$seed"
   "${shape[@]}")
-sampling=(--rollout-completion-length "$completion" --rollout-block-length "$completion"
-  --rollout-denoising-steps "$completion" --rollout-micro-batch-size 128)
+sampling=(--rollout-completion-length "$completion" --rollout-block-length "$block_length"
+  --rollout-denoising-steps "$completion" --rollout-micro-batch-size 128
+  "${sampled[@]}")
 sft=(-m megatron_espo.training.pretrain "${model[@]}" --sft-train-data "$out/data/demonstrations.jsonl"
   --sft-completion-length "$completion" --micro-batch-size 64 --global-batch-size 128
   --adam-beta2 0.99 --weight-decay 0.01 --log-interval 50 --save-interval 1000000)
@@ -106,6 +119,8 @@ if [[ -z $base ]]; then
     --tensorboard-dir "$out/tensorboard/sft"
 fi
 
+if ((base_only)); then exit 0; fi
+
 say "ESPO ($rollouts rollouts)"
 ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-task "$task" \
   --espo-train-data "$out/data/train.jsonl" --espo-eval-data "$out/data/validation.jsonl" \
@@ -113,7 +128,7 @@ ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-
   --pretrained-checkpoint "$out/base" --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
 
 tested=(base espo)
-if [[ $positions == rotary ]]; then
+if [[ $positions == rotary && $blocks == 0 ]]; then
   say "Writing the model as a LLaDA folder for Hugging Face, $out/hf"
   "$python" tools/convert_hf.py to-hf --megatron "$out/espo" --family llada --out "$out/hf" 2>&1 |
     grep -aE "^error|^$out/hf"

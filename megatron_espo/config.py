@@ -140,6 +140,20 @@ class DiffusionConfig:
     block_size: int | None = None
     """Tokens of a block, counted from the first one of the prompt."""
 
+    block_growth_to: int | None = None
+    """Pre-training and fine-tuning: blocks grow from --block-size to so many tokens during the run,
+    by --block-growth-factor every --block-growth-interval steps (NBDiff: from 1 to 32). A
+    checkpoint keeps the size that its last step had. Default: they stay as they are."""
+
+    block_growth_factor: int = 2
+    """How many times as large each growth makes the blocks."""
+
+    block_growth_interval: int | None = None
+    """Steps from one growth to the next."""
+
+    block_growth_start: int = 0
+    """Steps before the first of these intervals begins."""
+
     next_token_weight: float = 0.0
     """With context-causal, weight of the next-token loss on the clean tokens (NBDiff 0.5)."""
 
@@ -195,6 +209,7 @@ class DiffusionConfig:
                 f"--block-size {self.block_size} has no effect without --attention-mask "
                 "block-causal or context-causal; pass one or leave it out."
             )
+        self._validate_growth(in_blocks)
         if not 0.0 <= self.next_token_weight < math.inf:
             raise UserError(
                 f"--next-token-weight {self.next_token_weight} must not be negative; use 0.5."
@@ -203,6 +218,35 @@ class DiffusionConfig:
             raise UserError(
                 f"--next-token-weight {self.next_token_weight} has no effect without "
                 "--attention-mask context-causal: other clean tokens see those they would predict."
+            )
+
+    def _validate_growth(self, in_blocks: bool) -> None:
+        if self.block_growth_to is None:
+            if self.block_growth_interval is not None or self.block_growth_start:
+                raise UserError(
+                    "--block-growth-interval and --block-growth-start have no effect without "
+                    "--block-growth-to; pass it or leave them out."
+                )
+            return
+        if not in_blocks or self.block_size is None:
+            raise UserError(
+                f"--block-growth-to {self.block_growth_to} has no effect without --attention-mask "
+                "block-causal or context-causal; pass one or leave it out."
+            )
+        if self.block_growth_to < self.block_size:
+            raise UserError(
+                f"--block-growth-to {self.block_growth_to} is below --block-size "
+                f"{self.block_size}, from which blocks grow; change one of them."
+            )
+        if self.block_growth_interval is None or self.block_growth_interval < 1:
+            raise UserError(
+                f"--block-growth-to {self.block_growth_to} needs --block-growth-interval, the "
+                "steps from one growth to the next; pass at least 1."
+            )
+        if self.block_growth_factor < 2 or self.block_growth_start < 0:
+            raise UserError(
+                f"--block-growth-factor {self.block_growth_factor} must be at least 2, and "
+                f"--block-growth-start {self.block_growth_start} not negative."
             )
 
 
@@ -359,6 +403,14 @@ class CheckpointConfig:
 class EspoConfig:
     """ESPO: ELBO-based sequence-level policy optimization (arXiv 2512.03759)."""
 
+    objective: str = "espo"
+    """Objective: espo, token_elbo, mean_field, diffu_grpo, coupled_grpo, wd1, gdsd, spg, rspo,
+    bridge, gdpo, stable_drl, bgpo, or your own: FILE.py or my_module.my_objective
+    (docs/objectives.md)."""
+
+    objective_args: list[str] | None = field(default=None, metadata=_STRINGS)
+    """Settings of the objective, NAME=VALUE: psi=10 of gdsd, beta=1 of spg, ..."""
+
     task: str = "sudoku"
     """Task with a verifiable reward: sudoku, countdown, gsm8k, math, code, or your own: FILE.py
     or an import path, my_package.my_task, either with ":attribute" for an object in it. Several
@@ -402,11 +454,14 @@ class EspoConfig:
     """Upper clip range of the importance ratio."""
 
     kl_coef: float = 1e-3
-    """Weight of the KL penalty to the reference policy (beta); 0 keeps no reference."""
+    """Weight of the KL penalty to the reference policy (beta); 0 keeps no reference. Objectives
+    without a penalty take 0."""
 
     kl_estimator: Literal["k1", "k2", "k3", "k2_unbiased"] = "k2"
     """Estimator of the KL penalty on d = ELBO - ELBO_ref, per token: k2 = d^2/2 (paper),
-    k2_unbiased = d1 d2 / 2 with independent draws, k3 = exp(-d) - 1 + d, k1 = d."""
+    k2_unbiased = d1 d2 / 2 with independent draws, k3 = exp(-d) - 1 + d, k1 = d. d is that of a
+    whole completion, or of each token in objectives of tokens (published with k3); of a whole
+    completion k3 explodes: exp(-d) of a d of -20 nats is 5e8."""
 
     gradient: Literal["auto", "joint", "two_pass"] = "auto"
     """joint: all views of a sequence in one micro-batch, one pass. two_pass: a pass without
@@ -417,8 +472,10 @@ class EspoConfig:
     """Further prompts that a rollout may sample in place of those whose completions all have the
     same reward, from which nothing is learnt; 0: none."""
 
-    advantage_std_norm: bool = False
-    """Divide advantages by the group's standard deviation (GRPO); the paper does not."""
+    advantage: str = "leave-one-out"
+    """Advantage of a completion in its group: leave-one-out (paper), std (that over the standard
+    deviation), centred (reward - mean), or your own function of rewards: FILE.py or
+    my_module.my_function."""
 
     reference_mix: float = 0.6
     """Share a of the policy when the reference is mixed: ref <- a policy + (1-a) ref."""
@@ -502,14 +559,3 @@ class EspoConfig:
     def completions_per_rollout(self) -> int:
         """Completions of one rollout over all ranks: the global batch of every update."""
         return self.prompts_per_rollout * self.group_size
-
-    @property
-    def views_per_completion(self) -> int:
-        """Model rows behind one ELBO: a coupled draw has two views."""
-        return self.num_mc * (2 if self.elbo_estimator == "coupled" else 1)
-
-    def chosen_gradient(self, rows_per_batch: int) -> Literal["joint", "two_pass"]:
-        """Say what ``gradient`` is with micro-batches of so many views."""
-        if self.gradient != "auto":
-            return self.gradient
-        return "two_pass" if rows_per_batch % self.views_per_completion else "joint"

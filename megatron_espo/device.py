@@ -183,6 +183,10 @@ class _NoStream:
             raise AttributeError(name)
         return lambda *args, **kwargs: None
 
+    def record_event(self, event: object = None) -> "_NoStream":
+        """Return what others can wait for: it has happened."""
+        return _NoStream()
+
     def query(self) -> bool:
         """Everything on a CPU is done when the call returns."""
         return True

@@ -167,6 +167,24 @@ def run_without_cuda() -> None:
 
     _replace(training, "initialize_megatron", initialize_without_cuda)
     _replace(training, "set_jit_fusion_options", _nothing)
+    _count_on_the_host()
+
+
+def _count_on_the_host() -> None:
+    """Give the counts of tokens of each expert as they are given after a copy from a device.
+
+    Megatron makes lists for its collectives from the copy alone; a tensor that was on the host all
+    along stays one, which they refuse.
+    """
+    module = "megatron.core.transformer.moe.token_dispatcher"
+    move = _part(module, "maybe_move_tensor_to_cpu")
+
+    @functools.wraps(move)
+    def move_and_convert(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        moved = move(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    _replace(module, "maybe_move_tensor_to_cpu", move_and_convert)
 
 
 def repair_distributed_optimizer() -> None:

@@ -43,9 +43,12 @@ def attach_adapters(model: Any, lora: LoraConfig, seed: int, *, initialize: bool
     model.requires_grad_(False)
     layers: list[tuple[int, str, Any]] = []
     for layer in model.decoder.layers:
-        for name in ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"):
-            owner = layer.self_attention if name in ("linear_qkv", "linear_proj") else layer.mlp
-            layers.append((layer.layer_number, name, getattr(owner, name)))
+        for name in ("linear_qkv", "linear_proj"):
+            layers.append((layer.layer_number, name, getattr(layer.self_attention, name)))
+        # Of a mixture of experts the one that every token passes, where it has one.
+        part = getattr(layer.mlp, "shared_experts", None) if _is_mixture(layer) else layer.mlp
+        for name in ("linear_fc1", "linear_fc2") if part is not None else ():
+            layers.append((layer.layer_number, name, getattr(part, name)))
     if model.post_process:
         layers.append((0, "output_layer", model.output_layer))
     for number, name, linear in layers:
@@ -53,7 +56,7 @@ def attach_adapters(model: Any, lora: LoraConfig, seed: int, *, initialize: bool
             head = name == "output_layer"
             linear.adapter = Adapter(
                 chosen,
-                _packing(model, name, group.size()),
+                _packing(model, name, group.size(), linear),
                 lora.rank,
                 lora.scale,
                 config.params_dtype,
@@ -77,10 +80,15 @@ def attach_adapters(model: Any, lora: LoraConfig, seed: int, *, initialize: bool
     _keep_base_out_of_checkpoints(model)
 
 
-def _packing(model: Any, layer: str, tp: int) -> Packing:
+def _is_mixture(layer: Any) -> bool:
+    return hasattr(layer.mlp, "router")
+
+
+def _packing(model: Any, layer: str, tp: int, linear: Any) -> Packing:
     config = model.config
     head_size, groups = config.kv_channels, config.num_query_groups
-    queries, inner = config.num_attention_heads * head_size, config.ffn_hidden_size
+    # A shared expert's own config says how wide it is.
+    queries, inner = config.num_attention_heads * head_size, linear.config.ffn_hidden_size
     hidden = config.hidden_size
     rows: dict[str, dict[str, int]] = {
         "linear_qkv": {

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from megatron_espo.evaluation.run import evaluate
 from megatron_espo.evaluation.statistics import Summary, markdown_table
 from megatron_espo.evaluation.store import CompletionStore
 from megatron_espo.startup.arguments import config_from_args
+from megatron_espo.startup.setup import few_shapes
 
 # Of the sampling settings, what only decides how fast completions come.
 _SPEED = ("micro_batch_size",)
@@ -68,6 +69,7 @@ def main(argv: Sequence[str]) -> None:
     model, args = load_model([*checkpoint_flags(options), *rest], prepare)
     task, tokenizer, data = load_eval_problems(args)
     assert protocol is not None
+    model = replace(model, widths=few_shapes(args, data.encoded, [*protocol.configs]))
     settings = _settings(options, args, protocol) | {
         "tokenizer": vocabulary_digest(tokenizer),
         "prompts": {

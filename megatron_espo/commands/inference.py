@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from megatron.core.enums import ModelType
 from megatron.training import training as megatron_training
 
-from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.console import captured
 from megatron_espo.conversion.hf_cache import converted_checkpoint
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
@@ -17,8 +17,8 @@ from megatron_espo.evaluation.problems import (
     load_task_data,
     load_workers,
 )
+from megatron_espo.model.experts import check_uneven_rows
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.passes.block_mask import block_attention
 from megatron_espo.startup.arguments import (
     checkpoint_arguments,
     config_from_args,
@@ -26,6 +26,7 @@ from megatron_espo.startup.arguments import (
     reading_checkpoint,
 )
 from megatron_espo.startup.setup import (
+    block_length,
     build_model,
     diffusion_model,
     initialize_process_groups,
@@ -74,9 +75,7 @@ def validate_sampling(config: RolloutConfig, args: argparse.Namespace) -> None:
     Raises:
         UserError: naming the flag.
     """
-    blocks = block_attention(config_from_args(DiffusionConfig, args))
-    size = None if blocks is None else blocks.size
-    config.validate(args.logit_shift, pad_multiple(args), size)
+    config.validate(args.logit_shift, pad_multiple(args), block_length(args))
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -95,6 +94,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--load is missing: the folder of the checkpoint (or --hf).")
     if not (args.bf16 or args.fp16) and (stored := checkpoint_arguments(args.load)):
         args.bf16, args.fp16 = stored.bf16, stored.fp16
+    check_uneven_rows(args, "sampling")
     args.exit_on_missing_checkpoint = True
     args.skip_train = args.no_load_optim = args.no_load_rng = True
     args.perform_initialization = False  # every weight comes from the checkpoint

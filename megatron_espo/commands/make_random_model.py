@@ -11,7 +11,17 @@ import re
 from collections.abc import Sequence
 
 from megatron_espo.command_line import Parser
-from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
+from megatron_espo.conversion import (
+    dream,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    llama3,
+    qwen2,
+    qwen3,
+    sdar,
+)
 from megatron_espo.conversion.convert import DTYPES
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.random_model import write_random_model
@@ -24,6 +34,8 @@ PUBLISHED = {
     "dream": dream.PUBLISHED,
     "illada": illada.PUBLISHED,
     "sdar": sdar.PUBLISHED,
+    "llada2": llada2.PUBLISHED,
+    "llada_moe": llada_moe.PUBLISHED,
     "qwen3": qwen3.PUBLISHED,
     "qwen2": qwen2.PUBLISHED,
     "llama": llama3.PUBLISHED,
@@ -32,6 +44,18 @@ PUBLISHED = {
 
 def tiny(shape: ModelShape) -> ModelShape:
     """Shrink a shape to what fits the byte tokenizer: 256 is its mask, 257 its end of text."""
+    experts = shape.experts
+    if experts is not None:
+        experts = dataclasses.replace(
+            experts,
+            num_experts=8,
+            topk=4,
+            hidden_size=48,
+            layers=(experts.layers[0], 1, 1),
+            shared_size=None if experts.shared_size is None else 48,
+            groups=None if experts.groups is None else 4,
+            best_groups=None if experts.groups is None else 2,
+        )
     return dataclasses.replace(
         shape,
         num_layers=3,
@@ -43,6 +67,7 @@ def tiny(shape: ModelShape) -> ModelShape:
         max_position_embeddings=512,
         mask_token_id=256,
         eos_token_id=257,
+        experts=experts,
     )
 
 

@@ -46,7 +46,8 @@ def write_megatron(
     with _progress("to Megatron", blocks, dtype) as bar:
 
         def read(block: Block) -> Tensor:
-            tensor = block.pack([weights.read(name).to(dtype) for name in block.sources])
+            own = block.dtype or dtype
+            tensor = block.pack([weights.read(name).to(own) for name in block.sources])
             bar.update(tensor.nbytes)
             return tensor
 
@@ -90,6 +91,7 @@ def write_hugging_face(
     files: Mapping[str, str] | None,
     copies: Mapping[str, str],
     delta: Callable[[str], Tensor | None] | None = None,
+    own_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a Hugging Face folder's weights from a torch_dist checkpoint.
 
@@ -101,9 +103,11 @@ def write_hugging_face(
         files: which file takes which tensor; None splits them anew.
         copies: tensors that are written where ``files`` has them -> what they are copies of.
         delta: makes what is added to the weight of a module, in float32, or None.
+        own_dtype: type of the blocks that have their own in a checkpoint.
     """
     home = {name: block for block in blocks for name in block.sources}
-    tensors = {name: (block.sources[name], dtype) for name, block in home.items()}
+    types = {name: own_dtype if block.dtype else dtype for name, block in home.items()}
+    tensors = {name: (block.sources[name], types[name]) for name, block in home.items()}
     tensors.update({copy: tensors[name] for copy, name in copies.items() if copy in (files or ())})
     parts: dict[str, Tensor] = {}
     with _progress("to Hugging Face", blocks, dtype) as bar:
@@ -119,7 +123,7 @@ def write_hugging_face(
             tensor = parts.pop(name)
             if delta is not None:
                 tensor = merge(tensor, delta(name.removesuffix(".weight")))
-            tensor = tensor.to(dtype)
+            tensor = tensor.to(types[name])
             bar.update(tensor.nbytes)
             return tensor
 

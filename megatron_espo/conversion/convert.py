@@ -23,6 +23,7 @@ from megatron_espo.checkpoint.tracker import (
 from megatron_espo.conversion.adapters import CheckpointAdapters
 from megatron_espo.conversion.blocks import check_weights, write_hugging_face, write_megatron
 from megatron_espo.conversion.families import FAMILIES
+from megatron_espo.conversion.hugging_face import DTYPES as HF_DTYPES
 from megatron_espo.conversion.hugging_face import (
     HuggingFaceWeights,
     copy_other_files,
@@ -89,7 +90,8 @@ def convert_to_megatron(
     model = read_model_with_mask(folder, source, mask_token_id, logit_shift)
     weights = HuggingFaceWeights(model.folder) if lora is None else _merged_weights(model, lora)
     weights.check(model.sources, model.copies)
-    kept = weights.dtype(convert=dtype is not None)
+    own = [name for block in model.blocks if block.dtype for name in block.sources]
+    kept = weights.dtype(convert=dtype is not None, own=own)
     kept = DTYPES[dtype] if dtype else kept
     with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
         copied = tokenizer_folder(partial)
@@ -100,6 +102,8 @@ def convert_to_megatron(
         args.tokenizer_model = str(tokenizer_folder(Path(out).absolute()))
         args.bf16, args.fp16 = kept == torch.bfloat16, kept == torch.float16
         args.params_dtype = kept
+        # For the way back: a checkpoint has these tensors in float32 whatever they were.
+        args.expert_bias_dtype = HF_DTYPES[weights.tensors[own[0]].dtype] if own else None
         release = partial / "release"
         release.mkdir()
         common = {"args": args, "checkpoint_version": 3.0, "iteration": 0}
@@ -175,7 +179,10 @@ def convert_to_hugging_face(
             delta = CheckpointAdapters.of(readers[0], args, model.shape, names).delta
         with atomic_folder(out, needed=model.num_parameters * kept.itemsize) as partial:
             copy_other_files(model.folder, partial)
-            write_hugging_face(reader, partial, model.blocks, kept, files, model.copies, delta)
+            own_dtype = getattr(args, "expert_bias_dtype", None) or torch.float32
+            write_hugging_face(
+                reader, partial, model.blocks, kept, files, model.copies, delta, own_dtype
+            )
             written = HuggingFaceWeights(partial)
             written.check(model.sources, model.copies)
             if check_logits:

@@ -4,7 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
+from megatron_espo.conversion import (
+    dream,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    llama3,
+    qwen2,
+    qwen3,
+    sdar,
+)
 from megatron_espo.conversion.mapping import Names
 from megatron_espo.errors import UserError
 from megatron_espo.model.published_config import Config
@@ -42,6 +52,10 @@ FAMILIES = {
     "illada": Family(illada.ARCHITECTURE, illada.NAMES, illada.read_config, illada.write_config),
     "sdar": Family(
         sdar.ARCHITECTURE, sdar.NAMES, sdar.read_config, sdar.write_config, "Qwen2Tokenizer"
+    ),
+    "llada2": Family(llada2.ARCHITECTURE, llada2.NAMES, llada2.read_config, llada2.write_config),
+    "llada_moe": Family(
+        llada_moe.ARCHITECTURE, llada_moe.NAMES, llada_moe.read_config, llada_moe.write_config
     ),
     "qwen3": Family(
         qwen3.ARCHITECTURE,

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,23 +231,24 @@ class HuggingFaceWeights:
                     "this config.json."
                 )
 
-    def dtype(self, convert: bool = False) -> torch.dtype:
+    def dtype(self, convert: bool = False, own: Collection[str] = ()) -> torch.dtype:
         """Return the type of the weights.
 
         Args:
             convert: they will be converted, so that types may differ.
+            own: tensors whose type may differ in any case.
 
         Raises:
             UserError: types differ, or one is no floating-point type of 16 or 32 bits.
         """
-        first = next(iter(self.tensors))
+        first = next(name for name in self.tensors if name not in own)
         for name, stored in self.tensors.items():
             if stored.dtype not in DTYPES:
                 raise UserError(
                     f"{self.folder / stored.file}: {name} is {stored.dtype}; only "
                     f"{', '.join(DTYPES)} can be converted."
                 )
-            if stored.dtype != self.tensors[first].dtype and not convert:
+            if stored.dtype != self.tensors[first].dtype and not convert and name not in own:
                 raise UserError(
                     f"{self.folder / stored.file}: {name} is {stored.dtype} and {first} is "
                     f"{self.tensors[first].dtype}; pass --dtype to convert all to one type."

@@ -17,11 +17,14 @@ def stream_weights(
 
     Args:
         model: a model on the meta device.
-        parts: paths of the parts, where ``*`` stands for a number; every parameter must be in one.
-        load: reads parameters by name.
+        parts: paths of the parts, where ``*`` stands for a number; every parameter, and every
+            buffer that is saved with them, must be in one.
+        load: reads parameters and buffers by name.
         kept: parts that keep their weights, because others use them, too.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    saved = model.state_dict(keep_vars=True)
+    parameters |= {name: b for name, b in model.named_buffers() if name in saved}
     covered: set[str] = set()
     for path, module in model.named_modules():
         if not any(
@@ -49,5 +52,9 @@ def stream_weights(
 
 def _replace(model: Module, name: str, tensor: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._buffers:
+        module._buffers[leaf] = tensor
+        return
     parameter = tensor if isinstance(tensor, Parameter) else Parameter(tensor, requires_grad=False)
-    model.get_submodule(path)._parameters[leaf] = parameter
+    module._parameters[leaf] = parameter

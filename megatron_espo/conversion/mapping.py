@@ -1,12 +1,14 @@
 """Which Hugging Face tensors make up which block of which Megatron tensor.
 
 Megatron stacks the layers of a checkpoint along a first axis, packs q, k and v by query group
-(weights and biases alike), and puts the gate above the up projection in ``linear_fc1``. The
-checkpoint holds global tensors: nothing here depends on a layout.
+(weights and biases alike), and puts the gate above the up projection in ``linear_fc1``. Where some
+layers are mixtures of experts, it names each layer and stacks the experts of one. The checkpoint
+holds global tensors: nothing here depends on a layout.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +36,12 @@ class Names:
         down: the projection back.
         query_norm: norm of each head's queries, in families that have it.
         key_norm: of its keys.
+        fused: a projection in place of query, key and value, whose rows are those of all queries,
+            all keys and all values.
+        router: of a mixture of experts, the projection that scores them.
+        router_bias: the whole name of the experts' biases, in families that have them.
+        expert: prefix of an expert's names, with ``{expert}`` for its number.
+        shared: prefix of the shared expert's names.
     """
 
     embedding: str
@@ -51,6 +59,11 @@ class Names:
     down: str
     query_norm: str = ""
     key_norm: str = ""
+    fused: str = ""
+    router: str = ""
+    router_bias: str = ""
+    expert: str = ""
+    shared: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,11 +72,13 @@ class Block:
 
     Attributes:
         key: Megatron's name of the tensor in the checkpoint.
-        global_shape: shape of the whole tensor, layers stacked in front.
+        global_shape: shape of the whole tensor, layers or experts stacked in front.
         offset: where the block starts in it.
-        stacked: whether the first axis of the tensor counts layers.
+        stacked: whether the first axis of the tensor counts layers or experts.
         sources: Hugging Face names and shapes.
         groups: query groups to pack several sources by.
+        fused: of a single source that is several in one, the rows of each; none elsewhere.
+        dtype: the type of the block whatever that of the others is; None: as theirs.
     """
 
     key: str
@@ -72,10 +87,12 @@ class Block:
     stacked: bool
     sources: Mapping[str, tuple[int, ...]]
     groups: int = 1
+    fused: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the block, with an axis of one layer in front if the layers are stacked."""
+        """Shape of the block, with an axis of one in front if layers or experts are stacked."""
         shapes = list(self.sources.values())
         rows = sum(shape[0] for shape in shapes)
         return (1,) * self.stacked + (rows, *shapes[0][1:])
@@ -89,6 +106,8 @@ class Block:
         Returns:
             The block, of :attr:`shape`; with a single source, without a copy.
         """
+        if self.fused:
+            tensors = tensors[0].split(self.fused)
         if len(tensors) == 1:
             return tensors[0].reshape(self.shape)
         by_group = [tensor.unflatten(0, (self.groups, -1)) for tensor in tensors]
@@ -103,9 +122,12 @@ class Block:
         Returns:
             The sources by name; contiguous.
         """
-        shapes = self.sources.values()
+        rows = self.fused or [shape[0] for shape in self.sources.values()]
         block = block.reshape(self.groups, -1, *self.shape[self.stacked + 1 :])
-        parts = block.split([shape[0] // self.groups for shape in shapes], dim=1)
+        parts = block.split([count // self.groups for count in rows], dim=1)
+        if self.fused:
+            ((name, shape),) = self.sources.items()
+            return {name: torch.cat([part.flatten(0, 1) for part in parts]).reshape(shape)}
         return {
             name: part.reshape(shape).contiguous()
             for part, (name, shape) in zip(parts, self.sources.items(), strict=True)
@@ -152,51 +174,127 @@ def tied_copies(shape: ModelShape, names: Names) -> dict[str, str]:
     return {f"{names.head}.weight": f"{names.embedding}.weight"} if shape.tied_embeddings else {}
 
 
-def _layer_blocks(shape: ModelShape, names: Names, layer: int) -> list[Block]:
-    hidden, ffn, groups = shape.hidden_size, shape.ffn_hidden_size, shape.num_query_groups
-    prefix = names.layer.format(layer=layer)
+class _Layer:
+    """Makes the blocks of one layer."""
+
+    def __init__(self, shape: ModelShape, names: Names, layer: int) -> None:
+        self.shape, self.names, self.layer = shape, names, layer
+        self.prefix = names.layer.format(layer=layer)
 
     def block(
-        key: str, sources: dict[str, tuple[int, ...]], rows: int, start: int = 0, groups: int = 1
+        self,
+        key: str,
+        sources: Mapping[str, tuple[int, ...]],
+        rows: int,
+        start: int = 0,
+        *,
+        expert: int | None = None,
+        **settings: Any,
     ) -> Block:
+        """Make a block of some sources, whose names are those after the layer's prefix."""
         inner = next(iter(sources.values()))[1:]
-        size = (shape.num_layers, rows, *inner)
-        offset = (layer, start, *(0 for _ in inner))
-        named = {prefix + name: source for name, source in sources.items()}
-        return Block(f"decoder.layers.{key}", size, offset, True, named, groups)
+        size, offset = (rows, *inner), (start, *(0 for _ in inner))
+        named = {self.prefix + name: source for name, source in sources.items()}
+        experts = self.shape.experts
+        if experts is None:
+            size, offset = (self.shape.num_layers, *size), (self.layer, *offset)
+            return Block(f"decoder.layers.{key}", size, offset, True, named, **settings)
+        if expert is not None:
+            size, offset = (experts.num_experts, *size), (expert, *offset)
+        path = f"decoder.layers.{self.layer}.{key}"
+        return Block(path, size, offset, expert is not None, named, **settings)
 
+    def feed_forward(
+        self, key: str, prefix: str, inner: int, expert: int | None = None
+    ) -> list[Block]:
+        """Make the blocks of a gated feed-forward part."""
+        names, hidden = self.names, self.shape.hidden_size
+        gate, up, down = (
+            f"{prefix}{name.rsplit('.', 1)[-1] if prefix else name}.weight"
+            for name in (names.gate, names.up, names.down)
+        )
+        fc1, fc2 = f"{key}.linear_fc1.weight", f"{key}.linear_fc2.weight"
+        return [
+            self.block(fc1, {gate: (inner, hidden)}, 2 * inner, expert=expert),
+            self.block(fc1, {up: (inner, hidden)}, 2 * inner, inner, expert=expert),
+            self.block(fc2, {down: (hidden, inner)}, hidden, expert=expert),
+        ]
+
+    def mixture(self) -> list[Block]:
+        """Make the blocks of a mixture of experts."""
+        experts, names, hidden = self.shape.experts, self.names, self.shape.hidden_size
+        assert experts is not None
+        weight, bias = (experts.num_experts, hidden), (experts.num_experts,)
+        blocks = [self.block("mlp.router.weight", {f"{names.router}.weight": weight}, weight[0])]
+        if experts.bias:
+            own = {names.router_bias: bias}
+            # Megatron adds to it in float32, in models of every type.
+            blocks.append(self.block(f"mlp.router.{_BIAS}", own, weight[0], dtype=torch.float32))
+        for expert in range(experts.num_experts):
+            prefix = names.expert.format(expert=expert)
+            blocks += self.feed_forward("mlp.experts.experts", prefix, experts.hidden_size, expert)
+        if experts.shared_size is not None:
+            blocks += self.feed_forward("mlp.shared_experts", names.shared, experts.shared_size)
+        return blocks
+
+
+_BIAS = "expert_bias"
+
+
+def has_own_type(key: str) -> bool:
+    """Say whether a tensor of a checkpoint may have another type than the others."""
+    return key.endswith(f".{_BIAS}")
+
+
+def _is_mixture(shape: ModelShape, layer: int) -> bool:
+    return shape.experts is not None and bool(shape.experts.layers[layer])
+
+
+def _layer_blocks(shape: ModelShape, names: Names, layer: int) -> list[Block]:
+    hidden, groups = shape.hidden_size, shape.num_query_groups
+    make, is_mixture = _Layer(shape, names, layer), _is_mixture(shape, layer)
     queries = shape.num_attention_heads * shape.head_dim
     heads = {
         names.query: queries,
         names.key: groups * shape.head_dim,
         names.value: groups * shape.head_dim,
     }
-    qkv_rows = sum(heads.values())
-    weights = {f"{name}.weight": (rows, hidden) for name, rows in heads.items()}
-    biases: dict[str, tuple[int, ...]] = {f"{name}.bias": (r,) for name, r in heads.items()}
+    rows = tuple(heads.values())
+    weights: dict[str, tuple[int, ...]] = {f"{n}.weight": (r, hidden) for n, r in heads.items()}
+    biases: dict[str, tuple[int, ...]] = {f"{n}.bias": (r,) for n, r in heads.items()}
+    if names.fused:
+        weights = {f"{names.fused}.weight": (sum(rows), hidden)}
+    # Transformer Engine's spec has a norm of its own before a mixture.
+    norm = "pre_mlp_layernorm.weight" if is_mixture else "mlp.linear_fc1.layer_norm_weight"
     blocks = [
-        block(
+        make.block(
             "self_attention.linear_qkv.layer_norm_weight",
             {f"{names.attention_norm}.weight": (hidden,)},
             hidden,
         ),
-        block("self_attention.linear_qkv.weight", {**weights}, qkv_rows, groups=groups),
-        block(
+        make.block(
+            "self_attention.linear_qkv.weight",
+            weights,
+            sum(rows),
+            groups=groups,
+            fused=rows if names.fused else (),
+        ),
+        make.block(
             "self_attention.linear_proj.weight",
             {f"{names.attention_output}.weight": (hidden, queries)},
             hidden,
         ),
-        block("mlp.linear_fc1.layer_norm_weight", {f"{names.ffn_norm}.weight": (hidden,)}, hidden),
-        block("mlp.linear_fc1.weight", {f"{names.gate}.weight": (ffn, hidden)}, 2 * ffn),
-        block("mlp.linear_fc1.weight", {f"{names.up}.weight": (ffn, hidden)}, 2 * ffn, start=ffn),
-        block("mlp.linear_fc2.weight", {f"{names.down}.weight": (hidden, ffn)}, hidden),
+        make.block(norm, {f"{names.ffn_norm}.weight": (hidden,)}, hidden),
     ]
+    blocks += make.mixture() if is_mixture else make.feed_forward("mlp", "", shape.ffn_hidden_size)
     if shape.qkv_bias:
-        blocks.insert(2, block("self_attention.linear_qkv.bias", biases, qkv_rows, groups=groups))
+        blocks.insert(
+            2, make.block("self_attention.linear_qkv.bias", biases, sum(rows), groups=groups)
+        )
     if shape.qk_norm:
-        for norm, name in zip(_QK_NORMS, (names.query_norm, names.key_norm), strict=True):
+        for part, name in zip(_QK_NORMS, (names.query_norm, names.key_norm), strict=True):
             source: dict[str, tuple[int, ...]] = {f"{name}.weight": (shape.head_dim,)}
-            blocks.append(block(f"{norm}.weight", source, shape.head_dim))
+            blocks.append(make.block(f"{part}.weight", source, shape.head_dim))
     return blocks
 
 
@@ -204,13 +302,12 @@ _QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 # Modules that carry an extra state in a checkpoint: Transformer Engine's FP8 scales. Megatron's
 # plain layers keep an empty one, so that a checkpoint without it fits neither.
-_LAYER_STATES = (
+_ATTENTION_STATES = (
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
     "self_attention.core_attention",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
 )
+_FEED_FORWARD_STATES = ("linear_fc1", "linear_fc2")
 
 
 def extra_states(shape: ModelShape) -> dict[str, int]:
@@ -222,6 +319,19 @@ def extra_states(shape: ModelShape) -> dict[str, int]:
     Returns:
         Key in the checkpoint -> number of parts.
     """
-    modules = (*_LAYER_STATES, *(_QK_NORMS if shape.qk_norm else ()))
-    states = {f"decoder.layers.{name}._extra_state": shape.num_layers for name in modules}
-    return {**states, "decoder.final_layernorm._extra_state": 1}
+    attention = (*_ATTENTION_STATES, *(_QK_NORMS if shape.qk_norm else ()))
+    states = {"decoder.final_layernorm": 1}
+    if shape.experts is None:
+        for name in (*attention, *(f"mlp.{part}" for part in _FEED_FORWARD_STATES)):
+            states[f"decoder.layers.{name}"] = shape.num_layers
+    else:
+        for layer in range(shape.num_layers):
+            path = f"decoder.layers.{layer}"
+            states.update(dict.fromkeys((f"{path}.{name}" for name in attention), 1))
+            parts = {"mlp": 1}
+            if _is_mixture(shape, layer):
+                parts = {"mlp.experts.experts": shape.experts.num_experts}
+                parts |= {"mlp.shared_experts": 1} if shape.experts.shared_size else {}
+            for part, count in parts.items():
+                states.update({f"{path}.{part}.{name}": count for name in _FEED_FORWARD_STATES})
+    return {f"{name}._extra_state": count for name, count in states.items()}

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from megatron_espo.conversion.mapping import Block
+from megatron_espo.conversion.mapping import Block, has_own_type
 from megatron_espo.errors import UserError
 
 # What Megatron's torch_dist writer stores beside the tensors: everything that is not sharded.
@@ -56,7 +56,7 @@ def write_checkpoint(
     Args:
         folder: an empty folder.
         blocks: all blocks of the model.
-        dtype: their type.
+        dtype: their type, unless a block says another.
         read: makes a block.
         extra_states: key -> number of parts of the extra states, which are written empty.
         common: what is not sharded ("args", "iteration", "checkpoint_version").
@@ -107,7 +107,7 @@ class _Writer(DefaultSavePlanner):
                 WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
                     ChunkStorageMetadata(torch.Size(block.offset), torch.Size(block.shape)),
-                    TensorProperties(dtype=self._dtype),
+                    TensorProperties(dtype=block.dtype or self._dtype),
                     torch.Size(block.global_shape),
                 ),
             )
@@ -164,7 +164,8 @@ class CheckpointReader:
         Raises:
             UserError: types differ.
         """
-        types = {dtype: key for key, (_, dtype) in self.weights().items()}
+        weights = self.weights()
+        types = {dtype: key for key, (_, dtype) in weights.items() if not has_own_type(key)}
         if len(types) > 1:
             found = " and ".join(f"{key} is {str(dtype)[6:]}" for dtype, key in types.items())
             raise UserError(f"{self.folder}: {found}; pass --dtype to convert all to one type.")

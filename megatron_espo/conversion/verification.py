@@ -15,6 +15,7 @@ from megatron_espo.adapters.attach import whole_state
 from megatron_espo.conversion.hf_oracle import HfOracle
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights
 from megatron_espo.conversion.layerwise import stream_weights
+from megatron_espo.conversion.mixture_oracle import MixtureOracle
 from megatron_espo.conversion.torch_dist import CheckpointReader
 from megatron_espo.device import current_device
 from megatron_espo.errors import UserError
@@ -37,7 +38,8 @@ def verify(
     """Compare the logits of both sides on random tokens, some of them masked, a row padded.
 
     One side is Megatron's model, with the blocks of the checkpoint that it asks for itself, the
-    other transformers' own model (conversion/hf_oracle.py). Both compute in float32 and hold one
+    other transformers' own model (conversion/hf_oracle.py), or one in plain PyTorch where that has
+    none (conversion/mixture_oracle.py). Both compute in float32 and hold one
     layer at a time.
 
     Args:
@@ -54,7 +56,10 @@ def verify(
     torch.set_float32_matmul_precision("highest")
     tokens, lengths = _random_tokens(fields["vocab_size"], shape.mask_token_id)
     ours = _checkpoint_logits(checkpoints, tokens, lengths, shape.logit_shift)
-    theirs = HfOracle(fields, weights, torch.float32).logits(tokens, lengths)
+    if "num_experts" in fields:
+        theirs = MixtureOracle(fields, weights.read, torch.float32).logits(tokens, lengths)
+    else:
+        theirs = HfOracle(fields, weights, torch.float32).logits(tokens, lengths)
     # The first position of a shifted model has no prediction.
     compared = torch.arange(_WIDTH)[None, :] < lengths[:, None]
     compared[:, 0] = False

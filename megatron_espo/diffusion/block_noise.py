@@ -4,15 +4,17 @@ The likelihood of a completion is the product of its blocks', each given the cle
 each block's bound is that of masked diffusion on its tokens alone (BD3-LM, arXiv 2503.09573,
 eq. 8). A draw masks all blocks at once, each with its own level.
 
-Symbols: b rows, s positions, n blocks.
+Symbols: b rows, s positions, n blocks, k tokens of a block, l completion length, m draws, v views
+per draw.
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_espo.diffusion.noise import ForwardProcess
+from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, ForwardProcess
 from megatron_espo.random import Stream, substream, uniform
 
 
@@ -71,3 +73,101 @@ def block_noise(
         mask, weights = rank < count, total / count.clamp(min=1)
     weights = weights.expand_as(draws).float()
     return BlockNoise(mask.flatten(1)[:, :s], weights.flatten(1)[:, :s])
+
+
+def grown_size(first: int, largest: int, factor: int, interval: int, start: int, step: int) -> int:
+    """Say how many tokens a block has at a step of a run in which blocks grow.
+
+    b(s) = min(largest, first * factor ** floor(max(0, s - start) / interval)), the schedule of
+    next-block adaptation (arXiv 2512.06776, section 4).
+
+    Args:
+        first: tokens at the beginning.
+        largest: tokens at the end.
+        factor: of each growth.
+        interval: steps from one growth to the next.
+        start: steps before the first interval.
+        step: optimizer steps done, s.
+
+    Returns:
+        Tokens.
+    """
+    size = first
+    for _ in range(max(0, step - start) // interval):
+        if size >= largest:
+            break
+        size *= factor
+    return min(size, largest)
+
+
+def block_elbo_views(
+    estimator: ElboEstimator,
+    key: Stream,
+    sample_ids: Tensor,
+    offsets: Tensor,
+    length: int,
+    num_mc: int,
+    block_size: int,
+    *,
+    independent_draws: bool = False,
+) -> ElboViews:
+    """Draw the masks of estimates of the block ELBO of completions.
+
+    Each block of T tokens is masked as :func:`~megatron_espo.diffusion.noise.elbo_views` masks a
+    completion of that length, and the estimates of the blocks add up to one of the completion.
+    ``coupled``: c ~ U{0..T} of the block's tokens in one view, the others in the second one, with
+    weights (T + 1) / 2c and (T + 1) / 2 (T - c).
+
+    Args:
+        estimator: which forward process.
+        key: random stream of this estimate.
+        sample_ids: int64 ``[b]`` on the host.
+        offsets: int64 ``[b]``, below ``block_size``: places of the completion's first block that
+            the prompt takes.
+        length: completion length l.
+        num_mc: number of draws m.
+        block_size: tokens of a block k.
+        independent_draws: give each draw levels of its own; else those of a block are spread evenly
+            over the draws, which leaves each of them uniform.
+
+    Returns:
+        The views, on the host. The weights are those of tokens.
+    """
+    n = -(-(block_size - 1 + length) // block_size)
+    columns = offsets[:, None] + torch.arange(length)
+    inside = torch.zeros(len(offsets), n * block_size, dtype=torch.bool).scatter_(1, columns, True)
+    inside = inside.unflatten(1, (n, block_size))
+    first = uniform(substream(key, "block"), sample_ids, n)
+    masks, weights = [], []
+    for draw in range(num_mc):
+        level = (first + draw / num_mc) % 1.0
+        if independent_draws:
+            level = uniform(substream(key, "block", draw), sample_ids, n)
+        numbers = uniform(substream(key, "token", draw), sample_ids, n * block_size)
+        views = _views(estimator, level[:, :, None], numbers.view_as(inside), inside)
+        masks.append(torch.stack([mask for mask, _ in views], dim=1))
+        factors = [weight.expand_as(inside).float() for _, weight in views]
+        weights.append(torch.stack(factors, dim=1))
+    picked = columns[:, None, None].expand(-1, num_mc, masks[0].size(1), -1)
+    mask, weight = (torch.stack(parts, dim=1).flatten(3) for parts in (masks, weights))
+    ones = torch.ones(mask.shape[:3])
+    return ElboViews(mask.gather(3, picked), ones, token_weights=weight.gather(3, picked))
+
+
+def _views(
+    estimator: ElboEstimator, level: Tensor, numbers: Tensor, inside: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Make the masks ``[b, n, k]`` of one draw, and the weights of their blocks ``[b, n, 1]``."""
+    if estimator == "bernoulli":
+        return [((numbers < level) & inside, 1.0 / level)]
+    total = inside.sum(2, keepdim=True)
+    low = 0 if estimator == "coupled" else 1
+    count = (low + (level * (total + 1 - low)).long()).clamp(max=total)
+    order = numbers.masked_fill(~inside, 2.0).argsort(dim=2, stable=True)
+    mask = order.argsort(dim=2, stable=True) < count
+    if estimator == "exact_count":
+        return [(mask, total / count.clamp(min=1))]
+    sides = ((mask, count), (inside & ~mask, total - count))
+    return [
+        (side, torch.where(c > 0, (total + 1) / (2 * c.clamp(min=1)), 0.0)) for side, c in sides
+    ]

@@ -5,7 +5,8 @@ prompt, and the completion's last one may be cut short (SDAR, arXiv 2510.06303).
 sees nothing that comes later, so that its keys and values are final. With ``--rollout-cache exact``
 they are kept: one pass takes in the whole blocks of the prompts of a micro-batch, each finished
 block is passed once more for its own, and a denoising step passes the open block alone. The tokens
-are those of passes over whole rows, which are made without a cache.
+are those of passes over whole rows, which are made without a cache. What a prompt's completions
+have in common is taken in once for all of them in a micro-batch: it does not see them.
 
 Rows of a micro-batch go from block to block each for itself; rows that are final leave the cache,
 and others enter when all of them have left.
@@ -15,7 +16,7 @@ Symbols: a rows of a step, b rows of a pass, k block length, w positions of a pa
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,10 +81,13 @@ def evaluate_blocks(
     ]
     run = partial(_run, model=model, draw=draw, first=not rows.num_evaluations.any())
     if scheduler.config.cache == "exact":
-        if begun := [_prefill(model, rows, batch) for batch, _ in parts if batch.cache is None]:
-            run(begun)
-            for batch, _ in parts:
+        begun = [batch for batch, _ in parts if batch.cache is None]
+        shared = [_prefixes(rows, batch) for batch in begun]
+        if begun:
+            run([_prefill(model, rows, *one) for one in zip(begun, shared, strict=True)])
+            for batch, (_, places) in zip(begun, shared, strict=True):
                 assert batch.cache is not None
+                batch.cache.keep(places)
                 batch.cache.widen(rows.tokens.size(1))
         passes = [_window(model, rows, batch, asked, own) for batch, own in parts]
     else:
@@ -121,13 +125,37 @@ def _limits(model: DiffusionModel, rows: Rows, index: Tensor, positions: Tensor)
     return blocks.key_limits(positions, opened, ends)
 
 
-def _prefill(model: DiffusionModel, rows: Rows, batch: MicroBatch) -> RowBatch:
+class _Prefixes(NamedTuple):
+    """What lies before the first open blocks of a micro-batch, each prefix once.
+
+    Attributes:
+        index: int64 ``[u]``, a row that begins with each.
+        places: int64 ``[b]``, the prefix of each row, among them.
+    """
+
+    index: Tensor
+    places: Tensor
+
+
+def _prefixes(rows: Rows, batch: MicroBatch) -> _Prefixes:
+    """Find the rows of a micro-batch that begin alike."""
+    index, known = [], dict[tuple[int, ...], int]()
+    places = []
+    for row, start in zip(batch.rows, rows.starts(torch.tensor(batch.rows)).tolist(), strict=True):
+        place = known.setdefault(tuple(rows.tokens[row, :start].tolist()), len(index))
+        if place == len(index):
+            index.append(row)
+        places.append(place)
+    return _Prefixes(torch.tensor(index), torch.tensor(places))
+
+
+def _prefill(model: DiffusionModel, rows: Rows, batch: MicroBatch, prefixes: _Prefixes) -> RowBatch:
     """Take in what lies before the first open blocks of a micro-batch; nothing is read."""
-    index = torch.tensor(batch.rows)
+    index = prefixes.index
     starts = rows.starts(index)
     width = round_up(max(int(starts.max()), 1), model.pad_multiple)
     batch.cache, batch.cached = KeyValueCache(), list(batch.rows)
-    rows.count_pass(index, width, width, torch.zeros_like(index))
+    rows.count_pass(index, width, width, _read(torch.zeros_like(index)))
     shift = int(model.logit_shift)
     return RowBatch(
         rows.tokens[index, :width],
@@ -139,6 +167,13 @@ def _prefill(model: DiffusionModel, rows: Rows, batch: MicroBatch) -> RowBatch:
         sampling=True,
         key_limits=_limits(model, rows, index, torch.arange(width)[None]),
     )
+
+
+def _read(candidates: Tensor) -> Tensor:
+    """Count the states that the head reads of each row: of a pass without candidates, one."""
+    if not candidates.any():
+        candidates[0] = 1
+    return candidates
 
 
 def _candidates_of(
@@ -168,7 +203,7 @@ def _window(
     window = offsets[:, None] + torch.arange(asked.picked.size(1) + shift)
     chosen, positions, payload = _candidates_of(rows, asked, own, shift, int(offsets[0]))
     width = rows.tokens.size(1)
-    rows.count_pass(index, window.size(1), width, asked.picked[own].sum(1))
+    rows.count_pass(index, window.size(1), width, _read(asked.picked[own].sum(1)))
     return RowBatch(
         rows.tokens[index].gather(1, window),
         torch.full_like(index, width),

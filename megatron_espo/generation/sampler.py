@@ -34,7 +34,7 @@ from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import broadcast_from_last_stage
 from megatron_espo.parallel.vocab import draw_tokens
 from megatron_espo.passes.head import ByRows
-from megatron_espo.passes.pipeline import RowBatch, forward_only
+from megatron_espo.passes.pipeline import RowBatch, forward_only, keep_company
 from megatron_espo.passes.state import KeyValueCache
 
 
@@ -71,7 +71,6 @@ class Generation(NamedTuple):
         return self.num_committed / self.num_evaluations
 
 
-@torch.no_grad()
 def generate(
     model: DiffusionModel,
     prompts: Sequence[Sequence[int]],
@@ -104,6 +103,28 @@ def generate(
     Returns:
         The completions in the order of the prompts.
     """
+    try:
+        found = _generate(model, prompts, sample_ids, config, seed, purpose, on_step, on_finished)
+    except Interrupted:
+        keep_company(model.chunks, model.layout)
+        raise
+    # Ranks that share experts go on together until the last one has its completions.
+    keep_company(model.chunks, model.layout)
+    return found
+
+
+@torch.no_grad()
+def _generate(
+    model: DiffusionModel,
+    prompts: Sequence[Sequence[int]],
+    sample_ids: Tensor,
+    config: RolloutConfig,
+    seed: int,
+    purpose: str,
+    on_step: Callable[[Tensor], None] | None,
+    on_finished: Callable[[Tensor, Tensor], None] | None,
+) -> Generation:
+    """Sample this rank's completions; see :func:`generate`."""
     length, n = config.completion_length, len(prompts)
     if n == 0:
         nothing = torch.empty(0, dtype=torch.int64)
@@ -222,8 +243,10 @@ def _evaluate(
         the probability that the score is the logarithm of, and the token's probability.
     """
     config = scheduler.config
+    # A row of logits without the prompt beside each, for guidance.
+    copies = 2 if config.guidance_scale > 0.0 else 1
+    draw = ByRows(partial(_draw, model=model, config=config), _uniforms, _drawn, copies)
     if model.blocks is not None:
-        draw = partial(_draw, model=model, config=config)
         return evaluate_blocks(model, rows, scheduler, index, picked, uniforms, draw)
     place = {row: i for i, row in enumerate(index.tolist())}
     taking_part = index[picked.any(1)].tolist()
@@ -266,12 +289,7 @@ def _evaluate(
     results = forward_only(
         model.chunks,
         made,
-        ByRows(
-            partial(_draw, model=model, config=config),
-            _uniforms,
-            _drawn,
-            2 if config.guidance_scale > 0.0 else 1,
-        ),
+        draw,
         model.logit_shift,
         model.layout,
         # Only before the first step of a call; the next ones use the same FP8 copy of the weights.

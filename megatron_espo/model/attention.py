@@ -24,6 +24,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_espo.model.block_attention import attend_to_blocks
 from megatron_espo.passes.state import PassState, current_pass
 
 
@@ -99,8 +100,8 @@ def _attend(
         mask = selected.of_mask(mask)
     scale = module.score_scale
     with get_cuda_rng_tracker().fork() if tracked else nullcontext():
-        if state.copies > 0 and selected is None and mask is not None:
-            output = attend_in_parts(query, key, value, mask, state.copies, scale, dropout)
+        if state.noisy is not None and selected is None and mask is not None:
+            output = attend_to_blocks(query, key, value, mask, state.noisy, scale, dropout)
         else:
             output = fused_attention(query, key, value, mask, scale, dropout)
     return output if selected is None else selected.of_attention(output)
@@ -166,47 +167,6 @@ def selecting_bias_dropout_add(training: bool, fused: bool) -> Callable[..., Ten
         return add(output, residual, probability)
 
     return select_and_add
-
-
-def attend_in_parts(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    copies: int,
-    scale: float | None,
-    dropout: float,
-) -> Tensor:
-    """Attend from noisy copies and clean tokens one by one, without the keys that none sees.
-
-    A copy sees itself and the clean tokens, these see each other: of K copies K * 2 + 1 squares of
-    scores in place of (K + 1)^2.
-
-    Args:
-        query: ``[(K + 1) w, b, heads, d]``.
-        key: ``[b, g, (K + 1) w, d]``.
-        value: likewise.
-        attention_mask: bool ``[b or 1, 1, (K + 1) w, (K + 1) w]``.
-        copies: K, at least 1.
-        scale: as in :func:`fused_attention`.
-        dropout: likewise.
-
-    Returns:
-        ``[(K + 1) w, b, heads * d]``.
-    """
-    width, outputs = query.size(0) // (copies + 1), []
-    places = torch.arange(query.size(0), device=query.device).split(width)
-    clean = slice(copies * width, None)
-    for copy, own in enumerate(places):
-        queries = slice(copy * width, (copy + 1) * width)
-        keys, values, hidden = key, value, attention_mask[:, :, queries]
-        if copy == copies:
-            keys, values, hidden = key[:, :, clean], value[:, :, clean], hidden[..., clean]
-        elif copies > 1:
-            seen = torch.cat((own, places[-1]))
-            keys, values, hidden = key[:, :, seen], value[:, :, seen], hidden[..., seen]
-        outputs.append(fused_attention(query[queries], keys, values, hidden, scale, dropout))
-    return torch.cat(outputs)
 
 
 def fused_attention(

@@ -27,7 +27,7 @@ def masked_cross_entropy(tp_group: dist.ProcessGroup) -> ByRows:
 
 
 def view_cross_entropy(tp_group: dist.ProcessGroup) -> ByRows:
-    """Make the function that sums it over each row: float32 ``[R]``."""
+    """Make the function that sums it over each row, each token weighted: float32 ``[R]``."""
     return ByRows(partial(_losses, tp_group=tp_group), _targets, _summed)
 
 
@@ -50,4 +50,6 @@ def _as_table(losses: Tensor, payload: MaskedTargets) -> Tensor:
 
 
 def _summed(losses: Tensor, payload: MaskedTargets) -> Tensor:
+    if payload.weights is not None:
+        losses = losses * payload.weights
     return _as_table(losses, payload).sum(dim=1)

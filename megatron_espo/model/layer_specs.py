@@ -7,6 +7,7 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -22,6 +23,7 @@ from megatron_espo.model.cpu.linear import (
     RowParallelLinear,
 )
 from megatron_espo.model.cpu.rotary import RotatingSelfAttention
+from megatron_espo.model.experts import CountingRouter
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -37,6 +39,13 @@ class RMSNorm(torch.nn.RMSNorm):
     ) -> None:
         super().__init__(normalized_shape=hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def _use_plain_layers(experts: MoESubmodules) -> None:
+    """Let the shared expert of a mixture, which every token passes, have the faster kernels."""
+    if experts.shared_experts is not None:
+        shared = experts.shared_experts.keywords["submodules"]  # type: ignore[attr-defined]
+        shared.linear_fc1, shared.linear_fc2 = ColumnParallelLinear, RowParallelLinear
 
 
 def bidirectional_block_spec(
@@ -66,6 +75,9 @@ def bidirectional_block_spec(
     # Megatron names one spec several times: the last layer's must be one of its own.
     block.layer_specs = [copy.deepcopy(layer) for layer in block.layer_specs]
     for layer in block.layer_specs:
+        part = layer.submodules.mlp.keywords.get("submodules")
+        if isinstance(part, MoESubmodules):
+            part.router = CountingRouter
         attention = layer.submodules.self_attention
         attention.params["attn_mask_type"] = AttnMaskType.padding
         if use_transformer_engine and config.context_parallel_size == 1:
@@ -82,6 +94,11 @@ def bidirectional_block_spec(
                 attention.submodules.q_layernorm = RMSNorm
                 attention.submodules.k_layernorm = RMSNorm
             feed_forward = layer.submodules.mlp.keywords["submodules"]
+            if isinstance(feed_forward, MoESubmodules):
+                _use_plain_layers(feed_forward)
+                # Transformer Engine's spec has no layer to fuse this norm with; under its own name
+                # checkpoints fit both.
+                layer.submodules.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.", None)
             if isinstance(feed_forward, MLPSubmodules):
                 layer.submodules.mlp = partial(
                     GatedFeedForward.as_mlp_submodule, **layer.submodules.mlp.keywords

@@ -19,6 +19,11 @@ _QWEN3_8B = (
     f"--stop-token-ids 151643 151645 {_COMMON}"
 )
 
+_MIXTURE = (
+    "--hidden-size 2048 --num-attention-heads 16 --qk-layernorm --moe-router-topk 8 "
+    "--vocab-size 157184 --mask-token-id 156895 --stop-token-ids 156892 "
+)
+
 _BLOCKS_OF_4 = "--attention-mask block-causal --block-size 4"
 
 PRESETS: dict[str, str] = {
@@ -46,6 +51,24 @@ PRESETS: dict[str, str] = {
     "sdar_8b": f"{_QWEN3_8B} --max-position-embeddings 32768 {_BLOCKS_OF_4}",
     # Gen-Verse/TraDo-8B-Instruct and -Thinking, trained from it.
     "trado_8b": f"{_QWEN3_8B} --max-position-embeddings 32768 {_BLOCKS_OF_4}",
+    # inclusionAI/LLaDA2.0-mini and LLaDA2.1-mini: 16 billion weights, of which a token passes 1.4.
+    "llada2_mini": (
+        f"{_MIXTURE} --num-layers 20 --ffn-hidden-size 5120 --group-query-attention "
+        "--num-query-groups 4 --max-position-embeddings 32768 "
+        "--rotary-base 600000 --rotary-percent 0.5 --norm-epsilon 1e-6 --num-experts 256 "
+        "--moe-layer-freq [0]+[1]*19 --moe-ffn-hidden-size 512 "
+        "--moe-shared-expert-intermediate-size 512 --moe-router-score-function sigmoid "
+        "--moe-router-enable-expert-bias --moe-router-num-groups 8 --moe-router-group-topk 4 "
+        "--moe-router-topk-scaling-factor 2.5 --attention-mask block-causal --block-size 32 "
+        f"{_COMMON}"
+    ),
+    # inclusionAI/LLaDA-MoE-7B-A1B-Base and -Instruct: full attention, a mixture in every layer.
+    "llada_moe_7b": (
+        f"{_MIXTURE} --num-layers 16 --ffn-hidden-size 8192 --max-position-embeddings 8192 "
+        "--rotary-base 50000 --norm-epsilon 1e-5 --num-experts 64 --moe-layer-freq [1]*16 "
+        "--moe-ffn-hidden-size 1024 --moe-router-score-function softmax --moe-router-pre-softmax "
+        f"{_COMMON}"
+    ),
     # Autoregressive models to start from, which predict the next position; the mask token is the
     # first row of the vocabulary without a token, or one that no text uses.
     "qwen3_8b": f"{_QWEN3_8B} --max-position-embeddings 40960 --logit-shift",

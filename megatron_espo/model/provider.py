@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_espo.adapters.base import adapt, lora_settings
 from megatron_espo.device import skip_interception
 from megatron_espo.model.cpu.embedding import RowwiseEmbedding
+from megatron_espo.model.experts import is_balanced, shares_experts
 from megatron_espo.model.float_logits import use_float_logits
 from megatron_espo.model.layer_specs import bidirectional_block_spec
 from megatron_espo.model.padding_embedding import freeze_row
@@ -70,6 +71,8 @@ def model_provider(
             pg_collection=pg_collection,
             vp_stage=vp_stage,
         )
+    model.counts_tokens = is_balanced(config)
+    model.same_tokens = config.moe_token_dispatcher_type == "allgather" and shares_experts(args)
     frozen = getattr(args, "frozen_embedding_id", None)
     if pre_process and frozen is not None:
         freeze_row(model.embedding.word_embeddings, frozen)

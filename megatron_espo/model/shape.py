@@ -17,6 +17,73 @@ def query_groups(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
+class ExpertShape:
+    """The mixtures of experts in a model; see model/experts.py."""
+
+    num_experts: int
+    topk: int
+    """Experts that compute a token."""
+    hidden_size: int
+    """Channels inside an expert."""
+    layers: tuple[int, ...]
+    """For each layer 1 if it is a mixture, 0 if it has a feed-forward part for all tokens."""
+    shared_size: int | None = None
+    """Channels inside the shared expert, which computes every token; None without one."""
+    score: str = "softmax"
+    """What makes scores of logits: softmax over all experts, or sigmoid."""
+    bias: bool = False
+    """Whether each expert has a bias for its choice."""
+    groups: int | None = None
+    best_groups: int | None = None
+    """Of so many groups of experts so many are looked at; None without groups."""
+    scaling: float | None = None
+    """Factor of the weights; None for 1."""
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "ExpertShape | None":
+        """Read it from the arguments of a checkpoint; None for a model without."""
+        if getattr(args, "num_experts", None) is None:
+            return None
+        frequency = args.moe_layer_freq
+        if isinstance(frequency, int):
+            frequency = [int(layer % frequency == 0) for layer in range(args.num_layers)]
+        return cls(
+            num_experts=args.num_experts,
+            topk=args.moe_router_topk,
+            hidden_size=args.moe_ffn_hidden_size,
+            layers=tuple(frequency),
+            shared_size=args.moe_shared_expert_intermediate_size,
+            score=args.moe_router_score_function,
+            bias=args.moe_router_enable_expert_bias,
+            groups=args.moe_router_num_groups,
+            best_groups=args.moe_router_group_topk,
+            scaling=args.moe_router_topk_scaling_factor,
+        )
+
+    def flags(self) -> list[str]:
+        """Write it as Megatron's flags."""
+        flags = (
+            f"--num-experts {self.num_experts} --moe-router-topk {self.topk} "
+            f"--moe-ffn-hidden-size {self.hidden_size} "
+            f"--moe-layer-freq [{','.join(map(str, self.layers))}] "
+            f"--moe-router-score-function {self.score}"
+        ).split()
+        if self.score == "softmax":
+            flags.append("--moe-router-pre-softmax")
+        if self.bias:
+            flags.append("--moe-router-enable-expert-bias")
+        for flag, value in (
+            ("--moe-shared-expert-intermediate-size", self.shared_size),
+            ("--moe-router-num-groups", self.groups),
+            ("--moe-router-group-topk", self.best_groups),
+            ("--moe-router-topk-scaling-factor", self.scaling),
+        ):
+            if value is not None:
+                flags += [flag, str(value)]
+        return flags
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """The facts that decide which tensors a model has and what they compute."""
 
@@ -48,6 +115,10 @@ class ModelShape:
     """How tokens attend that come block by block (--attention-mask); None for full attention."""
     block_size: int | None = None
     """Tokens of a block; None for full attention."""
+    rotary_percent: float = 1.0
+    """Share of each head's channels that is rotated."""
+    experts: ExpertShape | None = None
+    """Mixtures of experts; None for a model without."""
 
     @property
     def head_dim(self) -> int:
@@ -88,6 +159,8 @@ class ModelShape:
             rope_scaling_factor=args.rope_scaling_factor if args.use_rope_scaling else None,
             attention_mask=mask,
             block_size=args.block_size if mask else None,
+            rotary_percent=args.rotary_percent,
+            experts=ExpertShape.of(args),
         )
 
     def flags(self) -> list[str]:
@@ -118,7 +191,18 @@ class ModelShape:
             flags += ["--use-rope-scaling", "--rope-scaling-factor", str(self.rope_scaling_factor)]
         if self.attention_mask is not None:
             flags += ["--attention-mask", self.attention_mask, "--block-size", str(self.block_size)]
-        return flags
+        if self.rotary_percent != 1.0:
+            flags += ["--rotary-percent", str(self.rotary_percent)]
+        return flags if self.experts is None else flags + self.experts.flags()
+
+    def _facts(self) -> dict[str, Any]:
+        """List what decides a result, by name; that of experts one by one."""
+        facts = {**vars(self), "head_dim": self.head_dim}
+        # The length of sequences is limited, and changes no result.
+        for name in ("kv_channels", "max_position_embeddings", "experts"):
+            del facts[name]
+        experts = {} if self.experts is None else vars(self.experts)
+        return facts | {f"experts.{name}": value for name, value in experts.items()}
 
     def differences(self, args: argparse.Namespace) -> list[str]:
         """Compare with the arguments of a checkpoint.
@@ -129,17 +213,16 @@ class ModelShape:
         Returns:
             One phrase per difference; empty if the weights fit this shape.
         """
-        theirs = dataclasses.asdict(ModelShape.of(args, self.eos_token_id))
+        theirs, ours = ModelShape.of(args, self.eos_token_id)._facts(), self._facts()
         theirs["head_dim"] = args.kv_channels
-        del theirs["kv_channels"]
-        # A limit on the length of sequences, which changes no result.
-        del theirs["max_position_embeddings"]
         found = [
-            f"{name} is {value} there and {getattr(self, name)} here"
-            for name, value in theirs.items()
-            if value != getattr(self, name)
+            f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
+            for name in dict.fromkeys([*theirs, *ours])
+            if theirs.get(name) != ours.get(name)
         ]
-        for name, wanted in _FIXED.items():
+        softmax = self.experts is not None and self.experts.score == "softmax"
+        fixed = {**_FIXED, "moe_router_pre_softmax": softmax}
+        for name, wanted in fixed.items():
             if (value := getattr(args, name)) != wanted:
                 found.append(f"{name} is {value} there and must be {wanted}")
         return found
@@ -155,7 +238,6 @@ _FIXED = {
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
     "add_bias_linear": False,
-    "rotary_percent": 1.0,
     "rotary_interleaved": False,
     "rotary_seq_len_interpolation_factor": None,
 }

@@ -34,12 +34,14 @@ FREE = frozenset(
     clone_scatter_output_in_embedding barrier_with_L1_time config_logger_dir
     decoder_first_pipeline_num_layers decoder_last_pipeline_num_layers no_persist_layer_norm
     bias_swiglu_fusion bias_gelu_fusion
+    expert_model_parallel_size expert_tensor_parallel_size moe_grouped_gemm moe_permute_fusion
     """.split()
     # Precision. In what the output head and log-probabilities compute is the project's own.
     + """
     fp16 bf16 attention_softmax_in_fp32 disable_bf16_reduced_precision_matmul fp8 fp8_recipe
     fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad
     first_last_layers_bf16 num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 fp8_param_gather
+    moe_router_dtype
     """.split()
     # How weights begin, what is computed again, and losses that are not used here.
     + """
@@ -100,6 +102,18 @@ MODEL: dict[str, Any] = {
     "rotary_seq_len_interpolation_factor": ANY,
     "use_rope_scaling": ANY,
     "rope_scaling_factor": ANY,
+    # Mixtures of experts; model/experts.py says what of it fits together.
+    "num_experts": ANY,
+    "moe_layer_freq": ANY,
+    "moe_ffn_hidden_size": ANY,
+    "moe_shared_expert_intermediate_size": ANY,
+    "moe_router_topk": ANY,
+    "moe_router_num_groups": ANY,
+    "moe_router_group_topk": ANY,
+    "moe_router_topk_scaling_factor": ANY,
+    "moe_router_score_function": ("softmax", "sigmoid"),
+    "moe_router_pre_softmax": ANY,
+    "moe_router_enable_expert_bias": ANY,
 }
 
 # What a run may choose anew for the same model.
@@ -109,6 +123,10 @@ OF_RUN: dict[str, Any] = {
     "hidden_dropout": ANY,
     "transformer_impl": ("transformer_engine", "local"),
     "rope_type": (None, "rope"),
+    "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss"),
+    "moe_aux_loss_coeff": ANY,
+    "moe_router_bias_update_rate": ANY,
+    "moe_token_dispatcher_type": ("alltoall", "allgather"),
     "ckpt_format": ("torch_dist",),
     "dist_ckpt_strictness": (
         "assume_ok_unexpected",
@@ -123,7 +141,6 @@ OF_RUN: dict[str, Any] = {
 # What Megatron reads for a model, a forward pass or its data besides the fields of its config, and
 # what it must be: Megatron's default.
 ARGUMENTS: dict[str, Any] = {
-    "num_experts": None,
     "moe_use_upcycling": False,
     "spec": None,
     "hybrid_layer_pattern": None,
@@ -166,16 +183,20 @@ _DEFAULTS: dict[str, Any] = {"cp_comm_type": ["p2p"], "cuda_graph_modules": []}
 # Names that are refused, by their beginnings, and why; after a semicolon what to change, unless it
 # is to leave the flag out. Of several that fit the longest counts.
 REASONS: dict[str, str] = {
-    "moe_": "mixtures of experts are not supported",
-    "num_experts": "mixtures of experts are not supported",
-    "use_grouped_gemm_for_shared_expert": "mixtures of experts are not supported",
-    "use_grouped_gemm_for_dense_mlp": "it serves mixtures of experts, which are not supported",
-    "use_fused_weighted_squared_relu": "mixtures of experts are not supported",
-    "overlap_moe_expert_parallel_comm": "expert parallelism is not supported",
-    "overlap_dispatch_backward_with_experts_wgrad": "expert parallelism is not supported",
-    "ep_overlap_early_attn_memory_release": "expert parallelism is not supported",
-    "high_priority_a2a_comm_stream": "expert parallelism is not supported",
-    "expert_": "expert parallelism is not supported; use 1",
+    "moe_": "no mixture of experts was tried with it",
+    "moe_router_load_balancing_type": "no mixture of experts was tried with it; use none, aux_loss "
+    "or seq_aux_loss",
+    "moe_token_dispatcher_type": "no mixture of experts was tried with it; use alltoall",
+    "moe_router_score_function": "no model here routes so; use sigmoid or softmax",
+    "moe_enable_routing_replay": "old, current and reference policies choose their experts anew",
+    "use_grouped_gemm_for_shared_expert": "no mixture of experts was tried with it",
+    "use_grouped_gemm_for_dense_mlp": "no mixture of experts was tried with it",
+    "use_fused_weighted_squared_relu": "no mixture of experts was tried with it",
+    "overlap_moe_expert_parallel_comm": "no mixture of experts was tried with it",
+    "overlap_dispatch_backward_with_experts_wgrad": "no mixture of experts was tried with it",
+    "ep_overlap_early_attn_memory_release": "no mixture of experts was tried with it",
+    "high_priority_a2a_comm_stream": "no mixture of experts was tried with it",
+    "expert_": "the experts' weights are split by expert and tensor parallelism alone",
     "mtp_": "a masked-diffusion model has no further tokens to predict",
     "dsa_": "every position attends to all others",
     "experimental_attention_variant": "every position attends to all others",
@@ -244,7 +265,6 @@ REASONS.update(dict.fromkeys(_OTHERS.split(), "no masked-diffusion pass was writ
 # Refused arguments that Megatron's validation fills in.
 _FILLED_IN = (
     "tensor_parallel_num_weight_shards",
-    "expert_tensor_parallel_size",
     "expert_tensor_parallel_num_weight_shards",
     "inference_cuda_graph_scope",
 )
@@ -312,6 +332,8 @@ def refusals(args: argparse.Namespace, validated: bool = False) -> Iterator[str]
     """
     for name, allowed in requirements().items():
         value = getattr(args, name, allowed[0])
+        if isinstance(value, list) and len(value) == 1 and not isinstance(allowed[0], list):
+            (value,) = value  # of a flag that takes several
         if value not in allowed and not (validated and name in _FILLED_IN):
             reason = reason_of(name) or "this version of Megatron has it new"
             advice = "" if ";" in reason else "; leave it out"

@@ -8,97 +8,26 @@ its own, so that its product costs as much again, not twice. What activation rec
 is not counted; what the algorithm asks for (the gradient-free pass of ``two_pass``, the frozen
 policies) is.
 
-Four things differ from the count of a causal language model:
+Five things differ from the count of a causal language model:
 
 * attention is bidirectional: every position sees every other, nothing is halved;
 * the output head runs on chosen rows only, so that its share is counted in rows;
 * the last layer leaves out the positions that nothing reads (passes/state.py);
-* a rollout is many full passes: one per denoising step, not one per token.
+* a rollout is many full passes: one per denoising step, not one per token;
+* models whose tokens come block by block pass noisy copies of a row beside its clean tokens. Of
+  their attention all is counted that is computed, whether the mask hides it or not.
 
 Rows are counted at the width that they are given, the same for all.
 """
 
-import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from megatron_espo.adapters.base import lora_settings
-from megatron_espo.adapters.projections import targets_of
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
-from megatron_espo.model.shape import query_groups
-
-
-@dataclass(frozen=True)
-class ModelDimensions:
-    """What the operations of a pass depend on.
-
-    Attributes:
-        num_layers: transformer layers.
-        hidden_size: channels between layers.
-        ffn_hidden_size: channels inside the MLP.
-        num_attention_heads: query heads.
-        num_query_groups: key/value heads.
-        head_dim: channels of one head.
-        vocab_size: rows of the output head, without padding.
-        gated: whether the MLP has a gate beside its up projection (SwiGLU).
-        adapters: parameters of the LoRA adapters of a layer's q, k and v, of its other projections,
-            and of the head; None where all weights are trained.
-    """
-
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    head_dim: int
-    vocab_size: int
-    gated: bool = True
-    adapters: tuple[int, int, int] | None = None
-
-    @classmethod
-    def from_args(cls, args: argparse.Namespace) -> "ModelDimensions":
-        """Read the dimensions from Megatron's validated arguments."""
-        return cls(
-            num_layers=args.num_layers,
-            hidden_size=args.hidden_size,
-            ffn_hidden_size=args.ffn_hidden_size,
-            num_attention_heads=args.num_attention_heads,
-            num_query_groups=query_groups(args),
-            head_dim=args.kv_channels,
-            vocab_size=args.vocab_size,
-            gated=bool(args.swiglu),
-            adapters=_adapter_parameters(args),
-        )
-
-    @property
-    def base(self) -> "ModelDimensions":
-        """The model without its adapters."""
-        return replace(self, adapters=None)
-
-
-def _adapter_parameters(args: argparse.Namespace) -> tuple[int, int, int] | None:
-    lora = lora_settings(args)
-    if lora.rank is None:
-        return None
-    hidden, inner = args.hidden_size, args.ffn_hidden_size
-    queries = args.num_attention_heads * args.kv_channels
-    pair = query_groups(args) * args.kv_channels
-    sides = {
-        "q_proj": hidden + queries,
-        "k_proj": hidden + pair,
-        "v_proj": hidden + pair,
-        "o_proj": queries + hidden,
-        "lm_head": hidden + args.vocab_size,
-    }
-    chosen = {
-        name: lora.rank * sides.get(name, hidden + inner)
-        for name in targets_of(lora.targets, gated=bool(args.swiglu))
-    }
-    first = sum(chosen.get(name, 0) for name in ("q_proj", "k_proj", "v_proj"))
-    head = chosen.get("lm_head", 0)
-    return first, sum(chosen.values()) - first - head, head
+from megatron_espo.monitor.dimensions import ModelDimensions as ModelDimensions
+from megatron_espo.objectives import num_draws, objective_of, views_per_completion
 
 
 class _Parts(NamedTuple):
@@ -125,7 +54,9 @@ def forward_flops(
         rows: sequences in the batch.
         positions: positions per sequence that pass through the layers.
         head_rows: hidden states, over all sequences, that reach the output head.
-        keys: positions that each position attends to; None for ``positions`` (no cache).
+        keys: positions that each position attends to; None for ``positions`` (no cache). Without
+            them the sequences of a block model are views, so many of which share a row as
+            ``model.blocks`` says.
 
     Returns:
         Operations. Attention of the last layer is counted as if all sequences had the same number
@@ -141,6 +72,12 @@ def _forward(
     head_rows: float,
     keys: int | None = None,
 ) -> _Parts:
+    if keys is None and model.blocks is not None:
+        copies = model.blocks.copies
+        sequences, width = rows / copies, (copies + 1) * positions
+        read = min(head_rows, sequences * width)
+        pairs = sequences * model.blocks.pairs(positions)
+        return _parts(model, sequences * width, pairs, head_rows, read * width)
     keys = positions if keys is None else keys
     passed = rows * positions
     read = min(head_rows, passed)
@@ -171,10 +108,7 @@ def _parts(
     attention_size = model.num_attention_heads * model.head_dim
     key_value_size = model.num_query_groups * model.head_dim
     inputs = model.hidden_size * (attention_size + 2 * key_value_size)  # q, k, v
-    outputs = (
-        attention_size * model.hidden_size  # output projection
-        + (3 if model.gated else 2) * model.hidden_size * model.ffn_hidden_size
-    )
+    outputs = attention_size * model.hidden_size  # output projection
     first, others, of_head = model.adapters or (0, 0, 0)
     weights = head_rows * model.hidden_size * model.vocab_size
     adapters, attention = head_rows * of_head, 0.0
@@ -182,10 +116,21 @@ def _parts(
         all_read = model.num_layers * positions
         some_read = (model.num_layers - 1) * positions + min(head_rows, positions)
         weights += all_read * inputs + some_read * outputs
+        *before, last = _feed_forward(model)
+        weights += positions * sum(before) + min(head_rows, positions) * last
         adapters += all_read * first + some_read * others
         # Scores (one product per key and channel), and as many to apply them to the values.
         attention = ((model.num_layers - 1) * pairs + head_pairs) * 2 * attention_size
     return _Parts(2.0 * weights, 2.0 * adapters, 2.0 * attention)
+
+
+def _feed_forward(model: ModelDimensions) -> list[int]:
+    """List the weights of each layer's feed-forward part that a token passes."""
+    products = (3 if model.gated else 2) * model.hidden_size
+    dense = products * model.ffn_hidden_size
+    mixture = products * model.active_size + model.hidden_size * model.num_experts
+    layers = model.mixtures or (0,) * model.num_layers
+    return [mixture if one else dense for one in layers]
 
 
 def training_flops(model: ModelDimensions, rows: float, positions: int, head_rows: float) -> float:
@@ -212,8 +157,8 @@ def generation_flops(
 ) -> float:
     """Count the sampling of completions by its settings alone, for planning.
 
-    Caches, parallel decoding and early stop are left out: what they save shows when they run
-    (:func:`passed_flops`).
+    Approximate caches, parallel decoding and early stop are left out: what they save shows when
+    they run (:func:`passed_flops`).
 
     The head runs on the candidates of each step: the positions of the block that are still masked
     for orders that rank them, or just those that will be committed for ``random`` and ``origin``.
@@ -240,11 +185,48 @@ def generation_flops(
         left = [config.block_length - sum(counts[:step]) for step in ran]
         decided = config.remasking == "random"
         candidates = config.block_length if decided else sum(left)
+    if model.blocks is not None:
+        return _block_generation(model, rows, positions, config, evaluations, candidates)
     # Classifier-free guidance passes every row twice.
     copies = 2 if config.guidance_scale > 0.0 else 1
     passes = blocks * evaluations * copies * rows
     head_rows = blocks * candidates * copies * rows
     return forward_flops(model, passes, positions, head_rows)
+
+
+def _block_generation(
+    model: ModelDimensions,
+    rows: float,
+    positions: int,
+    config: RolloutConfig,
+    evaluations: int,
+    candidates: int,
+) -> float:
+    """Count sampling block by block, with prompts that end with a block.
+
+    Args:
+        model: dimensions.
+        rows: completions.
+        positions: of a row.
+        config: sampling settings.
+        evaluations: denoising steps of a block.
+        candidates: hidden states that reach the head in them.
+
+    Returns:
+        Operations.
+    """
+    k, blocks = config.block_length, config.completion_length // config.block_length
+    prompt = positions - config.completion_length
+    read = float(blocks * candidates)
+    if config.cache == "exact":
+        # Each finished block but the last one passes once more, for its keys and values.
+        windows = (blocks * evaluations + blocks - 1) * k
+        before = _parts(model, prompt, prompt**2, 0.0, 0.0)
+        steps = _parts(model, windows, windows * positions, read, read * positions)
+        return rows * (sum(before) + sum(steps))
+    widths = [prompt + (block + 1) * k for block in range(blocks)]
+    passed, pairs = (evaluations * sum(w**power for w in widths) for power in (1, 2))
+    return rows * sum(_parts(model, passed, pairs, read, candidates * sum(widths)))
 
 
 def elbo_flops(
@@ -266,12 +248,11 @@ def elbo_flops(
         count: counts its passes, without gradients or with them (:func:`training_flops`).
 
     Returns:
-        Operations; for estimators other than ``coupled`` with the expected number of masked
-        positions.
+        Operations, with the expected number of masked positions where it is not fixed.
     """
-    masked = {"coupled": length, "exact_count": (length + 1) / 2, "bernoulli": length / 2}
-    head_rows = completions * espo.num_mc * masked[espo.elbo_estimator]
-    rows = completions * espo.views_per_completion
+    masked = objective_of(espo).masks(espo).masked(length)
+    head_rows = completions * num_draws(espo) * masked
+    rows = completions * views_per_completion(espo)
     return count(model, rows, positions, head_rows)
 
 
@@ -324,10 +305,11 @@ def rollout_flops(
     # The reference policy of adapters is their base.
     ref = elbo_flops(model.base, *asked)
     # What has no backward pass is evaluated all the same.
-    extra = 1.0 if espo.gradient == "two_pass" else left_out
+    objective = objective_of(espo)
+    extra = 1.0 if espo.gradient == "two_pass" and not objective.linear else left_out
     return RolloutFlops(
         generation=generation_flops(model, completions, positions, rollout),
-        old_elbo=(mu - 1) * one,
+        old_elbo=(mu - 1) * one if objective.compares_with_old else 0.0,
         ref_elbo=mu * ref if espo.kl_coef > 0.0 else 0.0,
         update=mu * (trained * (1.0 - left_out) + one * extra),
     )

@@ -17,6 +17,10 @@ _TOLERANCE = 1e-4
 _SPREADLESS = 0.9
 _RISE = 10.0
 _REMEMBERED = 32
+# Tokens per step against their median; a policy that learns becomes somewhat surer.
+_FASTER = 1.5
+# Effective share of the samples. Ratios of a run that learns well are all near 1.
+_FEW = 0.5
 # Fewer values have no median worth the name.
 _FEWEST = 8
 # Nats per token. A policy starts at the reference, so that any KL is many times the first ones;
@@ -60,6 +64,29 @@ RULES = (
         lambda value, earlier: len(earlier) >= 3 and fmean([*earlier[-3:], value]) >= _SPREADLESS,
         "{value:.0%} of the groups have completions of equal reward and teach nothing: the "
         "problems are too hard or too easy, or --rollout-temperature is too low",
+    ),
+    Rule(
+        "identical",
+        "rollout/identical_completions",
+        lambda value, earlier: len(earlier) >= 3 and fmean([*earlier[-3:], value]) >= _SPREADLESS,
+        "{value:.0%} of the completions equal another one of their group: sampling is greedy, or "
+        "the policy has lost its diversity; raise --rollout-temperature, and look at "
+        "--rollout-top-p and --rollout-top-k",
+    ),
+    Rule(
+        "tokens_per_step",
+        "rollout/tokens_per_step",
+        lambda value, earlier: len(earlier) >= _FEWEST and value > _FASTER * median(earlier),
+        "a model evaluation commits {value:.2f} tokens, usually {usual:.2f}: under a threshold the "
+        "policy learns to be sure, not to be right; raise --rollout-threshold, or sample with "
+        "--rollout-denoising-steps alone",
+    ),
+    Rule(
+        "effective_sample_size",
+        "policy/effective_sample_size",
+        lambda value, earlier: value < _FEW,
+        "the ratios of an update are worth {value:.0%} of its samples: a few of them decide the "
+        "step; lower --lr or --espo-updates-per-rollout",
     ),
     Rule(
         "elbo_variance",

@@ -23,6 +23,8 @@ class Layout:
         cp: context-parallel group: ranks that share the positions of the same samples.
         mp: the ranks of one tensor x pipeline grid; with context parallelism several of them work
             on the same samples.
+        experts: ranks that hold the experts of a layer among them, where ranks with other samples
+            are among them: all of these must make the same passes. None where there are none.
     """
 
     tp: dist.ProcessGroup
@@ -30,6 +32,7 @@ class Layout:
     dp: dist.ProcessGroup
     cp: dist.ProcessGroup
     mp: dist.ProcessGroup
+    experts: dist.ProcessGroup | None = None
 
     @property
     def tp_rank(self) -> int:
@@ -85,7 +88,32 @@ def current_layout() -> Layout:
         dp=mpu.get_data_parallel_group(),
         cp=mpu.get_context_parallel_group(),
         mp=mpu.get_model_parallel_group(),
+        experts=_experts_over_samples(),
     )
+
+
+def _experts_over_samples() -> dist.ProcessGroup | None:
+    group = mpu.get_expert_tensor_and_model_parallel_group()
+    peers = mpu.get_tensor_model_parallel_world_size() * mpu.get_context_parallel_world_size()
+    return group if group.size() > peers else None
+
+
+def most_over_experts(count: int, layout: Layout, device: torch.device) -> int:
+    """Return the largest of what the ranks say that must make the same passes; a collective.
+
+    Args:
+        count: what this rank says.
+        layout: process groups.
+        device: where their collectives work.
+
+    Returns:
+        The largest; ``count`` itself where experts are shared with no other samples.
+    """
+    if layout.experts is None:
+        return count
+    counts = torch.full((1,), count, device=device)
+    dist.all_reduce(counts, op=dist.ReduceOp.MAX, group=layout.experts)
+    return int(counts.item())
 
 
 def broadcast_from_last_stage(tensor: Tensor, layout: Layout) -> Tensor:

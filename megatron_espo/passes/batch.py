@@ -53,6 +53,7 @@ class MaskedTargets:
         is_dummy: nothing is masked in this micro-batch; the one row is there so that every
             rank's part of the model still gets a gradient (of zeros).
         vocab_size: tokens before padding.
+        weights: float32 ``[r]``, factors in sums over rows; None: all 1.
     """
 
     targets: Tensor
@@ -62,6 +63,7 @@ class MaskedTargets:
     num_columns: int
     is_dummy: bool
     vocab_size: int
+    weights: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,15 @@ class ViewBatch:
     batch: RowBatch
     view_index: Tensor
     weights: Tensor
+
+    @property
+    def view_lengths(self) -> Tensor:
+        """Positions of each view that hold a token: int64 ``[R]``.
+
+        Views of a sequence may share a row of the model (passes/block_views.py).
+        """
+        lengths = self.batch.lengths
+        return lengths.repeat_interleave(len(self.view_index) // len(lengths))
 
 
 def pack_sequences(
@@ -110,6 +121,7 @@ def mask_rows(
     starts: Tensor,
     mask_token_id: int,
     vocab_size: int,
+    hidden: Tensor | None = None,
 ) -> RowBatch:
     """Noise rows and name the positions to predict.
 
@@ -120,6 +132,7 @@ def mask_rows(
         starts: int64 ``[R]``, position where the maskable part starts.
         mask_token_id: the mask token.
         vocab_size: tokens before padding.
+        hidden: bool ``[R, p]``, positions before ``starts`` that are masked and not predicted.
 
     Returns:
         The micro-batch, with MaskedTargets as payload.
@@ -135,6 +148,11 @@ def mask_rows(
         positions = starts[rows] + columns
         noised = tokens.clone()
         noised[rows, positions] = mask_token_id
+    if hidden is not None:
+        noised = noised.clone()
+        seen = noised[:, : hidden.size(1)]
+        places = torch.arange(seen.size(1))
+        seen[hidden[:, : seen.size(1)] & (places < starts[:, None])] = mask_token_id
     payload = MaskedTargets(
         tokens[rows, positions], rows, columns, mask.size(0), mask.size(1), is_dummy, vocab_size
     )
@@ -142,23 +160,47 @@ def mask_rows(
     return RowBatch(noised, lengths, rows, positions, payload, padded=padded)
 
 
-def fill_up(needed: Tensor, lengths: Tensor, multiple: int) -> Tensor:
+def fill_up(needed: Tensor, lengths: Tensor, multiple: int, least: int = 0) -> Tensor:
     """Choose the sequences of a pass: those that are needed, and others that fill it up.
 
     Args:
         needed: bool ``[n]``.
         lengths: int64 ``[n]``; the shortest of the others are taken.
         multiple: how many sequences make whole micro-batches; n is a multiple of it.
+        least: how many sequences there must be in any case.
 
     Returns:
         bool ``[n]``; True at a multiple of ``multiple`` places, at ``multiple`` at least.
     """
-    count = max(round_up(int(needed.sum()), multiple), multiple)
+    count = max(round_up(max(int(needed.sum()), least), multiple), multiple)
     assert count <= len(needed), (count, len(needed))
     order = torch.where(needed, -1, lengths).argsort(stable=True)
     chosen = torch.zeros_like(needed)
     chosen[order[:count]] = True
     return chosen
+
+
+def order_of_views(
+    sequences: Sequences, per_sequence: int, rows_per_batch: int, chosen: Tensor | None
+) -> tuple[Tensor, int]:
+    """Say in which order views are cut into micro-batches.
+
+    Args:
+        sequences: n sequences.
+        per_sequence: views of each, m v.
+        rows_per_batch: views of a micro-batch.
+        chosen: int64 ``[k]``, the sequences to take; None takes all.
+
+    Returns:
+        int64 ``[k m v]``, places among all n m v views, the longest sequences' first, those of a
+        sequence side by side; and the width of the longest sequence.
+    """
+    taken = torch.arange(len(sequences)) if chosen is None else chosen
+    by_length = taken[sequences.prompt_lengths[taken].argsort(descending=True, stable=True)]
+    order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
+    assert len(order) % rows_per_batch == 0, (len(order), rows_per_batch)
+    longest = int(sequences.prompt_lengths[taken].max()) + sequences.completion_length
+    return order, sequences.shapes.width(longest)
 
 
 def view_batches(
@@ -192,12 +234,11 @@ def view_batches(
     per_sequence = views.weights[0].numel()
     masks = views.mask_indices.flatten(0, 2)
     weights = views.weights.flatten()
-    taken = torch.arange(len(sequences)) if chosen is None else chosen
-    by_length = taken[sequences.prompt_lengths[taken].argsort(descending=True, stable=True)]
-    order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
-    assert len(order) % rows_per_batch == 0, (len(order), rows_per_batch)
-    longest = int(sequences.prompt_lengths[taken].max()) + sequences.completion_length
-    width, batches = sequences.shapes.width(longest), []
+    prompts = views.prompt_masks
+    if prompts is not None:
+        prompts = prompts.expand(*views.weights.shape, -1).flatten(0, 2)
+    order, width = order_of_views(sequences, per_sequence, rows_per_batch, chosen)
+    batches = []
     for index in order.split(rows_per_batch):
         sequence = index // per_sequence
         starts = sequences.prompt_lengths[sequence]
@@ -211,6 +252,7 @@ def view_batches(
             starts,
             mask_token_id,
             vocab_size,
+            None if prompts is None else prompts[index],
         )
         # Policies and passes look at the same views, one after the other.
         batches.append(ViewBatch(replace(batch, sent={}), index, weights[index]))

@@ -23,6 +23,7 @@ def block_rows(
     blocks: BlockAttention,
     logit_shift: bool,
     next_tokens: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> RowBatch:
     """Noise copies of rows, put them before the clean ones, and name the positions to predict.
 
@@ -42,15 +43,16 @@ def block_rows(
         logit_shift: whether position i is predicted from the state at i - 1.
         next_tokens: bool ``[R, c]``, tokens that the clean state before them predicts, too; not
             at position 0. None: none.
+        weights: float32 ``[R, K, c]``, factors on the cross entropy in sums over rows; without
+            ``next_tokens``.
 
     Returns:
-        The micro-batch of ``[R, (K + 1) L]`` tokens. Its payload's table has K + 1 rows for each
-        row: those of the copies, and that of the clean tokens.
+        The micro-batch of ``[R, (K + 1) L]`` tokens. Its payload's table has K rows for each row,
+        those of the copies; with ``next_tokens`` one more, that of the clean tokens.
     """
     (count, copies, c), length = mask.shape, tokens.size(1)
-    if next_tokens is None:
-        next_tokens = torch.zeros(count, c, dtype=torch.bool)
-    wanted = torch.cat((mask, next_tokens[:, None]), dim=1)
+    wanted = mask if next_tokens is None else torch.cat((mask, next_tokens[:, None]), dim=1)
+    assert weights is None or next_tokens is None
     rows, copy, columns = wanted.nonzero(as_tuple=True)
     is_dummy = rows.numel() == 0
     if is_dummy:  # every rank's part of the model still gets a gradient, of zeros
@@ -69,12 +71,13 @@ def block_rows(
     place = torch.where(from_clean, copies, copy) * length + position - before.long()
     payload = MaskedTargets(
         tokens[rows, position],
-        rows * (copies + 1) + copy,
+        rows * wanted.size(1) + copy,
         columns,
-        count * (copies + 1),
+        count * wanted.size(1),
         c,
         is_dummy,
         vocab_size,
+        None if weights is None else weights[rows, copy, columns],
     )
     return RowBatch(
         whole.flatten(1),

@@ -21,6 +21,10 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import DiffusionConfig
+from megatron_espo.passes.shapes import round_up
+
+# Positions whose queries attend in one call, to no key after them.
+_SEGMENT = 256
 
 
 @dataclass(frozen=True)
@@ -55,15 +59,48 @@ class BlockAttention:
         """
         length = padding.size(-1)
         places = torch.arange((self.copies + 1) * length, device=padding.device)
-        copy, position = places // length, places % length
-        block, clean = position // self.size, copy == self.copies
-        query = places[start:stop, None]
-        own_copy, own_position = query // length, query % length
-        own_block = own_position // self.size
-        seen = (own_copy == copy) & (own_block == block) | clean & (own_block > block)
-        if self.causal:
-            seen &= ~((own_copy == self.copies) & (position > own_position))
+        seen = self.sees(places[start:stop, None], places, length)
         return ~seen[None, None] | padding.repeat(1, 1, 1, self.copies + 1)
+
+    def sees(self, query: Tensor, key: Tensor, length: int) -> Tensor:
+        """Say whether places of a row see others, padding aside.
+
+        Args:
+            query: int64, places.
+            key: int64, places; shapes that go together.
+            length: L.
+
+        Returns:
+            bool.
+        """
+        copy, position = key // length, key % length
+        own_copy, own_position = query // length, query % length
+        block, own_block = position // self.size, own_position // self.size
+        seen = (own_copy == copy) & (own_block == block)
+        seen = seen | (copy == self.copies) & (own_block > block)
+        if self.causal:
+            seen = seen & ~((own_copy == self.copies) & (position > own_position))
+        return seen
+
+    def segments(self, length: int) -> list[tuple[int, int]]:
+        """Cut the positions ``length`` of a row into parts that whole blocks lie in.
+
+        Returns:
+            Beginning and end of each; nothing in a part sees a position after it.
+        """
+        step = round_up(_SEGMENT, self.size)
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
+
+    def pairs(self, length: int) -> int:
+        """Count the queries of a row of noisy copies and clean tokens, each times its keys.
+
+        Counted are the keys of the calls that compute attention (model/block_attention.py): what is
+        masked inside a segment is computed, too.
+        """
+        return sum(
+            (end - start) * (self.copies * (2 * end - start) + end)
+            for start, end in self.segments(length)
+        )
 
     def key_limits(self, positions: Tensor, opened: Tensor, ends: Tensor) -> Tensor:
         """Say how far clean tokens and one open block see, where every row has its own.

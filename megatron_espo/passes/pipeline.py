@@ -27,12 +27,13 @@ from megatron.core.utils import get_model_config, unwrap_model
 from torch import Tensor
 
 from megatron_espo.device import current_device
-from megatron_espo.parallel.layout import Layout
+from megatron_espo.parallel.layout import Layout, most_over_experts
 from megatron_espo.passes.block_mask import BlockAttention
 from megatron_espo.passes.head import ContextPart, HeadInput, LogitsFunction, select_rows
 from megatron_espo.passes.state import (
     KeyValueCache,
     PassState,
+    RoutingLog,
     SelectedRows,
     running,
     select_positions,
@@ -70,6 +71,7 @@ class RowBatch:
             among them.
         key_limits: int64 like ``tokens``, at least 1: each position sees the keys before this one,
             whatever ``lengths`` and ``blocks`` say. None: not in use.
+        routing: where routers of experts note what they choose, or None.
     """
 
     tokens: Tensor
@@ -85,6 +87,7 @@ class RowBatch:
     sent: "dict[Any, _Inputs] | None" = None
     blocks: BlockAttention | None = None
     key_limits: Tensor | None = None
+    routing: RoutingLog | None = None
 
 
 def padding_mask(lengths: Tensor, s: int) -> Tensor:
@@ -120,12 +123,14 @@ def run_model(
         The function's result on the last stage, hidden states elsewhere.
     """
     config = get_model_config(model)
-    inputs = _sent_inputs(unwrap_model(model), batch, logit_shift)
+    stage = unwrap_model(model)
+    inputs = _sent_inputs(stage, batch, logit_shift)
     with running(inputs.state), _rotation_by_row(config, batch.offsets is not None):
         output: Tensor = model(
             inputs.tokens,
             inputs.position_ids.expand_as(inputs.tokens),
             _attention_mask(batch, inputs),
+            padding_mask=_padding_of_routers(stage, batch, inputs),
             output_processor=select_rows,
             output_processor_context=(inputs.head, logits_function),
         )
@@ -157,7 +162,7 @@ class _Inputs(NamedTuple):
 def _sent_inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     """Give what a pass needs, on the device; see ``RowBatch.sent``."""
     # All that it depends on besides the batch: FP8 wants other numbers of rows in some passes.
-    key = (stage, bool(stage.config.fp8), logit_shift)
+    key = (stage, bool(stage.config.fp8), logit_shift, _counts_tokens(stage))
     if batch.sent is not None and key in batch.sent:
         return batch.sent[key]
     inputs = on_device(_inputs(stage, batch, logit_shift), current_device())
@@ -175,6 +180,24 @@ def _attention_mask(batch: RowBatch, inputs: _Inputs) -> Tensor:
     if batch.blocks is not None:
         return batch.blocks.hidden(mask if batch.padded else mask[:1] & False, *inputs.places)
     return mask
+
+
+def _padding_of_routers(stage: Any, batch: RowBatch, inputs: _Inputs) -> Tensor | None:
+    """Mark the padding, which routers must not count: bool ``[b, w]``; None where none counts."""
+    if not _counts_tokens(stage) or not batch.padded:
+        return None
+    lengths = (~inputs.mask).sum(dim=-1).flatten()
+    padding = inputs.position_ids >= lengths[:, None]
+    if stage.config.sequence_parallel and not stage.pre_process:
+        # Megatron splits it over the ranks where the tokens enter, and only there.
+        group = stage.pg_collection.tp
+        padding = padding.chunk(group.size(), dim=1)[group.rank()]
+    return padding
+
+
+def _counts_tokens(stage: Any) -> bool:
+    """Whether a pass of now counts the tokens of each expert; see model/experts.py."""
+    return bool(stage.counts_tokens and stage.training and torch.is_grad_enabled())
 
 
 def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
@@ -212,9 +235,12 @@ def _inputs(stage: Any, batch: RowBatch, logit_shift: bool) -> _Inputs:
     padded = batch.padded or stage.config.recompute_granularity is not None
     # Other masks hide more than padding.
     padded = padded or batch.blocks is not None or limits is not None
-    copies = 0 if batch.blocks is None or part is not None else batch.blocks.copies
+    noisy = batch.blocks if batch.blocks is not None and batch.blocks.copies else None
+    noisy = noisy if part is None else None
     sampling = batch.sampling
-    state = PassState(selected, batch.cache, batch.cache_rows, window, s, padded, sampling, copies)
+    state = PassState(
+        selected, batch.cache, batch.cache_rows, window, s, padded, sampling, noisy, batch.routing
+    )
     # Where the last layer gives more than is read, the head takes its rows out of all of them.
     index = places * b + rows if selected is None else None
     num_rows = batch.rows.numel() if part is None else part.places.numel()
@@ -231,6 +257,10 @@ def _select(stage: Any, tokens: Tensor, rows: Tensor, places: Tensor) -> Selecte
     if config.recompute_granularity == "full":
         # The layer runs again in the backward pass, when this pass is long over. Passes without
         # gradients keep the rows, too: kernels and FP8 scales may round other shapes otherwise.
+        return None
+    if _counts_tokens(stage) or stage.same_tokens:
+        # The last layer's experts must see all tokens as those of the others do; or ranks that
+        # share them must have as many.
         return None
     b, width = tokens.shape
     tp_group = stage.pg_collection.tp if config.sequence_parallel else None
@@ -277,6 +307,45 @@ def forward_only(
     Returns:
         The function's results in order on the last stage; an empty list elsewhere.
     """
+    most = most_over_experts(len(batches), layout, current_device())
+    results = _run_all(model, batches, logits_function, logit_shift, layout, new_weights)
+    _run_idle(model, most - len(batches), layout)
+    return results
+
+
+def keep_company(model: Sequence[torch.nn.Module], layout: Layout) -> None:
+    """Make passes over nothing until all ranks that share experts have come here.
+
+    Each layer's experts lie on all of these ranks, so that a pass of one is a pass of all. Called
+    where their numbers of passes may differ, after this rank's last one.
+
+    Args:
+        model: this rank's model chunks.
+        layout: process groups.
+    """
+    while (most := most_over_experts(0, layout, current_device())) > 0:
+        _run_idle(model, most, layout)
+
+
+def _run_idle(model: Sequence[torch.nn.Module], count: int, layout: Layout) -> None:
+    """Make passes over one row of padding, of which nothing is read."""
+    if count == 0:
+        return
+    width = _FP8_ROWS * layout.tp_size * layout.cp_size
+    place = torch.zeros(1, dtype=torch.int64)
+    batch = RowBatch(torch.zeros(1, width, dtype=torch.int64), place + width, place, place + 1)
+    _run_all(model, [batch] * count, lambda logits, _: logits.sum(), False, layout, False)
+
+
+def _run_all(
+    model: Sequence[torch.nn.Module],
+    batches: Sequence[RowBatch],
+    logits_function: LogitsFunction,
+    logit_shift: bool,
+    layout: Layout,
+    new_weights: bool,
+) -> list[Tensor]:
+    """Run micro-batches; see :func:`forward_only`."""
     if layout.pp_size == 1:
         chunk: Any = model[0]
         if new_weights:

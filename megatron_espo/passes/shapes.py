@@ -6,8 +6,9 @@ Engine calls, builds a graph for each new shape and keeps it to the end of the r
 leave one by one and prompts of all lengths there would be thousands. There the shapes come from a
 short list that is the same for the whole run:
 
-* ELBOs and updates, whose micro-batches are always full, have 16 widths, from the longest that
-  --seq-length allows down to the completion's, in equal ratios: 16 shapes at most.
+* ELBOs and updates, whose micro-batches are always full, have 16 widths, from the longest row of
+  the data (where it is not known, of --seq-length) down to the shortest, in equal ratios: 16 shapes
+  at most.
 * Passes of a rollout have every second of these widths, and a full micro-batch of rows, a third,
   an eighth or a sixteenth of one: 32 shapes at most.
 * Micro-batches of fine-tuning, whose rows differ most, have 32 widths between the shortest and the

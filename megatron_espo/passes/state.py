@@ -21,6 +21,8 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 from torch.nn.functional import pad
 
+from megatron_espo.passes.block_mask import BlockAttention
+
 
 class KeyValueCache:
     """Keys and values of some rows, layer by layer, of this rank's heads and pipeline stage.
@@ -184,6 +186,48 @@ def select_positions(
     return SelectedRows(queries, flat, hidden, sequence_group)
 
 
+class RoutingLog:
+    """The experts of one micro-batch's tokens under several policies, on this rank.
+
+    What a policy chose is kept on the host, a bit for each token and expert of a layer.
+    """
+
+    def __init__(self) -> None:
+        """Make an empty log."""
+        self.policy: str | None = None
+        """Whose passes are noted now; the first of each policy. None notes nothing."""
+        self._chosen: dict[tuple[str, int], Tensor] = {}
+
+    def note(self, layer: int, chosen: Tensor) -> None:
+        """Keep what a router chose.
+
+        Args:
+            layer: number of the layer.
+            chosen: bool ``[t, e]``, the experts of each token.
+        """
+        if self.policy is not None:
+            self._chosen.setdefault((self.policy, layer), chosen.detach().cpu())
+
+    def changed(self, first: str, second: str) -> tuple[int, int]:
+        """Compare two policies.
+
+        Args:
+            first: one of them.
+            second: the other.
+
+        Returns:
+            How often a token's experts in a layer are not the same, of how many; 0 of 0 where the
+            two were not noted over the same tokens.
+        """
+        changed = total = 0
+        for (policy, layer), before in self._chosen.items():
+            after = self._chosen.get((second, layer))
+            if policy == first and after is not None and after.shape == before.shape:
+                changed += int((before != after).any(dim=1).sum())
+                total += before.size(0)
+        return changed, total
+
+
 @dataclass(frozen=True)
 class PassState:
     """What the layers need to know of the pass that runs.
@@ -199,8 +243,9 @@ class PassState:
             for passes without a mask, and some devices' fastest one takes none.
         sampling: whether tokens are drawn from the pass. Nothing compares it with a pass that has
             gradients, so the layers may take kernels that round otherwise.
-        copies: noisy copies of the rows that stand before the clean tokens (passes/block_mask.py),
-            where all of them pass here; 0 elsewhere.
+        noisy: how rows attend that hold noisy copies before the clean tokens, where all of their
+            positions pass here; None elsewhere.
+        routing: where routers of experts note what they choose, or None.
     """
 
     selected: SelectedRows | None = None
@@ -210,7 +255,8 @@ class PassState:
     width: int = 0
     padded: bool = True
     sampling: bool = False
-    copies: int = 0
+    noisy: BlockAttention | None = None
+    routing: RoutingLog | None = None
 
 
 _current: ContextVar[PassState | None] = ContextVar("model_pass", default=None)

@@ -11,7 +11,7 @@ hidden size, f inner width, n vocabulary.
 import argparse
 from dataclasses import dataclass
 
-from megatron_espo.model.shape import query_groups
+from megatron_espo.model.shape import ExpertShape, query_groups
 from megatron_espo.parallel.cross_entropy import BLOCK
 
 # Rows of the head's weight whose float32 gradient is held at a time: model/weight_gradients.py.
@@ -38,6 +38,8 @@ class Sizes:
         cp: context-parallel size.
         fp8: whether what linear layers keep of their inputs is in FP8.
         again: modules whose activations are computed again in the backward pass.
+        mixture: of a model with experts what passes them; all layers are taken for mixtures, and
+            every rank to get as many tokens.
     """
 
     width: int
@@ -53,6 +55,35 @@ class Sizes:
     cp: int
     fp8: bool
     again: tuple[str, ...]
+    mixture: "Mixture | None" = None
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sizes of a mixture of experts.
+
+    Attributes:
+        topk: experts of a token.
+        inner: channels inside one of them on this rank.
+        shared: channels inside the shared expert on this rank.
+        num_experts: scores of a token, in float32.
+    """
+
+    topk: int
+    inner: float
+    shared: float
+    num_experts: int
+
+
+def _mixture(args: argparse.Namespace) -> Mixture | None:
+    experts, tp = ExpertShape.of(args), args.tensor_model_parallel_size
+    if experts is None:
+        return None
+    etp = args.expert_tensor_parallel_size or tp
+    shared = (experts.shared_size or 0) / tp
+    # Ranks that share the positions of a row also gather them for split experts.
+    topk = experts.topk * etp if etp > 1 and args.sequence_parallel else experts.topk
+    return Mixture(topk, experts.hidden_size / etp, shared, experts.num_experts)
 
 
 def layer_sizes(args: argparse.Namespace, fp8: bool) -> Sizes:
@@ -81,6 +112,7 @@ def layer_sizes(args: argparse.Namespace, fp8: bool) -> Sizes:
         cp=args.context_parallel_size,
         fp8=fp8,
         again=tuple(args.recompute_modules or ("core_attn",)) if selective else (),
+        mixture=_mixture(args),
     )
 
 
@@ -112,6 +144,8 @@ def _of_inputs(sizes: Sizes, number: int) -> float:
 
 def _of_feed_forward(sizes: Sizes) -> tuple[float, float]:
     """Numbers per position that the feed-forward part keeps: around it, and inside."""
+    if sizes.mixture is not None:
+        return _of_mixture(sizes, sizes.mixture)
     if "mlp" in sizes.again:
         # Transformer Engine's part has the norm inside.
         around = 0.0 if sizes.with_te or "layernorm" in sizes.again else sizes.part
@@ -119,6 +153,16 @@ def _of_feed_forward(sizes: Sizes) -> tuple[float, float]:
     around = 0.0 if "layernorm" in sizes.again and not sizes.with_te else _of_inputs(sizes, 1)
     product = sizes.inner * (1 / sizes.width if sizes.fp8 else 1)
     return around, 2 * sizes.inner + product
+
+
+def _of_mixture(sizes: Sizes, mixture: Mixture) -> tuple[float, float]:
+    """Numbers per position of this rank's part that a mixture keeps: around it, and inside."""
+    # Of each expert the token, both halves of the first product, what the activation makes of them
+    # and that with its weight; then the expert's output, which goes back to its rank.
+    share = sizes.part / sizes.hidden
+    routed = mixture.topk * (2 * sizes.hidden + 4 * mixture.inner) * share
+    scores = 4 * 4 / sizes.width * mixture.num_experts * share
+    return _of_inputs(sizes, 1), routed + scores + 3 * mixture.shared
 
 
 def layer_kept(sizes: Sizes, tokens: float) -> float:
@@ -163,7 +207,10 @@ def last_layer_kept(sizes: Sizes, tokens: float, head_rows: float) -> float:
 def layer_transient(sizes: Sizes, tokens: float) -> float:
     """Bytes that the backward pass of one layer takes beside what was kept."""
     again = 3 * sizes.inner + sizes.part if "mlp" in sizes.again else 0.0
-    needed = 3 * sizes.inner + sizes.hidden + 2 * sizes.part + again
+    inner = 3 * sizes.inner
+    if sizes.mixture is not None:
+        inner = _of_mixture(sizes, sizes.mixture)[1]
+    needed = inner + sizes.hidden + 2 * sizes.part + again
     return sizes.width * tokens * needed
 
 
@@ -207,6 +254,8 @@ def forward_memory(sizes: Sizes, tokens: float) -> float:
     attention = whole + 2 * sizes.query + sizes.key_value / 2 + repeated + sizes.hidden
     # Both projections, the gate's activation and the product; compilers may spare one of them.
     feed_forward = 4 * sizes.inner + sizes.part
+    if sizes.mixture is not None:
+        feed_forward = _of_mixture(sizes, sizes.mixture)[1]
     return sizes.width * tokens * (max(attention, feed_forward) + 2 * sizes.part)
 
 

@@ -29,13 +29,14 @@ class Passes:
 
     Attributes:
         rows: rows of a micro-batch with gradients.
-        positions: positions of a row.
+        positions: positions of a row, its noisy copies included where tokens come block by block.
         head_rows: hidden states of a micro-batch that reach the output head.
         num_batches: micro-batches of an optimizer step.
         sampling: settings of the rollouts, or None without.
         sampled_rows: most completions that one call of the sampler makes on a rank.
         keeps_reference: whether a reference policy is kept on the host.
         fp8_gradients: whether passes with gradients compute in FP8, where any pass does.
+        copies: noisy copies of a row beside its clean tokens.
     """
 
     rows: int
@@ -46,6 +47,12 @@ class Passes:
     sampled_rows: int = 0
     keeps_reference: bool = False
     fp8_gradients: bool = True
+    copies: int = 0
+
+    @property
+    def width(self) -> int:
+        """Positions of a row without copies."""
+        return self.positions // (self.copies + 1)
 
 
 @dataclass(frozen=True)
@@ -114,8 +121,8 @@ def parameter_bytes(args: argparse.Namespace) -> tuple[int, int, float]:
         args: Megatron's validated arguments.
 
     Returns:
-        Bytes of a weight, of its gradient, and of its optimizer state, the latter as an average
-        over the data- and context-parallel ranks with the distributed optimizer.
+        Bytes of a weight, of its gradient, and of its optimizer state on all ranks that share it:
+        see :func:`_optimizer_memory`.
     """
     half = args.bf16 or args.fp16
     weight = 2 if half else 4
@@ -124,10 +131,21 @@ def parameter_bytes(args: argparse.Namespace) -> tuple[int, int, float]:
     state = [torch.float32] * (3 if half else 2)
     if args.use_precision_aware_optimizer:
         state = [args.main_params_dtype, args.exp_avg_dtype, args.exp_avg_sq_dtype]
-    optimizer = float(sum(dtype.itemsize for dtype in state))
-    if args.use_distributed_optimizer:
-        optimizer /= args.data_parallel_size * args.context_parallel_size
-    return weight, gradient, optimizer
+    return weight, gradient, float(sum(dtype.itemsize for dtype in state))
+
+
+def _optimizer_memory(args: argparse.Namespace, stage: StageParameters, each: float) -> float:
+    """Bytes of a rank's optimizer state, ``each`` of them for a parameter.
+
+    With the distributed optimizer the data- and context-parallel ranks share it; that of experts
+    the ranks that hold the same ones.
+    """
+    if not args.use_distributed_optimizer:
+        return stage.trained * each
+    ranks = args.data_parallel_size * args.context_parallel_size
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    alike = ranks * tp / (ep * (args.expert_tensor_parallel_size or tp))
+    return each * ((stage.trained - stage.experts) / ranks + stage.experts / alike)
 
 
 def _chunks_in_flight(args: argparse.Namespace, stage: int, num_batches: int) -> tuple[int, float]:
@@ -193,7 +211,14 @@ def activation_memory(
         if args.recompute_granularity == "full":
             others = inputs * (chunks - 1) / chunks
         moments.append(others + embedding + sizes.width * tokens * sizes.hidden)
-    return max(moments) + between
+    return max(moments) + between + mask_memory(passes, sizes)
+
+
+def mask_memory(passes: Passes, sizes: Sizes) -> float:
+    """Bytes of the masks of rows with noisy copies: whole, while made twice; and by segments."""
+    if not passes.copies:
+        return 0.0
+    return passes.rows * (2.0 * passes.positions**2 + 3 * sizes.width * passes.width**2)
 
 
 def rollout_memory(
@@ -214,7 +239,9 @@ def rollout_memory(
     chunk = getattr(args, "head_chunk", None)
     shown = candidates if chunk is None else min(candidates, chunk)
     logits = shown * sizes.vocabulary * entry + candidates * sizes.hidden * sizes.width
-    layer = activations.forward_memory(sizes, rows * passes.positions / cp)
+    layer = activations.forward_memory(sizes, rows * passes.width / cp)
+    if passes.copies:  # each row sees up to its own block; the kernel's mask is not of one bit
+        layer += rows * passes.width**2 / cp * (2 + sizes.width)
     return max(layer, logits)
 
 
@@ -259,7 +286,7 @@ def cache_memory(args: argparse.Namespace, passes: Passes) -> float:
 
     Returns:
         Bytes of this rank's layers and heads, for all rows in flight at full length; 0 without
-        --rollout-cache. prefix and dual keep the same: all positions of the rows.
+        --rollout-cache. All kinds keep the same: all positions of the rows.
     """
     sampling = passes.sampling
     if sampling is None or sampling.cache == "none":
@@ -269,7 +296,7 @@ def cache_memory(args: argparse.Namespace, passes: Passes) -> float:
     number, rows = micro_batches(passes.sampled_rows, sampling.micro_batch_size, pp)
     size = 2 if args.bf16 or args.fp16 else 4
     per_position = 2 * size * groups / tp * args.kv_channels * args.num_layers / pp
-    return number * rows * passes.positions * per_position
+    return number * rows * passes.width * per_position
 
 
 def quantised_memory(args: argparse.Namespace, linear: int, *, with_gradients: bool) -> float:
@@ -309,7 +336,7 @@ def plan_memory(
     """
     weight, gradient, optimizer = parameter_bytes(args)
     moved = args.optimizer_offload_fraction if args.optimizer_cpu_offload else 0.0
-    state = stage.trained * optimizer
+    state = _optimizer_memory(args, stage, optimizer)
     frozen = stage.trained < stage.total
     sizes = activations.layer_sizes(args, bool(args.fp8) and passes.fp8_gradients)
     fused = args.gradient_accumulation_fusion and sizes.with_te and not frozen
@@ -317,7 +344,8 @@ def plan_memory(
     if sampling is not None:
         rollout = rollout_memory(args, passes, sampling, sizes)
         most_rows = max(passes.rows, min(sampling.micro_batch_size, passes.sampled_rows))
-    most_tokens = most_rows * passes.positions / args.context_parallel_size
+    most_tokens = most_rows * passes.width / args.context_parallel_size
+    most_tokens = max(most_tokens, passes.rows * passes.positions / args.context_parallel_size)
     weights, gradients = float(stage.total * weight), float(stage.trained * gradient)
     saved, saving = saving_memory(args, stage, index)
     swapped = float(stage.largest * weight) if passes.keeps_reference else 0.0

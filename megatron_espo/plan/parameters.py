@@ -30,6 +30,8 @@ class StageParameters:
         whole_model: those of the stage over all its tensor-parallel ranks, without the rows that
             pad the vocabulary.
         whole_trained: the trained ones of these.
+        experts: trained weights of experts, whose optimizer state other ranks share than that of
+            the rest.
     """
 
     total: int
@@ -39,6 +41,7 @@ class StageParameters:
     largest_chunk: int
     whole_model: int
     whole_trained: int
+    experts: int = 0
 
 
 def count_parameters(args: argparse.Namespace) -> list[StageParameters]:
@@ -80,12 +83,15 @@ def _count(args: argparse.Namespace, stage: int) -> StageParameters:
             )
         named += list(chunk.named_parameters())
         chunks.append(sum(w.numel() for w in chunk.parameters() if w.requires_grad))
-    tp = args.tensor_model_parallel_size
+    tp, ep = args.tensor_model_parallel_size, args.expert_model_parallel_size
+    etp = args.expert_tensor_parallel_size or tp
     padding = args.padded_vocab_size - args.vocab_size
     whole = trained = 0
     for name, weight in named:
         split = getattr(weight, "tensor_model_parallel", False)
-        size = weight.numel() * (tp if split else 1)
+        of_experts = not getattr(weight, "allreduce", True)
+        ranks = (etp if of_experts else tp) if split else 1
+        size = weight.numel() * ranks * (ep if of_experts else 1)
         if name.endswith(("word_embeddings.weight", "output_layer.weight", "lm_head_b")):
             size -= padding * weight.size(1)
         whole += size
@@ -101,6 +107,9 @@ def _count(args: argparse.Namespace, stage: int) -> StageParameters:
         largest_chunk=max(chunks),
         whole_model=whole,
         whole_trained=trained,
+        experts=sum(
+            w.numel() for _, w in named if w.requires_grad and not getattr(w, "allreduce", True)
+        ),
     )
 
 
@@ -122,6 +131,8 @@ def _fake_groups(args: argparse.Namespace, stage: int) -> Iterator[None]:
             args.tensor_model_parallel_size,
             pp,
             args.virtual_pipeline_model_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
             create_gloo_process_groups=False,
         )

@@ -13,6 +13,7 @@ from megatron_espo.monitor.flops import (
     training_flops,
 )
 from megatron_espo.monitor.throughput import PEAK_TFLOPS
+from megatron_espo.objectives import objective_of, views_per_completion
 from megatron_espo.passes.shapes import round_up
 from megatron_espo.plan.memory import GB, Memory, Passes, plan_memory
 from megatron_espo.plan.parameters import StageParameters
@@ -143,15 +144,19 @@ def make_plan(
     flops = None
     if espo is not None and rollout is not None:
         length = rollout.completion_length
-        # A coupled pair masks L positions together, another view L at most.
-        per_view = length / 2 if espo.elbo_estimator == "coupled" else length
+        # A coupled pair masks L positions together, a view whose number is drawn L at most.
+        masks = objective_of(espo).masks(espo)
+        per_view = masks.masked(length) / masks.per_draw if masks.fixed else length
         completions = espo.completions_per_rollout // args.data_parallel_size
         rows = args.espo_rows_per_batch
+        copies = 0 if dimensions.blocks is None else dimensions.blocks.copies
         passes = Passes(
-            rows=rows,
-            positions=round_up(args.seq_length, pad_multiple),
+            # Views of a sequence stand in one row, beside its clean tokens.
+            rows=rows // max(copies, 1),
+            positions=(copies + 1) * round_up(args.seq_length, pad_multiple),
             head_rows=int(rows * per_view),
-            num_batches=completions * espo.views_per_completion // rows,
+            num_batches=completions * views_per_completion(espo) // rows,
+            copies=copies,
             sampling=rollout,
             sampled_rows=_sampled_rows(args, espo, rollout),
             keeps_reference=espo.kl_coef > 0.0 and args.lora_rank is None,
@@ -179,15 +184,20 @@ def _supervised(
         # The widest micro-batch is what must fit.
         length, maskable = max(sft.shares), sft.longest_maskable
         mean_maskable, shares = sft.mean_maskable, sft.shares
+    copies = 0 if dimensions.blocks is None else 1
+    # The clean tokens of a row predict the next ones besides.
+    following = 1 if args.next_token_weight else 0
     passes = Passes(
         rows=args.micro_batch_size,
-        positions=length,
+        positions=(copies + 1) * length,
         # At most all of them: the share is drawn from (0, 1).
-        head_rows=args.micro_batch_size * maskable,
+        head_rows=args.micro_batch_size * maskable * (1 + following),
         num_batches=batch // (args.micro_batch_size * args.data_parallel_size),
+        copies=copies,
     )
+    read = mean_maskable * (0.5 + following)
     flops = sum(
-        training_flops(dimensions, batch * share, width, batch * share * mean_maskable / 2)
+        training_flops(dimensions, batch * share, width, batch * share * read)
         for width, share in shares.items()
     )
     return passes, flops

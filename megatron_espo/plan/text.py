@@ -3,6 +3,8 @@
 from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import targets_of
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.objectives import num_draws, objective_of, views_per_completion
+from megatron_espo.objectives.masks import ElboMasks
 from megatron_espo.plan.memory import GB
 from megatron_espo.plan.plan import PEAK_FLOPS, Plan, gpus_per_node, warnings
 
@@ -62,6 +64,20 @@ def _layout(plan: Plan) -> list[str]:
         f"Model: {args.preset or 'of the command line'}, {plan.num_parameters:,} parameters "
         f"(vocabulary {args.vocab_size:,} + {padding:,} rows of padding), {per_gpu:,} on a GPU",
         *_adapters(plan),
+        *_blocks(plan),
+    ]
+
+
+def _blocks(plan: Plan) -> list[str]:
+    args, passes = plan.args, plan.passes
+    if not passes.copies:
+        return []
+    grown = f", grown to {args.block_growth_to}" if args.block_growth_to else ""
+    copies = f"{passes.copies} noisy cop{'ies' if passes.copies > 1 else 'y'}"
+    return [
+        f"Blocks: {args.attention_mask}, of {args.block_size} tokens{grown}; a row of "
+        f"{passes.width:,} positions passes with {copies} beside the clean tokens, "
+        f"{passes.positions:,} in all"
     ]
 
 
@@ -125,11 +141,12 @@ def _rollout(plan: Plan, espo: EspoConfig, rollout: RolloutConfig) -> list[str]:
     args, passes, flops = plan.args, plan.passes, plan.flops
     assert flops is not None
     completions = espo.completions_per_rollout
-    views = completions * espo.views_per_completion
+    views = completions * views_per_completion(espo)
     dp = args.data_parallel_size
     prompt = args.seq_length - rollout.completion_length
     # The first update needs no old ELBO.
-    frozen = espo.updates_per_rollout - 1
+    objective = objective_of(espo)
+    frozen = espo.updates_per_rollout - 1 if objective.compares_with_old else 0
     frozen += espo.updates_per_rollout if espo.kl_coef > 0.0 else 0
     shares = {
         "generation": flops.generation,
@@ -142,8 +159,8 @@ def _rollout(plan: Plan, espo: EspoConfig, rollout: RolloutConfig) -> list[str]:
         f"{completions} completions, {completions // dp} on a data-parallel rank; "
         f"{completions * rollout.completion_length:,} tokens of {rollout.completion_length} each "
         f"after at most {prompt} of prompt, {rollout.denoising_steps} denoising steps",
-        f"Updates: {espo.updates_per_rollout} x {views} views ({espo.num_mc} draws, "
-        f"{espo.elbo_estimator}) = {passes.num_batches} micro-batches of {passes.rows} rows on a "
+        f"Updates: {espo.updates_per_rollout} x {views} views ({num_draws(espo)} draws, "
+        f"{_masks(espo)}) = {passes.num_batches} micro-batches of {passes.rows} rows on a "
         f"rank, {espo.gradient}; {frozen} gradient-free ELBO passes before them",
         f"Operations of a rollout with its updates: {flops.total:.3e} ("
         + ", ".join(f"{name} {100 * part / flops.total:.1f}%" for name, part in shares.items())
@@ -153,6 +170,13 @@ def _rollout(plan: Plan, espo: EspoConfig, rollout: RolloutConfig) -> list[str]:
         f"Run: {espo.num_rollouts} rollouts, {plan.num_steps} optimizer steps, "
         f"{espo.num_rollouts * flops.total:.3e} operations",
     ]
+
+
+def _masks(espo: EspoConfig) -> str:
+    """Say what the draws of an objective are."""
+    masks = objective_of(espo).masks(espo)
+    what = masks.estimator if isinstance(masks, ElboMasks) else f"{masks.per_draw} views each"
+    return what if espo.objective == "espo" else f"{what}, objective {espo.objective}"
 
 
 def _steps(plan: Plan) -> list[str]:

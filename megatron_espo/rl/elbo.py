@@ -6,15 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_espo.diffusion.block_noise import block_elbo_views
 from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views
-from megatron_espo.errors import UserError
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.model.head import view_cross_entropy
+from megatron_espo.model.head import masked_cross_entropy, view_cross_entropy
 from megatron_espo.parallel.layout import broadcast_from_last_stage
-from megatron_espo.passes.batch import ViewBatch, pack_sequences, view_batches
+from megatron_espo.passes.batch import Sequences, ViewBatch, pack_sequences, view_batches
+from megatron_espo.passes.block_views import block_view_batches
 from megatron_espo.passes.pipeline import forward_only
-from megatron_espo.random import stream
+from megatron_espo.random import Stream, stream
 
 
 class Elbo(NamedTuple):
@@ -57,22 +58,83 @@ def estimate_elbo(
     Returns:
         One number per sequence, and the draws behind it.
     """
-    n, length = completions.shape
+    n = len(completions)
     indices = torch.arange(n)
     ids = indices if sample_ids is None else sample_ids
-    views = elbo_views(estimator, stream(seed, purpose), ids, indices, n, length, num_mc)
     sequences = pack_sequences(prompts, completions, model.pad_token_id, model.shapes)
-    rows = _largest_divisor(views.weights.numel(), rows_per_batch)
-    batches = view_batches(
-        sequences,
-        views,
-        model.mask_token_id,
-        model.vocab_size,
-        rows,
-        same_width=model.layout.pp_size > 1,
-    )
-    draws = elbo_of_views(model, batches, views)
+    key = stream(seed, purpose)
+    views = draw_views(model, sequences, estimator, key, ids, indices, n, num_mc)
+    rows = _rows_of_pass(model, views, rows_per_batch)
+    draws = elbo_of_views(model, cut_views(model, sequences, views, rows), views)
     return Elbo(draws.mean(dim=1), draws)
+
+
+def draw_views(
+    model: DiffusionModel,
+    sequences: Sequences,
+    estimator: ElboEstimator,
+    key: Stream,
+    sample_ids: Tensor,
+    indices: Tensor,
+    total: int,
+    num_mc: int,
+    *,
+    independent_draws: bool = False,
+) -> ElboViews:
+    """Draw the masks of ELBO estimates: of whole completions, or of a block model block by block.
+
+    Args:
+        model: the model.
+        sequences: n prompts and completions.
+        estimator: see ``diffusion.noise.elbo_views``, and so the rest.
+        key: random stream of this estimate.
+        sample_ids: int64 ``[n]``.
+        indices: int64 ``[n]``, places in the global batch.
+        total: size of the global batch.
+        num_mc: number of draws m.
+        independent_draws: whether a row's draws are independent of each other.
+
+    Returns:
+        The views, on the host.
+    """
+    length = sequences.completion_length
+    if model.blocks is None:
+        return elbo_views(
+            estimator, key, sample_ids, indices, total, length, num_mc,
+            independent_draws=independent_draws,
+        )  # fmt: skip
+    offsets = sequences.prompt_lengths % model.blocks.size
+    return block_elbo_views(
+        estimator, key, sample_ids, offsets, length, num_mc, model.blocks.size,
+        independent_draws=independent_draws,
+    )  # fmt: skip
+
+
+def cut_views(
+    model: DiffusionModel,
+    sequences: Sequences,
+    views: ElboViews,
+    rows_per_batch: int,
+    chosen: Tensor | None = None,
+) -> list[ViewBatch]:
+    """Cut views into micro-batches for a model.
+
+    Args:
+        model: the model.
+        sequences: the sequences.
+        views: of :func:`draw_views`.
+        rows_per_batch: views of a micro-batch; must divide their number.
+        chosen: int64 ``[k]``, the sequences to take; None takes all.
+
+    Returns:
+        The micro-batches, on the host.
+    """
+    asked = (sequences, views, model.mask_token_id, model.vocab_size, rows_per_batch)
+    same_width = model.layout.pp_size > 1
+    if model.blocks is None:
+        return view_batches(*asked, same_width=same_width, chosen=chosen)
+    shift = model.logit_shift
+    return block_view_batches(*asked, model.blocks, shift, same_width=same_width, chosen=chosen)
 
 
 def elbo_of_views(model: DiffusionModel, batches: list[ViewBatch], views: ElboViews) -> Tensor:
@@ -85,35 +147,27 @@ def elbo_of_views(model: DiffusionModel, batches: list[ViewBatch], views: ElboVi
 
     Returns:
         float32 ``[n, m]`` on the host.
-
-    Raises:
-        UserError: tokens of the model come block by block.
     """
     sums = torch.zeros(views.weights.numel())
     evaluate_views(sums, batches, model)
     return elbo_draws(sums.view_as(views.weights), views.weights)
 
 
-def evaluate_views(values: Tensor, batches: list[ViewBatch], model: DiffusionModel) -> None:
-    """Compute the summed cross entropy of each view, without gradients.
+def evaluate_views(
+    values: Tensor, batches: list[ViewBatch], model: DiffusionModel, per_token: bool = False
+) -> None:
+    """Compute the cross entropy of each view, without gradients.
 
     Args:
-        values: float32 ``[n*m*v]`` on the host, see :func:`put_in_order`.
+        values: float32 ``[n*m*v]`` on the host, or ``[n*m*v, l]``, see :func:`put_in_order`.
         batches: micro-batches of some or all views.
         model: the model.
-
-    Raises:
-        UserError: tokens of the model come block by block.
+        per_token: of each masked token, 0 for others, in place of their sum.
     """
-    if model.blocks is not None:
-        raise UserError(
-            "an ELBO of a model whose tokens come block by block (--attention-mask) is not "
-            "written yet; use a model with full attention."
-        )
     results = forward_only(
         model.chunks,
         [batch.batch for batch in batches],
-        view_cross_entropy(model.layout.tp),
+        (masked_cross_entropy if per_token else view_cross_entropy)(model.layout.tp),
         model.logit_shift,
         model.layout,
     )
@@ -126,8 +180,9 @@ def put_in_order(
     """Put what the last stage knows of each view at the view's place, on every rank.
 
     Args:
-        values: float32 ``[n*m*v]`` on the host; views that no micro-batch holds stay as they are.
-        results: float32 ``[R]`` per micro-batch, on the last stage; not read elsewhere.
+        values: float32 ``[n*m*v, ...]`` on the host; views that no micro-batch holds stay as they
+            are.
+        results: float32 ``[R, ...]`` per micro-batch, on the last stage; not read elsewhere.
         batches: the micro-batches.
         model: the model.
     """
@@ -135,8 +190,16 @@ def put_in_order(
     if model.layout.is_last_stage:
         known = torch.cat(list(results))
     else:
-        known = torch.empty(len(index), device=model.device)
+        known = torch.empty((len(index), *values.shape[1:]), device=model.device)
     values[index] = broadcast_from_last_stage(known, model.layout).cpu()
+
+
+def _rows_of_pass(model: DiffusionModel, views: ElboViews, at_most: int) -> int:
+    """Choose how many views pass together; in blocks all of a sequence, which share a row."""
+    per_sequence = views.weights[0].numel()
+    if model.blocks is None or at_most < per_sequence:
+        return _largest_divisor(views.weights.numel(), at_most)
+    return per_sequence * _largest_divisor(len(views.weights), at_most // per_sequence)
 
 
 def _largest_divisor(total: int, at_most: int) -> int:

@@ -44,6 +44,8 @@ def settings_of(espo: EspoConfig, seed: int, tokenizer: FastTokenizer) -> Settin
         "--espo-num-mc": espo.num_mc,
         "--espo-elbo-estimator": espo.elbo_estimator,
         "--espo-kl-estimator": espo.kl_estimator,
+        "--espo-objective": espo.objective,
+        "--espo-objective-args": " ".join(espo.objective_args or ()) or "none",
     }
 
 

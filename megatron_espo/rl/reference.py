@@ -1,9 +1,9 @@
 """The reference policy: what the model is pulled towards by the KL penalty.
 
 Where all weights are trained it is a second set of them, which visits the model when its ELBO is
-needed. Each rank keeps a copy of its own parameters, on the host where there is a GPU. For an ELBO
-pass the copy and the model's parameters change places bit for bit; the optimizer's float32 master
-weights are not touched.
+needed. Each rank keeps a copy of its own parameters, and of what else decides a result (the biases
+of experts), on the host where there is a GPU. For an ELBO pass the copy and the model's own change
+places bit for bit; the optimizer's float32 master weights are not touched.
 
 Where LoRA adapters are trained it is their base: the model with the adapters off. Nothing is kept,
 copied or moved.
@@ -78,6 +78,17 @@ class AdapterBase:
         """Read nothing: the base was read when the model was built."""
 
 
+def _decisive(chunk: torch.nn.Module) -> list[Tensor]:
+    """The parameters, and the buffers that a checkpoint keeps."""
+    buffers = [
+        buffer
+        for module in chunk.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    ]
+    return [p.data for p in chunk.parameters()] + [b.data for b in buffers]
+
+
 class ReferencePolicy:
     """Weights of the reference policy on this rank."""
 
@@ -91,7 +102,7 @@ class ReferencePolicy:
         self._weights = host_copies(self._parameters(), self)
 
     def _parameters(self) -> list[Tensor]:
-        return [p.data for chunk in self._chunks for p in chunk.parameters()]
+        return [tensor for chunk in self._chunks for tensor in _decisive(chunk)]
 
     @contextlib.contextmanager
     def in_model(self) -> Iterator[None]:

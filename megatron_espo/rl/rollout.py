@@ -12,10 +12,10 @@ from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.evaluation.scoring import completion_lengths, decode_completions
 from megatron_espo.generation.sampler import Generation, generate
 from megatron_espo.model.handle import DiffusionModel
+from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.passes.batch import pack_sequences
 from megatron_espo.rewards.workers import Failures, RewardWorkers
-from megatron_espo.rl.advantages import leave_one_out
 from megatron_espo.rl.types import Discarded, Prompt, Refill, Rollout
 from megatron_espo.tasks.base import Example, Score, Task
 
@@ -159,7 +159,7 @@ def assemble_rollout(
         indices=places,
         scores=scores,
         rewards=rewards,
-        advantages=leave_one_out(groups, espo.advantage_std_norm).flatten().float(),
+        advantages=load_advantage(espo.advantage)(groups).flatten().float(),
         texts=texts,
         completion_lengths=completion_lengths(generation.completions, model.stop_token_ids),
         num_evaluations=generation.num_evaluations,

@@ -4,15 +4,25 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
 from megatron_espo.monitor.metrics import Columns, gather_columns, statistics
+from megatron_espo.objectives import Loss
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.rewards.workers import Failures
-from megatron_espo.rl.objective import EspoTerms
 from megatron_espo.rl.types import Discarded, Rollout
+
+# What objectives report by these names, and the scalars that they are.
+_NAMES = {
+    "ratio": "policy/ratio",
+    "kl": "policy/kl_per_token",
+    "clip_low": "policy/clip_fraction_low",
+    "clip_high": "policy/clip_fraction_high",
+    "effective_sample_size": "policy/effective_sample_size",
+}
 
 
 class Clock:
@@ -31,13 +41,13 @@ class Clock:
 
 
 def update_columns(
-    terms: EspoTerms, draws: Tensor, left_out: int, length: int, layout: Layout
+    terms: Loss, elbo: Tensor, left_out: int, length: int, layout: Layout
 ) -> Columns:
     """Gather what an optimizer step says of each completion of the global batch.
 
     Args:
         terms: loss terms of this rank's completions.
-        draws: float32 ``[n, m]``, their ELBO draws under the current policy.
+        elbo: float32 ``[n]``, their log-probability under the current policy, in nats.
         left_out: how many of them had no backward pass.
         length: completion length.
         layout: process groups.
@@ -47,12 +57,9 @@ def update_columns(
     """
     return gather_columns(
         {
+            **{name: values.double().tolist() for name, values in terms.statistics.items()},
             "loss": terms.loss.tolist(),
-            "ratio": terms.ratio.tolist(),
-            "kl": terms.kl.tolist(),
-            "clip_low": terms.clipped_low.double().tolist(),
-            "clip_high": terms.clipped_high.double().tolist(),
-            "elbo": (draws.mean(dim=1) / length).tolist(),
+            "elbo": (elbo / length).tolist(),
             "left_out": [float(left_out)],
         },
         layout,
@@ -73,12 +80,20 @@ def update_scalars(
     Returns:
         Named numbers, equal on all ranks.
     """
+    own: dict[str, float] = {}
+    for name in columns.keys() - {"loss", "elbo", "left_out"}:
+        if name == "ratio" or name not in _NAMES:
+            own |= statistics(columns, name, f"policy/{name}")
+        else:
+            own[_NAMES[name]] = float(columns[name].mean())
+    if "ratio" in columns and "effective_sample_size" not in columns:
+        ratio = columns["ratio"]
+        own["policy/effective_sample_size"] = float(
+            ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())
+        )
     return {
         "policy/loss": float(columns["loss"].mean()),
-        **statistics(columns, "ratio", "policy/ratio"),
-        "policy/kl_per_token": float(columns["kl"].mean()),
-        "policy/clip_fraction_low": float(columns["clip_low"].mean()),
-        "policy/clip_fraction_high": float(columns["clip_high"].mean()),
+        **own,
         "policy/without_backward": float(columns["left_out"].sum()) / len(columns["loss"]),
         "policy/grad_norm": float(grad_norm if grad_norm is not None else 0.0),
         "policy/learning_rate": learning_rate,
@@ -96,38 +111,55 @@ def first_ratio_scalars(
     differ is a second evaluation of it: the pass with gradients.
 
     Args:
-        draws: float32 ``[n, m]``, ELBO draws without gradients.
-        again: float32 ``[n, m]``, the same draws with gradients, or None with one pass only.
+        draws: float32 ``[n, m]``, ELBO draws without gradients; or ``[n, m, v, l]``, tokens.
+        again: the same with gradients, or None with one pass only.
         length: completion length.
         layout: process groups.
 
     Returns:
         The largest distance over all completions.
     """
-    apart = torch.zeros(len(draws)) if again is None else (again - draws).mean(dim=1) / length
+    apart = torch.zeros(len(draws))
+    if again is not None and draws.dim() == 2:
+        apart = (again - draws).mean(dim=1) / length
+    elif again is not None:
+        apart = (again - draws).flatten(1).abs().amax(dim=1)
     columns = gather_columns({"deviation": apart.double().expm1().abs().tolist()}, layout)
     return {"policy/ratio_first_update/max_deviation": float(columns["deviation"].max())}
 
 
-def elbo_noise_scalars(
-    elbo_old: Sequence[Tensor | None], length: int, layout: Layout
-) -> dict[str, float]:
+def elbo_noise_scalars(elbos: Sequence[Tensor], length: int, layout: Layout) -> dict[str, float]:
     """Measure the ELBO estimator's own noise: one policy under mu independent sets of masks.
 
     Args:
-        elbo_old: per update float32 ``[n, m]``, the sampling policy's ELBO draws.
+        elbos: per update float32 ``[n]``, the sampling policy's ELBO in nats per completion.
         length: completion length.
         layout: process groups.
 
     Returns:
         The variance per completion in nats per token squared; nothing for a single update.
     """
-    means = [draws.mean(dim=1) for draws in elbo_old if draws is not None]
-    if len(means) < 2:
+    if len(elbos) < 2:
         return {}
-    spread = torch.stack(means).var(dim=0) / length**2
+    spread = torch.stack(list(elbos)).var(dim=0) / length**2
     gathered = gather_columns({"variance": spread.tolist()}, layout)
     return {"elbo/mc_variance_per_token": float(gathered["variance"].mean())}
+
+
+def identical_completions(completions: Tensor, group_size: int) -> list[float]:
+    """Mark the completions that another one of their group equals.
+
+    Args:
+        completions: int64 ``[n, l]``, group by group.
+        group_size: completions of a group.
+
+    Returns:
+        1 or 0 for each.
+    """
+    groups = completions.unflatten(0, (-1, group_size))
+    same = (groups[:, :, None] == groups[:, None]).all(dim=-1).sum(dim=-1)
+    found: list[float] = (same > 1).flatten().double().tolist()
+    return found
 
 
 def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Columns:
@@ -167,6 +199,7 @@ def rollout_columns(rollout: Rollout, espo: EspoConfig, layout: Layout) -> Colum
         "advantage": rollout.advantages.double().tolist(),
         "correct": [float(score.correct) for score in scores],
         "no_spread": (groups.amax(1) == groups.amin(1)).double().tolist(),
+        "identical": identical_completions(rollout.sequences.completions(), espo.group_size),
         "length": sampled("completion_lengths"),
         "nfe": sampled("num_evaluations"),
         "committed": sampled("num_committed"),
@@ -210,6 +243,7 @@ def rollout_scalars(
         "rollout/nfe": float(columns["nfe"].mean()),
         "rollout/tokens_per_step": float(columns["committed"].sum() / columns["nfe"].sum()),
         "rollout/confidence": float(columns["confidence"].mean()),
+        "rollout/identical_completions": float(np.mean(columns["identical"])),
         **({"rollout/further_prompts": float(further)} if espo.refill else {}),
         "performance/tokens_per_second": generated / sum(seconds.values()),
         **(
@@ -280,11 +314,16 @@ def console_line(number: int, total: int, scalars: Mapping[str, float], time_lef
         f"{tag.removeprefix('reward/by_task/')} {100 * scalars[f'{tag}/correct']:.1f}%"
         for tag in shares
     )
+    policy = [
+        f"ratio {scalars['policy/ratio/min']:.3f}-{scalars['policy/ratio/max']:.3f} | "
+        if "policy/ratio/min" in scalars
+        else "",
+        f"kl {scalars['policy/kl_per_token']:.2e} | " if "policy/kl_per_token" in scalars else "",
+    ]
     return (
         f"rollout {number}/{total} | "
         f"reward {scalars['reward/mean']:.3f} ± {scalars['reward/std']:.3f} | "
         f"correct {100 * scalars['reward/correct']:.1f}%{f' ({tasks})' if tasks else ''} | "
-        f"ratio {scalars['policy/ratio/min']:.3f}-{scalars['policy/ratio/max']:.3f} | "
-        f"kl {scalars['policy/kl_per_token']:.2e} | grad {scalars['policy/grad_norm']:.3f} | "
+        f"{''.join(policy)}grad {scalars['policy/grad_norm']:.3f} | "
         f"{sum(times.values()):.2f}s ({phases}) | left {time_left}"
     )

@@ -1,5 +1,7 @@
 """The ESPO loop (arXiv 2512.03759, algorithm 1): rollout, score, ELBOs, updates.
 
+Another objective (--espo-objective) has the same loop: its log-probabilities stand for ELBOs.
+
 It owns its step, because rollouts need all pipeline stages at once, and calls Megatron for the
 model passes, the optimizer, the scheduler and checkpoints.
 """
@@ -15,7 +17,7 @@ from torch import Tensor
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer
-from megatron_espo.diffusion.noise import ElboViews, elbo_views
+from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.evaluation.completing import evaluate_task
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.evaluation.scoring import decode_completions, score_completions
@@ -25,11 +27,12 @@ from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.progress import Heartbeat, Progress
 from megatron_espo.monitor.watch import WatchState
+from megatron_espo.objectives import num_draws, objective_of
+from megatron_espo.objectives.masks import Ask
 from megatron_espo.parallel.layout import raised_on_all
-from megatron_espo.passes.batch import ViewBatch, view_batches
+from megatron_espo.passes.batch import ViewBatch
 from megatron_espo.random import stream
-from megatron_espo.rl.elbo import elbo_of_views
-from megatron_espo.rl.objective import espo_terms
+from megatron_espo.rl.elbo import cut_views
 from megatron_espo.rl.prompts import further_prompts, prompts_of_rollout
 from megatron_espo.rl.provenance import prompts_digest
 from megatron_espo.rl.reference import Reference
@@ -42,6 +45,7 @@ from megatron_espo.rl.rollout import (
     sample,
     take_failures,
 )
+from megatron_espo.rl.routing import noted_as, routing_scalars, watch_routing
 from megatron_espo.rl.samples_table import write_samples
 from megatron_espo.rl.scalars import (
     Clock,
@@ -53,6 +57,13 @@ from megatron_espo.rl.scalars import (
     rollout_scalars,
     update_columns,
     update_scalars,
+)
+from megatron_espo.rl.terms import (
+    Answers,
+    Facts,
+    answers_of,
+    log_probabilities,
+    mean_log_probability,
 )
 from megatron_espo.rl.types import PreparedRollout, Prompt, Refill, Rollout
 from megatron_espo.rl.update import accumulate_gradient, check_gradient
@@ -176,7 +187,7 @@ def train(trainer: Trainer, start: RunState) -> None:
                 position = RunState(done)
                 stop = trainer.should_stop(done)
             else:
-                _report(trainer, number, prepared, scalars, clock, progress, left_out)
+                _report(trainer, number, prepared, scalars, clock, progress, left_out, noise)
                 stop = _evaluation_follows(trainer, number + 1) and _evaluate(trainer, done)
                 position = RunState(done, evaluation_due=stop)
                 stop = stop or trainer.should_stop(done)
@@ -274,37 +285,45 @@ def _complete(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Comp
 
 
 class _Noise(NamedTuple):
-    """The masks of one inner update, cut into micro-batches, and what cuts some of them."""
+    """The masks of one inner update, cut into micro-batches, and what cuts some of them.
+
+    Which tokens answer belongs to the rollout; None for objectives that do not ask.
+    """
 
     views: ElboViews
     batches: list[ViewBatch]
     recut: Callable[..., list[ViewBatch]]
+    answers: Answers | None
 
 
 def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]:
     """Draw the masks of all inner updates, the same ones whenever a rollout is taken up."""
     espo, noise = trainer.espo, []
+    objective, length = objective_of(espo), rollout.sequences.completion_length
+    answers, offsets = None, None
+    if trainer.model.blocks is not None:
+        offsets = rollout.sequences.prompt_lengths % trainer.model.blocks.size
+    if objective.per_token:
+        answers = answers_of(rollout.completion_lengths, length, trainer.model.layout)
     for place in range(espo.updates_per_rollout):
-        views = elbo_views(
-            espo.elbo_estimator,
-            stream(trainer.seed, "elbo", number, place),
-            rollout.sample_ids,
-            rollout.indices,
-            espo.completions_per_rollout,
-            rollout.sequences.completion_length,
-            espo.num_mc,
-            independent_draws=espo.kl_estimator == "k2_unbiased",
+        views = objective.masks(espo).draw(
+            Ask(
+                key=stream(trainer.seed, "elbo", number, place),
+                sample_ids=rollout.sample_ids,
+                indices=rollout.indices,
+                total=espo.completions_per_rollout,
+                length=length,
+                num_draws=num_draws(espo),
+                answers=(rollout.completion_lengths + 1).clamp(max=length),
+                prompt_width=int(rollout.sequences.prompt_lengths.max()),
+                block_length=trainer.rollout.block_length,
+                offsets=offsets,
+            )
         )
-        recut = partial(
-            view_batches,
-            rollout.sequences,
-            views,
-            trainer.model.mask_token_id,
-            trainer.model.vocab_size,
-            trainer.rows_per_batch,
-            same_width=trainer.model.layout.pp_size > 1,
-        )
-        noise.append(_Noise(views, recut(), recut))
+        if trainer.model.logit_shift and views.prompt_masks is not None:
+            views.prompt_masks[..., 0] = False  # such a model has never seen it masked
+        recut = partial(cut_views, trainer.model, rollout.sequences, views, trainer.rows_per_batch)
+        noise.append(_Noise(views, watch_routing(recut(), trainer.model), recut, answers))
     return noise
 
 
@@ -315,14 +334,22 @@ def _evaluate_frozen_policies(
 
     The first update needs no old ELBO: there the current policy is the sampling policy.
     """
-    old: list[Tensor | None] = [None]
+    objective = objective_of(trainer.espo)
+    old: list[Tensor | None] = [None] * len(noise)
     reference: list[Tensor | None] = [None] * len(noise)
-    with clock("old_elbo"), trainer.inference(), _fp8(trainer, "elbo"):
-        old += [elbo_of_views(trainer.model, n.batches, n.views) for n in noise[1:]]
+    passed = [n.batches for n in noise]
+
+    def evaluate(policy: str, noise: Sequence[_Noise]) -> list[Tensor | None]:
+        with noted_as(policy, passed):
+            return [log_probabilities(trainer.model, n.batches, n.views, objective) for n in noise]
+
+    if objective.compares_with_old:
+        with clock("old_elbo"), trainer.inference(), _fp8(trainer, "elbo"):
+            old[1:] = evaluate("old", noise[1:])
     if trainer.reference is not None:
         visit = trainer.reference.in_model
         with clock("ref_elbo"), trainer.inference(), _fp8(trainer, "elbo"), visit():
-            reference = [elbo_of_views(trainer.model, n.batches, n.views) for n in noise]
+            reference = evaluate("reference", noise)
     return PreparedRollout(rollout, tuple(old), tuple(reference))
 
 
@@ -340,14 +367,14 @@ def _update(
         The rollout with the old ELBO of this update, and what to report.
     """
     espo, rollout, model = trainer.espo, prepared.rollout, trainer.model
-    length = rollout.sequences.completion_length
+    objective, length = objective_of(espo), rollout.sequences.completion_length
     step = number * espo.updates_per_rollout + place + 1
     with clock("update"):
         for chunk in model.chunks:
             chunk.zero_grad_buffer()
         trainer.optimizer.zero_grad()
         elbo_ref = prepared.elbo_ref[place]
-        with _fp8(trainer, "elbo"):
+        with _fp8(trainer, "elbo"), noted_as("current", [noise.batches]):
             draws, again, left_out = accumulate_gradient(
                 model,
                 noise.batches,
@@ -359,6 +386,7 @@ def _update(
                 espo,
                 espo.completions_per_rollout,
                 noise.recut,
+                noise.answers,
             )
         succeeded, norm, _ = trainer.optimizer.step()
         grad_norm = None if norm is None else float(norm)  # waits until the gradient is there
@@ -367,19 +395,23 @@ def _update(
         if succeeded:
             # Megatron's schedule counts samples: the rows of one update.
             trainer.scheduler.step(increment=espo.completions_per_rollout)
-        if place == 0:
+        if place == 0 and objective.compares_with_old:
             prepared = replace(prepared, elbo_old=(draws, *prepared.elbo_old[1:]))
-        old = prepared.elbo_old[place]
-        assert old is not None
-        terms = espo_terms(draws, old, elbo_ref, rollout.advantages, length, espo)
+        facts = Facts(
+            prepared.elbo_old[place], elbo_ref, rollout.advantages, noise.views, length, espo,
+            noise.answers, objective,
+        )  # fmt: skip
+        terms = objective.loss(draws, facts.given(draws, facts.tensors()))
     rate = float(trainer.optimizer.param_groups[0]["lr"])
-    columns = update_columns(terms, draws, left_out, length, model.layout)
+    elbo = mean_log_probability(draws, noise.views)
+    columns = update_columns(terms, elbo, left_out, length, model.layout)
     scalars = update_scalars(columns, grad_norm, bool(succeeded), rate)
     if place == 0:
         # The ratio of a rollout's first update must be 1.
         scalars |= first_ratio_scalars(draws, again, length, model.layout)
+    scalars |= routing_scalars(noise.batches, model)
     trainer.dashboard.report(scalars, step)
-    if place + 1 == espo.updates_per_rollout:
+    if place + 1 == espo.updates_per_rollout and "ratio" in columns:
         trainer.dashboard.histograms({"policy/ratio": columns["ratio"]}, step)
     interval = espo.reference_mix_interval
     if trainer.reference is not None and interval and step % interval == 0:
@@ -397,13 +429,16 @@ def _report(
     clock: Clock,
     progress: Progress,
     left_out: Sequence[float],
+    noise: Sequence[_Noise],
 ) -> None:
     """Write what a rollout did; ``left_out`` is a share of each update in this process."""
     espo, rollout, layout = trainer.espo, prepared.rollout, trainer.model.layout
     board = trainer.dashboard
     length = rollout.sequences.completion_length
     done = (number + 1) * espo.updates_per_rollout
-    mine = elbo_noise_scalars(prepared.elbo_old, length, layout)
+    old = zip(prepared.elbo_old, noise, strict=True)
+    elbos = [mean_log_probability(part, n.views) for part, n in old if part is not None]
+    mine = elbo_noise_scalars(elbos, length, layout)
     columns = rollout_columns(rollout, espo, layout)
     mine |= rollout_scalars(columns, trainer.task.name, espo, length, clock)
     mine |= failure_scalars(take_failures(trainer.task, layout))

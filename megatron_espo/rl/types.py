@@ -111,9 +111,10 @@ class PreparedRollout:
     Attributes:
         rollout: scored completions of this rank.
         elbo_old: per update float32 ``[n, m]``, ELBO draws of the sampling policy under the
-            update's masks; None for the first update until it is made, since its current policy
-            is the sampling policy.
-        elbo_ref: per update float32 ``[n, m]`` of the reference policy, or None without a penalty.
+            update's masks, or ``[n, m, v, l]``, its log-probabilities of tokens, as the objective
+            takes them; None for the first update until it is made, since its current policy is the
+            sampling policy, and for all where the objective does not compare with them.
+        elbo_ref: likewise of the reference policy, or None without a penalty.
     """
 
     rollout: Rollout

@@ -1,4 +1,4 @@
-"""The gradient of one ESPO update, through Megatron's forward-backward schedule.
+"""The gradient of one update, through Megatron's forward-backward schedule.
 
 exp() is not linear, so all draws of a sequence must meet before the ratio. Two exact ways:
 
@@ -7,10 +7,14 @@ exp() is not linear, so all draws of a sequence must meet before the ratio. Two 
   each draw; a second pass back-propagates c * ELBO view by view, in any micro-batch, so that memory
   does not grow with the number of draws.
 
+An objective of tokens goes the same ways with the log-probability of each masked token in place of
+a draw's ELBO. The derivative of a linear one is known without the first of two passes.
+
 Without a KL penalty the gradient of some sequences is exactly zero: the advantage is, or the ratio
 is clipped. They have no backward pass. Data-parallel ranks may then have different numbers of
 micro-batches, since none of their collectives belongs to a micro-batch but the last one's, which
-every rank has; the scale is that of the global batch in any case.
+every rank has; the scale is that of the global batch in any case. Where they share experts, all
+have as many as the one with most.
 """
 
 import math
@@ -24,15 +28,19 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.diffusion.estimators import elbo_draws
 from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.model.head import view_cross_entropy
-from megatron_espo.parallel.layout import any_over_samples, union_over_samples
+from megatron_espo.model.head import masked_cross_entropy, view_cross_entropy
+from megatron_espo.objectives import Objective, chosen_gradient, loss_gradient, objective_of
+from megatron_espo.parallel.layout import (
+    any_over_samples,
+    most_over_experts,
+    union_over_samples,
+)
 from megatron_espo.passes.batch import ViewBatch, fill_up
 from megatron_espo.passes.pipeline import run_model
-from megatron_espo.rl.elbo import elbo_of_views, evaluate_views, put_in_order
-from megatron_espo.rl.objective import elbo_gradient, espo_terms
+from megatron_espo.rl.elbo import evaluate_views, put_in_order
+from megatron_espo.rl.terms import Answers, Facts, combine, empty_values, log_probabilities
 from megatron_espo.transfer import on_device
 
 LossFunction = Callable[[ViewBatch, Tensor], Tensor]
@@ -42,9 +50,10 @@ class Accumulated(NamedTuple):
     """What an update says besides its gradient, the same on all ranks of these sequences.
 
     Attributes:
-        draws: float32 ``[n, m]`` on the host, the current policy's ELBO draws.
-        again: float32 ``[n, m]`` on the host, the same draws as the pass with gradients computed
-            them, where a pass without gradients had come before; else None.
+        draws: float32 on the host, the current policy's log-probabilities as the objective takes
+            them: ELBO draws ``[n, m]``, or tokens ``[n, m, v, l]``.
+        again: likewise, the same as the pass with gradients computed them, where a pass without
+            gradients had come before; else None.
         left_out: sequences without a backward pass, because their gradient is exactly zero.
     """
 
@@ -59,14 +68,13 @@ class _Update:
 
     model: DiffusionModel
     batches: list[ViewBatch]
-    views: ElboViews
-    elbo_old: Tensor | None
-    elbo_ref: Tensor | None
-    advantages: Tensor
-    length: int
-    config: EspoConfig
+    facts: Facts
     global_batch_size: int
     recut: Callable[..., list[ViewBatch]] | None
+
+    @property
+    def objective(self) -> Objective:
+        return self.facts.objective
 
     def scale(self, num_batches: int) -> float:
         """Factor on a sequence's loss.
@@ -89,19 +97,29 @@ class _Update:
             of them for virtual pipeline stages, filled up with others. There is at least one, in
             which a rank takes part in what all ranks do together.
         """
-        if self.recut is None or bool(needed.all()):
+        # Ranks that share experts make as many passes.
+        least = most_over_experts(int(needed.sum()), self.model.layout, self.model.device)
+        if self.recut is None or least == len(needed):
             return torch.ones_like(needed), self.batches
         rows = len(self.batches[0].view_index)
         rows *= self.model.layout.pp_size if len(self.model.chunks) > 1 else 1
-        per_sequence = self.views.weights[0].numel()
+        per_sequence = self.facts.views.weights[0].numel()
         multiple = rows // math.gcd(rows, per_sequence)
         lengths = torch.zeros(len(needed), dtype=torch.int64)
         for batch in self.batches:
-            lengths[batch.view_index // per_sequence] = batch.batch.lengths
-        chosen = fill_up(needed, lengths, multiple)
+            lengths[batch.view_index // per_sequence] = batch.view_lengths
+        chosen = fill_up(needed, lengths, multiple, least)
         if bool(chosen.all()):
             return chosen, self.batches
         return chosen, self.recut(chosen=chosen.nonzero()[:, 0])
+
+    def evaluate_others(self, values: Tensor, chosen: Tensor) -> None:
+        """Evaluate the sequences that have no backward pass, for what is reported of them."""
+        if bool(chosen.all()):
+            return
+        assert self.recut is not None
+        batches = self.recut(chosen=(~chosen).nonzero()[:, 0])
+        evaluate_views(values, batches, self.model, self.objective.per_token)
 
 
 def accumulate_gradient(
@@ -115,6 +133,7 @@ def accumulate_gradient(
     config: EspoConfig,
     global_batch_size: int,
     recut: Callable[..., list[ViewBatch]] | None = None,
+    answers: Answers | None = None,
 ) -> Accumulated:
     """Add the gradient of the mean loss over the global batch to the model's gradient buffers.
 
@@ -122,84 +141,112 @@ def accumulate_gradient(
         model: the policy, in training mode; the caller has zeroed the buffers.
         batches: all views of this rank's n sequences.
         views: their masks and weights.
-        elbo_old: float32 ``[n, m]`` on the host, or None where the current policy is the sampling
-            policy (the first update of a rollout: the ratio is exactly 1).
-        elbo_ref: float32 ``[n, m]`` on the host, or None without a KL penalty.
+        elbo_old: the sampling policy's log-probabilities on the host, float32 ``[n, m]``, or
+            ``[n, m, v, l]`` for an objective of tokens; None where the current policy is the
+            sampling policy (the first update of a rollout: the ratio is exactly 1).
+        elbo_ref: likewise the reference policy's, or None without a KL penalty.
         advantages: float32 ``[n]`` on the host.
         length: completion length.
-        config: ESPO settings.
+        config: ESPO settings, the objective among them.
         global_batch_size: sequences over all data-parallel ranks.
         recut: makes micro-batches of the sequences ``chosen`` (int64 ``[k]``) like ``batches``;
             without it all of ``batches`` have a backward pass.
+        answers: which tokens answer; None: all.
 
     Returns:
         What was found out on the way.
     """
-    update = _Update(
-        model, batches, views, elbo_old, elbo_ref, advantages, length, config,
-        global_batch_size, recut,
-    )  # fmt: skip
-    if config.chosen_gradient(len(batches[0].view_index)) == "two_pass":
-        return _two_passes(update)
+    facts = Facts(
+        elbo_old, elbo_ref, advantages, views, length, config, answers, objective_of(config)
+    )
+    update = _Update(model, batches, facts, global_batch_size, recut)
+    if chosen_gradient(config, len(batches[0].view_index)) == "two_pass":
+        return _linear(update) if facts.objective.linear else _two_passes(update)
     return _joint(update)
 
 
-def _two_passes(update: _Update) -> Accumulated:
-    model, views = update.model, update.views
-    draws = elbo_of_views(model, update.batches, views)
-    old = draws if update.elbo_old is None else update.elbo_old
-    gradient, _ = elbo_gradient(
-        draws, old, update.elbo_ref, update.advantages, update.length, update.config
-    )
-    needed = (gradient != 0).any(dim=1)
-    if update.recut is not None and update.elbo_ref is None:
+def _factors(gradient: Tensor, update: _Update) -> Tensor:
+    """Turn d loss / d log-probabilities into d loss / d cross entropy of the views."""
+    if update.objective.per_token:
+        return -gradient.flatten(0, 2)
+    # d ELBO / d (summed cross entropy of a view) = -weight.
+    return -(gradient[..., None] * update.facts.views.weights).flatten()
+
+
+def _backward(update: _Update, gradient: Tensor, needed: Tensor) -> tuple[Tensor, Tensor]:
+    """Back-propagate what is known of the loss, view by view.
+
+    Returns:
+        bool ``[n]``, the sequences that had a backward pass, and the cross entropy of their views.
+    """
+    views, model, objective = update.facts.views, update.model, update.objective
+    if update.recut is not None and update.facts.reference is None:
         # Whatever the last bits of their ELBOs are, they must make the same micro-batches.
         needed = union_over_samples(needed, model.layout, model.device)
     chosen, batches = update.choose(needed)
-    # d ELBO / d (summed cross entropy of a view) = -weight.
-    factors = -(gradient[..., None] * views.weights).flatten() * update.scale(len(batches))
-    sums = torch.zeros(views.weights.numel())
-    _forward_backward(sums, model, batches, partial(_linear_loss, factors=factors))
-    again = elbo_draws(sums.view_as(views.weights), views.weights)
-    again = torch.where(chosen[:, None], again, draws)
+    factors = _factors(gradient, update) * update.scale(len(batches))
+    values = empty_values(views, objective)
+    loss = partial(_linear_loss, factors=factors)
+    _forward_backward(values, model, batches, loss, objective)
+    return chosen, values
+
+
+def _two_passes(update: _Update) -> Accumulated:
+    facts, objective = update.facts, update.objective
+    draws = log_probabilities(update.model, update.batches, facts.views, objective)
+    gradient, _ = loss_gradient(objective, draws, facts.given(draws, facts.tensors()))
+    needed = (gradient != 0).flatten(1).any(dim=1)
+    chosen, values = _backward(update, gradient, needed)
+    again = combine(values, facts.views.weights, objective)
+    again = torch.where(chosen.view(-1, *[1] * (again.dim() - 1)), again, draws)
     return Accumulated(draws, again, int((~chosen).sum()))
 
 
+def _linear(update: _Update) -> Accumulated:
+    """One pass, view by view: the derivative is the same whatever the log-probabilities are."""
+    facts, objective = update.facts, update.objective
+    weights = facts.views.weights
+    nothing = combine(empty_values(facts.views, objective), weights, objective)
+    gradient, _ = loss_gradient(objective, nothing, facts.given(nothing, facts.tensors()))
+    needed = (gradient != 0).flatten(1).any(dim=1)
+    chosen, values = _backward(update, gradient, needed)
+    update.evaluate_others(values, chosen)
+    return Accumulated(combine(values, weights, objective), None, int((~chosen).sum()))
+
+
 def _joint(update: _Update) -> Accumulated:
-    model, views, config = update.model, update.views, update.config
-    n, m, v = views.weights.shape
-    elbo_old, elbo_ref, advantages = update.elbo_old, update.elbo_ref, update.advantages
-    needed = torch.ones(n, dtype=torch.bool) if elbo_ref is not None else advantages != 0
+    model, facts, objective = update.model, update.facts, update.objective
+    n, m, v = facts.views.weights.shape
+    needed = torch.ones(n, dtype=torch.bool)
+    if facts.reference is None and objective.idle_without_advantage:
+        needed = facts.advantages != 0
     chosen, batches = update.choose(needed)
     left_out = int((~chosen).sum())
-    sums = torch.zeros(views.weights.numel())
-    if left_out:
-        assert update.recut is not None
-        evaluate_views(sums, update.recut(chosen=(~chosen).nonzero()[:, 0]), model)
+    values = empty_values(facts.views, objective)
+    update.evaluate_others(values, chosen)
     scale = update.scale(len(batches))
     # The last micro-batch's backward pass is the one in which gradients are reduced.
-    may_clip = elbo_ref is None and elbo_old is not None and model.layout.pp_size == 1
+    may_clip = facts.reference is None and facts.old is not None and model.layout.pp_size == 1
+    may_clip = may_clip and model.layout.experts is None
 
-    def loss(batch: ViewBatch, sums: Tensor) -> Tensor:
+    def loss(batch: ViewBatch, found: Tensor) -> Tensor:
         nonlocal left_out
-        rows = batch.view_index.view(-1, m, v)
-        sequence = rows[:, 0, 0] // (m * v)
-        old, ref = (None if elbo is None else elbo[sequence] for elbo in (elbo_old, elbo_ref))
-        known = (batch.weights.view(rows.shape), advantages[sequence], old, ref)
-        weights, own, old, ref = on_device(known, sums.device)
-        draws = elbo_draws(sums.view(rows.shape), weights)
-        old = draws.detach() if old is None else old
-        terms = espo_terms(draws, old, ref, own, update.length, config)
-        if may_clip and batch is not batches[-1]:
-            zero = bool((terms.clipped_low | terms.clipped_high | (own == 0)).all())
+        sequence = batch.view_index.view(-1, m * v)[:, 0] // (m * v)
+        known = on_device(facts.tensors(sequence), found.device)
+        weights = known[-1]
+        assert weights is not None
+        logp = combine(found, weights, objective)
+        terms = objective.loss(logp, facts.given(logp, known))
+        if may_clip and terms.idle is not None and batch is not batches[-1]:
+            zero = bool(terms.idle.all())
             if not any_over_samples(not zero, model.layout, model.device):
                 # The schedule passes nothing back from a loss that asks for no gradient.
                 left_out += len(sequence)
                 return terms.loss.detach().sum() * scale
         return terms.loss.sum() * scale
 
-    _forward_backward(sums, model, batches, loss)
-    return Accumulated(elbo_draws(sums.view(n, m, v), views.weights), None, left_out)
+    _forward_backward(values, model, batches, loss, objective)
+    return Accumulated(combine(values, facts.views.weights, objective), None, left_out)
 
 
 def check_gradient(norm: float | None, succeeded: bool, step: int) -> None:
@@ -227,21 +274,27 @@ def check_gradient(norm: float | None, succeeded: bool, step: int) -> None:
     )
 
 
-def _linear_loss(batch: ViewBatch, sums: Tensor, *, factors: Tensor) -> Tensor:
-    return (sums * on_device(factors[batch.view_index], sums.device)).sum()
+def _linear_loss(batch: ViewBatch, found: Tensor, *, factors: Tensor) -> Tensor:
+    return (found * on_device(factors[batch.view_index], found.device)).sum()
 
 
 def _forward_backward(
-    values: Tensor, model: DiffusionModel, batches: list[ViewBatch], loss_function: LossFunction
+    values: Tensor,
+    model: DiffusionModel,
+    batches: list[ViewBatch],
+    loss_function: LossFunction,
+    objective: Objective,
 ) -> None:
     """Run Megatron's schedule with gradients.
 
     Args:
-        values: gets the views' summed cross entropy, see `put_in_order`.
+        values: gets the views' cross entropy, see `put_in_order`.
         model: the model.
         batches: the micro-batches.
-        loss_function: of a micro-batch and its views' summed cross entropy.
+        loss_function: of a micro-batch and its views' cross entropy.
+        objective: says whether that is a sum or one of each token.
     """
+    cross_entropy = masked_cross_entropy if objective.per_token else view_cross_entropy
 
     def forward_step(
         iterator: Iterator[ViewBatch], chunk: torch.nn.Module
@@ -250,12 +303,12 @@ def _forward_backward(
         output = run_model(
             chunk,
             batch.batch,
-            view_cross_entropy(model.layout.tp),
+            cross_entropy(model.layout.tp),
             model.logit_shift,
         )
 
-        def loss(sums: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return loss_function(batch, sums), {"sums": sums.detach()}
+        def loss(found: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return loss_function(batch, found), {"found": found.detach()}
 
         return output, loss
 
@@ -271,4 +324,4 @@ def _forward_backward(
         micro_batch_size=shape[0],
         forward_only=False,
     )
-    put_in_order(values, [entry["sums"] for entry in stored], batches, model)
+    put_in_order(values, [entry["found"] for entry in stored], batches, model)

@@ -23,11 +23,14 @@ from megatron_espo.commands import generate
 from megatron_espo.dry_run.job import Job
 from megatron_espo.evaluation import problems, scoring
 from megatron_espo.generation import sampler
+from megatron_espo.model import block_attention
+from megatron_espo.objectives import objective_of, views_per_completion
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rl import scalars, state, trainer, update
 from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.types import Prompt, Rollout
 from megatron_espo.simulate import stand_ins
+from megatron_espo.simulate.experts import balance_experts
 from megatron_espo.simulate.ledger import Ledger, size_of
 from megatron_espo.supervised import forward_step
 from megatron_espo.training import espo, pretrain
@@ -70,6 +73,7 @@ def install(job: Job, ledger: Ledger) -> None:
     hooks.sampling()
     hooks.reinforcement()
     hooks.pretraining()
+    balance_experts()
     replace_everywhere(problems.load_workers, lambda config: stand_ins.StandInTask())
     stand_ins.replace_checkpoint_files(ledger)
     replace_everywhere(weights_mark.fingerprint, stand_ins.mark_of_base)
@@ -139,6 +143,8 @@ class _Hooks:
     def sampling(self) -> None:
         """Draw tokens that the host knows, and stop after a few steps."""
         replace_everywhere(sampler._evaluate, self._evaluate)
+        # There is nothing to compile for.
+        block_attention._skips = False
         replace_everywhere(sampler.generate, self._generate)
 
     def _evaluate(self, model: Any, *rest: Any, **named: Any) -> Tensor:
@@ -180,6 +186,10 @@ class _Hooks:
             facts["rollout_batch"] = config.micro_batch_size
             every = config.cache_refresh_steps or config.steps_per_block
             facts["whole_passes"] = blocks * -(-config.steps_per_block // every)
+            if config.cache == "exact":
+                # Prompts are taken in at the first step; each block but the last one after its own.
+                facts["whole_passes"] = 1
+                facts["denoising_steps"] += blocks - 1
         if not config.is_parallel:
             # So that the steps that are run reach the next block.
             config = dataclasses.replace(
@@ -270,8 +280,13 @@ class _Hooks:
         if whole is None:
             return None
         # Made-up rewards do not say which completions have no gradient: all of them have one.
-        whole = dataclasses.replace(whole, advantages=torch.ones_like(whole.advantages))
-        views, rows = own.espo.views_per_completion, own.rows_per_batch
+        signs = torch.ones_like(whole.advantages)
+        signs[1::2] = -1.0
+        whole = dataclasses.replace(whole, advantages=signs)
+        views, rows = views_per_completion(own.espo), own.rows_per_batch
+        # Of objectives that look at groups, whole ones.
+        alone = objective_of(own.espo).scope == "completion"
+        group = 1 if alone else own.espo.group_size
         n = len(whole.sample_ids)
         total = n * views // rows
         least = max(self.job.micro_batches, 2 * own.model.layout.pp_size)
@@ -279,7 +294,8 @@ class _Hooks:
 
         def suits(kept: int) -> bool:
             batches, left = divmod(kept * views, rows)
-            return left == 0 and batches >= least and batches % stages == 0
+            whole_groups = kept % group == 0
+            return whole_groups and left == 0 and batches >= least and batches % stages == 0
 
         kept = next((kept for kept in range(1, n) if suits(kept)), n)
         facts = self.ledger.rank.facts

@@ -26,7 +26,10 @@ _COUNTS = (
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
     "num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "ffn_hidden_size",
     "kv_channels", "vocab_size", "seq_length", "max_position_embeddings", "micro_batch_size",
-    "global_batch_size", "save_interval", "log_interval", "make_vocab_size_divisible_by",
+    "expert_model_parallel_size", "expert_tensor_parallel_size", "num_experts", "moe_router_topk",
+    "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_router_num_groups",
+    "moe_router_group_topk", "global_batch_size", "save_interval", "log_interval",
+    "make_vocab_size_divisible_by",
 )  # fmt: skip
 
 
@@ -90,23 +93,6 @@ def check_layout(args: argparse.Namespace) -> None:
         raise UserError(
             f"--rollout-cache {args.rollout_cache} keeps all positions of a row on one rank; use "
             "none with --context-parallel-size above 1."
-        )
-
-
-def check_full_attention(args: argparse.Namespace, what: str) -> None:
-    """Refuse models that attend block by block, where nothing was written for them.
-
-    Args:
-        args: parsed arguments, with the checkpoint's settings.
-        what: what is to be done with the model.
-
-    Raises:
-        UserError: naming the flag.
-    """
-    if args.attention_mask not in (None, "full"):
-        raise UserError(
-            f"--attention-mask {args.attention_mask}: {what} knows full attention only; use a "
-            "model that was trained with it (pre-training and fine-tuning know blocks)."
         )
 
 

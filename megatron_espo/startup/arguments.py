@@ -44,6 +44,7 @@ from megatron_espo.config import (
 from megatron_espo.data.tokenizer import load_tokenizer, special_ids
 from megatron_espo.errors import UserError
 from megatron_espo.model import fp8
+from megatron_espo.model.experts import check_stored_optimizer, settle_experts
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.model.supported import MODEL, check_supported, flag_of
 from megatron_espo.recipes import expand_recipes
@@ -83,11 +84,24 @@ _PREFIXES: dict[type, str] = {
 _SETTINGS = ("vocab_size", "mask_token_id", "logit_shift", "stop_token_ids")
 
 _ATTENTION = ("attention_mask", "block_size")
+# How a run that goes on lets its blocks grow.
+_GROWTH = (
+    *("block_growth_to", "block_growth_from"),
+    *("block_growth_factor", "block_growth_interval", "block_growth_start"),
+)
 
 # What must agree between a run and the checkpoint it loads. That there is none has a meaning for
 # the last ones.
 _COMPARED = (*MODEL, "vocab_size", "mask_token_id", "logit_shift")
-_OPTIONAL = ("activation_func_clamp_value", "rotary_seq_len_interpolation_factor")
+_OPTIONAL = (
+    "activation_func_clamp_value",
+    "rotary_seq_len_interpolation_factor",
+    "num_experts",
+    "moe_shared_expert_intermediate_size",
+    "moe_router_num_groups",
+    "moe_router_group_topk",
+    "moe_router_topk_scaling_factor",
+)
 
 
 class _PrefixedGroup(ArgumentGroupFactory):
@@ -132,6 +146,11 @@ def add_arguments(
         use_distributed_optimizer=False,
         # SIGTERM saves and leaves; a checkpoint can be taken up in another layout.
         exit_signal_handler=True,
+        # Megatron's own, "allgather", wants as many tokens on every rank.
+        moe_token_dispatcher_type="alltoall",
+        # As all published mixtures score their experts.
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
         dist_ckpt_optim_fully_reshardable=True,
         # Megatron's default carries scales from call to call; see fp8.check_policy_arguments.
         fp8_recipe=None,
@@ -205,6 +224,7 @@ def initialize_arguments(
     if resumed_iteration(args) and not args.no_load_optim:
         stored = stored_arguments(checkpoint_folder(args.load, resumed_iteration(args)))
         settle_schedule(args, stored, f"--load {args.load}")
+        check_stored_optimizer(args, stored, f"--load {args.load}")
     return args
 
 
@@ -316,6 +336,7 @@ def _settle_model(args: argparse.Namespace) -> None:
     check_counts(args)
     config_from_args(DiffusionConfig, args).validate()
     check_supported(args)
+    settle_experts(args)
     check_adapters(args)
 
 
@@ -344,6 +365,9 @@ def _load_model_settings(args: argparse.Namespace) -> None:
         # Unlike the rest it may be chosen anew: models are adapted to blocks, and to larger ones.
         for name in _ATTENTION:
             setattr(args, name, getattr(loaded[1], name, None))
+        if source == "load" and getattr(loaded[1], "block_growth_to", None) is not None:
+            for name in _GROWTH:
+                setattr(args, name, getattr(loaded[1], name))
     args.tokenizer_model = tokenizer or stored_tokenizer(root, loaded[1])
     # The padding of the vocabulary depends on the layout; it is worked out anew.
     args.padded_vocab_size = None

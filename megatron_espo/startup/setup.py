@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -148,6 +148,8 @@ def initialize_process_groups(args: argparse.Namespace) -> Store | None:
             args.pipeline_model_parallel_size,
             args.virtual_pipeline_model_parallel_size,
             context_parallel_size=args.context_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+            expert_tensor_parallel_size=args.expert_tensor_parallel_size,
             order="tp-cp-ep-pp-dp" if args.use_tp_pp_dp_mapping else "tp-cp-ep-dp-pp",
         )
     return store
@@ -211,11 +213,24 @@ def pad_multiple(args: argparse.Namespace) -> int:
     )
 
 
-def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
+def block_length(args: argparse.Namespace) -> int | None:
+    """Say how many tokens a block of the model has; None where all positions see each other.
+
+    Args:
+        args: arguments with the model's settings.
+    """
+    blocks = block_attention(config_from_args(DiffusionConfig, args))
+    return None if blocks is None else blocks.size
+
+
+def diffusion_model(
+    chunks: Sequence[torch.nn.Module], prompts: Iterable[Sequence[int]] = ()
+) -> DiffusionModel:
     """Describe the built model for sampling and likelihoods.
 
     Args:
         chunks: this rank's model chunks.
+        prompts: see :func:`few_shapes`.
 
     Returns:
         The handle.
@@ -233,7 +248,7 @@ def diffusion_model(chunks: Sequence[torch.nn.Module]) -> DiffusionModel:
         pad_multiple=pad_multiple(args),
         device=device.current_device(),
         layout=current_layout(),
-        widths=few_shapes(args),
+        widths=few_shapes(args, prompts),
         blocks=block_attention(config_from_args(DiffusionConfig, args)),
     )
 
@@ -252,18 +267,31 @@ def keeps_graphs(args: argparse.Namespace) -> bool:
     return with_te and device.has_cuda()
 
 
-def few_shapes(args: argparse.Namespace) -> tuple[int, ...]:
+def few_shapes(
+    args: argparse.Namespace,
+    prompts: Iterable[Sequence[int]] = (),
+    completions: Sequence[int] = (),
+) -> tuple[int, ...]:
     """Choose the widths of micro-batches: a few where attention keeps a graph for every shape.
 
     Args:
         args: Megatron's arguments.
+        prompts: those that there will be, if they are known, the same on every rank: the widths
+            lie between the shortest row and the longest, not up to --seq-length.
+        completions: lengths of completions; that of a rollout if empty.
 
     Returns:
         The widths; none where any will do.
     """
     if not keeps_graphs(args):
         return ()
-    return few_widths(args.rollout_completion_length + 1, args.seq_length, pad_multiple(args))
+    completions = completions or [args.rollout_completion_length]
+    lengths = [len(prompt) for prompt in prompts]
+    shortest, longest = min(completions) + 1, args.seq_length
+    if lengths:
+        shortest = min(completions) + max(min(lengths), 1)
+        longest = min(max(completions) + max(lengths), longest)
+    return few_widths(shortest, longest, pad_multiple(args))
 
 
 @contextlib.contextmanager

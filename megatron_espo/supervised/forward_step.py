@@ -23,7 +23,7 @@ from megatron_espo.passes.pipeline import RowBatch, run_model
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import Stream, stream, substream
 from megatron_espo.startup.arguments import config_from_args
-from megatron_espo.supervised.blocks import noise_blocks
+from megatron_espo.supervised.blocks import grow_blocks, noise_blocks
 from megatron_espo.transfer import on_device
 
 Report = dict[str, Tensor]
@@ -44,6 +44,7 @@ def forward_step(
         The chunk's output and the loss as a function of it.
     """
     args, timers = get_args(), get_timers()
+    grow_blocks(args)
     config = config_from_args(DiffusionConfig, args)
     timers("batch-generator", log_level=2).start()
     # Every rank holds the batch and draws the same noise for it: nothing is broadcast. Training

@@ -63,6 +63,10 @@ _CHOICE = re.compile(r"\(?([A-Z])\)?")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])\s*|\\[,;:! ]")
 _ALTERNATIVE = re.compile(r"\bor\b")
 _EQUALS = re.compile(r"(?<![<>!\\])=")
+# A time of day by its looks: a half of the day, or minutes or hours with a zero in front.
+_TIME = re.compile(
+    r"(?P<hour>\d{1,2}) ?(?:: ?(?P<minute>\d\d))? ?(?:(?P<half>[ap])\.? ?m\b\.?)?", re.IGNORECASE
+)
 _NUMERIC = re.compile(r"(?:[0-9.\s()+*/^{}!%-]|\\(?:[dtc]?frac|sqrt|cdot|times|div|pi|,|;|!|%))+")
 
 
@@ -86,6 +90,8 @@ def equivalent(reference: str, answer: str) -> bool:
         return False
     if (same_words := _compare_words(reference, answer)) is not None:
         return same_words
+    if (same_time := _compare_times(reference, answer)) is not None:
+        return same_time
     based = [_in_base(text) for text in (reference, answer)]
     if _NO_NUMBER in based:
         return False
@@ -134,6 +140,30 @@ def _compare_words(reference: str, answer: str) -> bool | None:
         chosen = re.match(r"\(([A-Z])\)|([A-Z])[).:]\s", plain_text(answer).strip())
         return chosen is not None and (chosen[1] or chosen[2]).lower() == wanted
     return False
+
+
+def _compare_times(reference: str, answer: str) -> bool | None:
+    """Compare times of day; None where the reference is none.
+
+    To math-verify they are ratios: 2:05 equals 8:20, and every full hour is a division by zero.
+    """
+    wanted, found = (
+        _TIME.fullmatch(re.sub(r"\s+", " ", plain_text(text)).strip())
+        for text in (reference, answer)
+    )
+    if wanted is None or not _is_time(wanted):
+        return None
+    if found is None or (found["minute"] is None and found["half"] is None):
+        return False
+    times = [(int(time["hour"]), int(time["minute"] or 0)) for time in (wanted, found)]
+    halves = {time["half"].lower() for time in (wanted, found) if time["half"]}
+    return times[0] == times[1] and len(halves) < 2
+
+
+def _is_time(found: re.Match[str]) -> bool:
+    if found["minute"] is None:
+        return found["half"] is not None
+    return bool(found["half"]) or found["minute"][0] == "0" or found["hour"][0] == "0"
 
 
 def _is_word(reference: str) -> bool:
@@ -234,6 +264,9 @@ def _is_close(wanted: Any, found: Any) -> bool:
     if not (getattr(wanted, "is_number", False) and getattr(found, "is_number", False)):
         return True
     wanted, found = wanted.doit(), found.doit()
+    if wanted.is_infinite or found.is_infinite:
+        # Numbers that are divided by zero are all the same one.
+        return bool(wanted == found and wanted.is_extended_real)
     if wanted.is_Rational and found.is_Rational:
         return bool(wanted == found)
     decimals = any(atom.is_Float for atom in wanted.atoms() | found.atoms())

@@ -39,7 +39,7 @@ _SIZES = re.compile(
     r"|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])"
 )
 _PLAIN = [
-    (re.compile(r"\{([,.])\}"), r"\1"),
+    (re.compile(r"\{([,.:])\}"), r"\1"),
     (re.compile(r",\\!"), ","),
     (re.compile(r"\\(?:times|cdot|ast)(?![A-Za-z])"), " * "),
     (re.compile(r"\\div(?![A-Za-z])"), " / "),

@@ -24,6 +24,7 @@ from megatron_espo.console import say
 from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer
 from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
+from megatron_espo.model.experts import settle_policy
 from megatron_espo.model.fp8 import check_policy_arguments
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.flops import ModelDimensions
@@ -31,15 +32,23 @@ from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.watch import Watch
+from megatron_espo.objectives import (
+    check_objective,
+    chosen_gradient,
+    objective_of,
+    views_per_completion,
+)
+from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import Trainer, train
-from megatron_espo.startup.argument_checks import check_full_attention, check_schedule
+from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
+    block_length,
     build_model,
     diffusion_model,
     inference_mode,
@@ -63,15 +72,19 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     _settle_mixing(args)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
+    args.espo_kl_coef = check_objective(espo).kl_coef
+    espo = config_from_args(EspoConfig, args)
+    _check_blocks(args, espo)
+    load_advantage(espo.advantage)
     config_from_args(MonitorConfig, args).validate()
-    rollout.validate(args.logit_shift, pad_multiple(args))
-    check_full_attention(args, "ESPO")
+    rollout.validate(args.logit_shift, pad_multiple(args), block_length(args))
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "
             "--attention-dropout 0 --hidden-dropout 0."
         )
     check_policy_arguments(args, espo.fp8_phases)
+    settle_policy(args)
     if args.seq_length is None:
         raise UserError("--seq-length is missing: the most tokens of prompt and completion.")
     if args.seq_length <= rollout.completion_length:
@@ -89,7 +102,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--espo-prompts-per-rollout {espo.prompts_per_rollout} cannot be split over {dp} "
             f"data-parallel ranks; use a multiple of {dp}."
         )
-    views = espo.views_per_completion
+    views = views_per_completion(espo)
     rows = espo.completions_per_rollout // dp * views
     if args.micro_batch_size is None:
         args.micro_batch_size = views
@@ -98,7 +111,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--micro-batch-size {args.micro_batch_size} does not divide the {rows} rows of a "
             f"rank's update ({espo.completions_per_rollout // dp} completions x {views} views)."
         )
-    args.espo_gradient = espo.chosen_gradient(args.micro_batch_size)
+    args.espo_gradient = chosen_gradient(espo, args.micro_batch_size)
     if args.espo_gradient == "joint" and args.micro_batch_size % views:
         raise UserError(
             f"--espo-gradient joint keeps the {views} views of a completion together; make "
@@ -134,6 +147,27 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--espo-train-data is missing: the task's problems as JSONL.")
     if args.save_keep_best and espo.eval_data is None:
         raise UserError("--save-keep-best goes by --espo-eval-data, which is missing; pass it.")
+
+
+def _check_blocks(args: argparse.Namespace, espo: EspoConfig) -> None:
+    """Refuse what a model whose tokens come block by block cannot be trained with."""
+    if args.block_growth_to is not None:
+        raise UserError(
+            f"--block-growth-to {args.block_growth_to}: blocks grow in pre-training and "
+            "fine-tuning; ESPO's keep their size, leave it out."
+        )
+    if args.next_token_weight:
+        raise UserError(
+            f"--next-token-weight {args.next_token_weight} is a loss of pre-training and "
+            "fine-tuning, which ESPO does not have; leave it out."
+        )
+    objective = objective_of(espo)
+    by_block = objective.masks(espo).by_block and not objective.per_token
+    if block_length(args) is not None and not by_block:
+        raise UserError(
+            f"--espo-objective {espo.objective} is not defined for a model whose tokens come block "
+            f"by block (--attention-mask {args.attention_mask}); use one of whole ELBOs, as espo."
+        )
 
 
 def _settle_mixing(args: argparse.Namespace) -> None:
@@ -173,6 +207,7 @@ def run(args: argparse.Namespace) -> None:
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
     assert train_data is not None
     made_with = settings_of(espo, args.seed, tokenizer)
+    made_with |= {"--block-size": block_length(args) or 0}
     with own_save_folder(args):
         saved = None
         # Only now is the checkpoint the last one of a run that was still ending.
@@ -219,11 +254,12 @@ def _train(
     )
     if start.accuracy is not None:
         checkpoints.evaluated(start.step, start.accuracy)
-    model = diffusion_model(chunks)
+    held_out = eval_data.encoded if eval_data else ()
+    model = diffusion_model(chunks, [*train_data.encoded, *held_out])
     if model.layout.is_reporter:
         say(
             f"Gradients: {espo.gradient}, in micro-batches of {args.espo_rows_per_batch} views "
-            f"({espo.views_per_completion} of a completion)"
+            f"({views_per_completion(espo)} of a completion); objective {espo.objective}"
         )
         if line := start_line(task):
             say(line)

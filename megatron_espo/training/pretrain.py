@@ -27,6 +27,7 @@ from megatron_espo.data.indexed import Datasets, pretrain_datasets_from_args
 from megatron_espo.data.sft_dataset import SftDataset
 from megatron_espo.errors import UserError
 from megatron_espo.megatron_patches import around_each_save
+from megatron_espo.model.experts import check_uneven_rows
 from megatron_espo.monitor.tensorboard import VERSUS_SAMPLES, begin_events
 from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.passes.block_mask import block_attention
@@ -40,6 +41,7 @@ from megatron_espo.startup.setup import (
     run_entry_point,
     sequence_split,
 )
+from megatron_espo.supervised.blocks import begin_growth
 from megatron_espo.supervised.forward_step import forward_step
 from megatron_espo.supervised.rows import (
     epoch_steps,
@@ -65,6 +67,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         raise UserError("--seq-length and --micro-batch-size are missing; pass both.")
     sft = config_from_args(SftConfig, args)
     sft.validate()
+    begin_growth(args)
     if not (args.train_iters or args.train_samples or args.skip_train or sft.epochs):
         raise UserError(
             "--train-iters is missing: how many steps to train; or --sft-epochs with "
@@ -87,6 +90,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--seq-length {args.seq_length} is not a multiple of {needed}, which {split} ranks "
             f"that share a row{recipe} need; change it."
         )
+    if sft.train_data is not None:
+        check_uneven_rows(args, "fine-tuning")
     if sft.epochs:
         _settle_epochs(args, args.global_batch_size or rows)
     is_split = sft.train_data is None and args.split is not None
@@ -96,11 +101,6 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         args.eval_iters = 0
     if args.save_keep_best:
         raise UserError("--save-keep-best goes by the held-out accuracy of ESPO; leave it out.")
-    if args.dry_run and block_attention(config_from_args(DiffusionConfig, args)) is not None:
-        raise UserError(
-            f"--attention-mask {args.attention_mask}: a plan does not count the noisy copies that "
-            "rows hold besides; leave out --dry-run."
-        )
     if args.eval_interval is None:
         args.eval_interval = max(args.train_iters or 1, 1)
     check_schedule(args)

@@ -140,6 +140,8 @@ def build_layout(
         pp,
         args.virtual_pipeline_model_parallel_size,
         context_parallel_size=args.context_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )
     megatron_training.initialize_megatron()
     chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(

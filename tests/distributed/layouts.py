@@ -114,6 +114,40 @@ BLOCK_CASES = {
     ),
 }
 
+
+class MoeCase(NamedTuple):
+    """A layout of a model with mixtures of experts."""
+
+    tp: int
+    pp: int
+    ep: int
+    etp: int = 1
+    flags: tuple[str, ...] = ()
+    micro: int = 2
+    cp: int = 1
+    # How tokens attend.
+    kind: str = "full"
+
+
+_ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
+
+MOE_CASES = {
+    "experts: dp 4": MoeCase(1, 1, 1),
+    "experts: ep 2, dp 4": MoeCase(1, 1, 2),
+    "experts: ep 4, dp 4, distributed optimizer, overlapped": MoeCase(1, 1, 4, flags=_OVERLAP),
+    "experts: ep 2, dp 4, allgather": MoeCase(1, 1, 2, flags=_ALLGATHER),
+    "experts: ep 2, tp 2, dp 2": MoeCase(2, 1, 2, flags=(_SP,)),
+    "experts: ep 4, tp 2, dp 2, allgather": MoeCase(2, 1, 4, flags=(_SP, *_ALLGATHER)),
+    "experts: etp 2, tp 2, dp 2": MoeCase(2, 1, 1, 2, (_SP,)),
+    "experts: tp 2, dp 2": MoeCase(2, 1, 1, 1, (_SP,)),
+    "experts: ep 2, etp 2, tp 2, dp 2": MoeCase(2, 1, 2, 2, (_SP, _DO)),
+    "experts: ep 2, pp 2, dp 2": MoeCase(1, 2, 2),
+    "experts: ep 2, tp 2, pp 2, full recomputation": MoeCase(2, 2, 2, flags=(_SP, *_FULL)),
+    "experts: ep 4, cp 2, dp 2": MoeCase(1, 1, 4, cp=2),
+    "experts: blocks, ep 2, pp 2, dp 2": MoeCase(1, 2, 2, kind="block-causal"),
+    "experts: blocks, ep 4, tp 2, dp 2": MoeCase(2, 1, 4, flags=(_SP,), kind="block-causal"),
+}
+
 COLUMNS = {
     "loss": "loss",
     "norm": "gradient norm",
@@ -145,7 +179,7 @@ def write_table(path: Path) -> None:
         return
     lines = ["| layout | " + " | ".join(COLUMNS.values()) + " |"]
     lines.append("|---" * (len(COLUMNS) + 1) + "|")
-    for case in (*CASES, *BLOCK_CASES):
+    for case in (*CASES, *BLOCK_CASES, *MOE_CASES):
         row = measured[case]
         cells = [
             "" if c not in row else f"{row[c]:.3f}" if c == "tokens" else f"{row[c]:.1e}"

@@ -18,6 +18,7 @@ from test_layouts import (
     assert_close,
     dashes,
     elbo_of,
+    espo_gradient,
     gradients_of,
     own_rows,
     shared_by_ranks,
@@ -58,7 +59,9 @@ class Expected:
     losses: dict[bool, float]
     gradients: dict[bool, dict[str, Tensor]]
     norms: dict[bool, float]
-    elbo: Tensor | None
+    elbo: Tensor
+    espo: dict[str, Tensor]
+    espo_norm: float
     tokens: dict[str, Tensor]
 
 
@@ -103,13 +106,13 @@ def references(tokenizer_folder: str, weights: str) -> dict[str, Expected]:
         for sft in (False, True):
             losses[sft] = block_loss(solo, 4, sft)
             gradients[sft], norms[sft] = gradients_of(solo), norm_of(solo)
-        elbo, tokens = None, {}
+        elbo, tokens = elbo_of(solo), {}
+        espo, espo_norm, _ = espo_gradient(solo, "joint", 8)
         if kind == "full":
-            elbo = elbo_of(solo)
             tokens = shared_by_ranks(SAMPLED, partial(sampled, solo))
         if kind == "block-causal":
             tokens = shared_by_ranks(BY_BLOCKS, partial(sampled_by_blocks, solo, "none"))
-        found[kind] = Expected(losses, gradients, norms, elbo, tokens)
+        found[kind] = Expected(losses, gradients, norms, elbo, espo, espo_norm, tokens)
     return found
 
 
@@ -204,12 +207,30 @@ def test_elbos_and_tokens_of_normed_queries_do_not_depend_on_layout(
     name: str, built: Built, references: dict[str, Expected]
 ) -> None:
     expected, rows = references["full"], own_rows(built)
-    assert expected.elbo is not None
     assert_close(name, "elbo", elbo_of(built), expected.elbo[rows])
     for sampler in SAMPLED:
         if BLOCK_CASES[name].cp > 1 and SAMPLERS[sampler].cache != "none":
             continue  # refused: a cache holds all positions of its rows
         assert torch.equal(sampled(built, sampler), expected.tokens[sampler][rows])
+
+
+NOISY = [name for name, case in BLOCK_CASES.items() if case.kind != "full"]
+
+
+@pytest.mark.parametrize("name", NOISY, ids=dashes, indirect=True, scope="module")
+def test_elbos_and_updates_of_blocks_do_not_depend_on_layout(
+    name: str, built: Built, references: dict[str, Expected]
+) -> None:
+    """Four views beside one clean half, or two by two."""
+    case = BLOCK_CASES[name]
+    expected = references[case.kind]
+    assert_close(name, "elbo", elbo_of(built), expected.elbo[own_rows(built)])
+    mode, rows = ("joint", 4) if case.kind == "block-causal" else ("two_pass", 2)
+    actual, norm, _ = espo_gradient(built, mode, rows)
+    assert expected.espo_norm > 0.01
+    assert_close(name, "norm", norm, expected.espo_norm)
+    for key, gradient in actual.items():
+        assert_close(name, "gradient", gradient[:262], expected.espo[key][:262], key)
 
 
 IN_BLOCKS = [name for name, case in BLOCK_CASES.items() if case.kind == "block-causal"]

@@ -1,5 +1,6 @@
 """The same ELBOs, gradients, tokens and losses in every layout as on one rank."""
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -18,15 +19,14 @@ from megatron.training import training as megatron_training
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
-from megatron_espo.diffusion.noise import elbo_views
 from megatron_espo.generation import cut, sampler
 from megatron_espo.generation.sampler import generate
-from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.batch import pack_sequences
 from megatron_espo.passes.shapes import Shapes, few_widths, round_up
 from megatron_espo.passes.state import KeyValueCache
 from megatron_espo.plan.memory import Passes, cache_memory
 from megatron_espo.random import stream, uniform
-from megatron_espo.rl.elbo import elbo_of_views, estimate_elbo
+from megatron_espo.rl.elbo import cut_views, draw_views, elbo_of_views, estimate_elbo
 from megatron_espo.rl.update import accumulate_gradient
 from megatron_espo.supervised import forward_step as supervised
 from megatron_espo.supervised.forward_step import forward_step
@@ -345,10 +345,14 @@ def gradients_of(built: Built) -> dict[str, Tensor]:
             prefix = next((p for p in numbers if name.startswith(p)), None)
             if prefix is not None:
                 name = numbers[prefix] + name.removeprefix(prefix)
+            shards = group
+            if (match := re.search(r"local_experts\.(\d+)", name)) is not None:
+                name = name.replace(match[0], f"experts.{own_experts(chunk)[int(match[1])]}")
+                shards = chunk.pg_collection.expt_tp
             gradient = parameter.main_grad.detach().clone()
-            if getattr(parameter, "tensor_model_parallel", False) and group.size() > 1:
-                parts = [torch.empty_like(gradient) for _ in range(group.size())]
-                dist.all_gather(parts, gradient, group=group)
+            if getattr(parameter, "tensor_model_parallel", False) and shards.size() > 1:
+                parts = [torch.empty_like(gradient) for _ in range(shards.size())]
+                dist.all_gather(parts, gradient, group=shards)
                 if name.endswith("linear_fc1.weight"):
                     halves = [part.chunk(2) for part in parts]
                     parts = [h[0] for h in halves] + [h[1] for h in halves]
@@ -357,10 +361,17 @@ def gradients_of(built: Built) -> dict[str, Tensor]:
     return result
 
 
+def own_experts(chunk: Any) -> range:
+    """The numbers of the experts that lie on this rank, of every mixture."""
+    group, count = chunk.pg_collection.ep, chunk.config.num_moe_experts
+    share = count // group.size()
+    return range(group.rank() * share, (group.rank() + 1) * share)
+
+
 def gather_gradient_shards(built: Built) -> None:
     """Bring the shards of a reduce-scatter together: a rank's buffers hold its own sums only."""
     for chunk in built.model.chunks:
-        for buffer in chunk.buffers:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shard = bucket.grad_data.chunk(group.size())[group.rank()].clone()
@@ -404,22 +415,15 @@ def espo_gradient(
     rows = own_rows(built)
     config = EspoConfig(gradient=mode, num_mc=2, kl_coef=0.05, prompts_per_rollout=4, group_size=2)
     ids = torch.arange(N)[rows]
-    views = elbo_views("coupled", stream(5, "elbo"), ids, ids, N, LENGTH, config.num_mc)
     sequences = pack_sequences(
         prompts[rows],
         completions[rows],
         built.model.pad_token_id,
         Shapes(built.model.pad_multiple * 2),
     )
-    recut = partial(
-        view_batches,
-        sequences,
-        views,
-        built.model.mask_token_id,
-        built.model.vocab_size,
-        rows_per_batch,
-        same_width=built.model.layout.pp_size > 1,
-    )
+    key = stream(5, "elbo")
+    views = draw_views(built.model, sequences, "coupled", key, ids, ids, N, config.num_mc)
+    recut = partial(cut_views, built.model, sequences, views, rows_per_batch)
     batches = recut()
     for chunk in built.model.chunks:
         chunk.train()

@@ -31,6 +31,7 @@ ESPO = (
 ).split()
 PIPELINE = "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 1".split()
 CONTEXT = "--context-parallel-size 2 --tensor-model-parallel-size 1".split()
+BLOCKS = "--attention-mask block-causal --block-size 8".split()
 LOOP = "--seq-length 64 --micro-batch-size 2 --global-batch-size 64".split()
 EVALUATION = (
     "--load checkpoints/llada-8b --bf16 --tensor-model-parallel-size 2 --sequence-parallel "
@@ -42,7 +43,10 @@ GENERATION = (
     "--rollout-block-length 8 --rollout-denoising-steps 16 --tokenizer-model none"
 ).split()
 LORA = "--lora-rank 4 --fp8-format hybrid --rollout-top-p 0.9".split()
-COMPARE = "--dry-run --simulate --dry-run-world-size 4 --simulate-compare".split()
+# Two ranks at a time; the flag that compares all ranks stands last.
+COMPARE = (
+    "--dry-run --simulate --simulate-processes 2 --dry-run-world-size 4 --simulate-compare"
+).split()
 # What is started, with which flags.
 STARTED = {
     "espo": ("run_espo_8b.sh", ["--recipe", "countdown", *WIDTH, *ESPO, *PIPELINE, *COMPARE]),
@@ -61,8 +65,13 @@ STARTED = {
     ),
     "espo, one gpu": (
         "run_espo_8b.sh",
-        ["--recipe", "lora_80gb", *WIDTH, *ESPO, *COMPARE[:2], "--dry-run-world-size", "1"],
+        ["--recipe", "lora_80gb", *WIDTH, *ESPO, *COMPARE[:4], "--dry-run-world-size", "1"],
     ),
+    "espo, blocks": (
+        "run_espo_8b.sh",
+        ["--recipe", "countdown", *WIDTH, *ESPO, *BLOCKS, "--rollout-cache", "exact", *COMPARE],
+    ),
+    "pretrain, blocks": ("adapt_8b.sh", [*WIDTH, *LOOP, *COMPARE[:-1]]),
     "pretrain": ("pretrain_8b.sh", [*WIDTH, *LOOP, *COMPARE]),
     "sft": ("sft_8b.sh", [*WIDTH, *LOOP, "--sft-valid-data", "none.jsonl", *COMPARE[:-1]]),
     "evaluate": (evaluation, [*MODEL, *EVALUATION, *COMPARE[:-1]]),
@@ -91,6 +100,7 @@ STARTED = {
 RECIPES = {
     "run_espo_8b.sh": (espo, ["llada_8b", "gsm8k"]),
     "pretrain_8b.sh": (pretrain, ["pretrain_8b"]),
+    "adapt_8b.sh": (pretrain, ["adapt_8b"]),
     "sft_8b.sh": (pretrain, ["llada_8b", "sft_8b"]),
 }
 
@@ -151,6 +161,7 @@ def main(folder: Path) -> None:
         ranks=module.ranks[:2],
         folder=str(own),
         record_trace=True,
+        processes=2,
     )
     (own / "tokenizer").symlink_to(Path(module.folder) / "tokenizer")
     plans["disagreeing"] = plans["module"]

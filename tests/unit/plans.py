@@ -34,7 +34,7 @@ def plan(
 ) -> dict[str, Any]:
     """Plan a run; what it prints, its numbers, or why it was refused."""
     printed = io.StringIO()
-    entry = pretrain if {"pretrain_8b", "sft_8b"}.intersection(recipes) else espo
+    entry = pretrain if {"pretrain_8b", "sft_8b", "adapt_8b"}.intersection(recipes) else espo
     argv = [*complete_flags(recipes, flags), "--dry-run"]
     argv = [word for word in argv if word not in without]
     try:

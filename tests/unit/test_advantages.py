@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_espo.rl.advantages import leave_one_out
+from megatron_espo.objectives.advantages import BUILT_IN, leave_one_out, std
 
 PAIRS = torch.tensor([[1.0, 0.0], [0.25, 0.75]], dtype=torch.float64)
 SIXES = torch.tensor(
@@ -24,29 +24,29 @@ def test_advantage_is_the_reward_less_the_mean_of_the_others(rewards: torch.Tens
             assert row[i] == pytest.approx(reward - sum(others) / len(others), abs=1e-12)
 
 
-@pytest.mark.parametrize("std_norm", [False, True])
-def test_advantages_of_a_group_sum_to_zero_and_ignore_a_common_shift(std_norm: bool) -> None:
-    result = leave_one_out(SIXES, std_norm)
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_advantages_of_a_group_sum_to_zero_and_ignore_a_common_shift(name: str) -> None:
+    result = BUILT_IN[name](SIXES)
     assert result.sum(dim=1).abs().max() < 1e-9
-    shifted = leave_one_out(SIXES + 100.0, std_norm)
+    shifted = BUILT_IN[name](SIXES + 100.0)
     assert torch.allclose(shifted, result, rtol=0, atol=1e-6)
 
 
 def test_equal_rewards_give_no_advantage_with_or_without_normalisation() -> None:
-    for std_norm in (False, True):
-        result = leave_one_out(torch.full((1, 6), 0.1, dtype=torch.float64), std_norm)
+    for function in BUILT_IN.values():
+        result = function(torch.full((1, 6), 0.1, dtype=torch.float64))
         assert result.abs().max() < 1e-9
 
 
 def test_groups_do_not_see_each_other() -> None:
-    whole = leave_one_out(SIXES, std_norm=True)
+    whole = std(SIXES)
     for row in range(3):
-        alone = leave_one_out(SIXES[row : row + 1], std_norm=True)
+        alone = std(SIXES[row : row + 1])
         assert torch.equal(alone[0], whole[row])
 
 
 def test_std_norm_divides_by_the_sample_standard_deviation_of_the_rewards() -> None:
-    plain, normalised = (leave_one_out(SIXES, flag, epsilon=1e-3) for flag in (False, True))
+    plain, normalised = leave_one_out(SIXES), std(SIXES, epsilon=1e-3)
     for group, row, scaled in zip(SIXES.tolist(), plain.tolist(), normalised, strict=True):
         mean = sum(group) / 6
         deviation = math.sqrt(sum((r - mean) ** 2 for r in group) / 5)

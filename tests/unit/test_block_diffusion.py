@@ -1,8 +1,7 @@
 """Block diffusion: what tokens see, one pass for all blocks, noise by block, and its loss."""
 
-import argparse
 import dataclasses
-from functools import partial
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from test_lora_peft import fresh
 from test_passes import build, logits_of
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import Qwen3ForCausalLM
 
 from megatron_espo.config import DiffusionConfig
@@ -20,15 +20,16 @@ from megatron_espo.conversion import qwen3
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
-from megatron_espo.diffusion.block_noise import block_noise
+from megatron_espo.diffusion.block_noise import block_noise, grown_size
 from megatron_espo.errors import UserError
+from megatron_espo.model import block_attention
+from megatron_espo.model.attention import fused_attention
 from megatron_espo.model.head import masked_cross_entropy
-from megatron_espo.passes import pipeline
+from megatron_espo.passes import block_mask, pipeline
 from megatron_espo.passes.block_batch import block_rows
 from megatron_espo.passes.block_mask import BlockAttention
 from megatron_espo.passes.pipeline import RowBatch, padding_mask
 from megatron_espo.random import stream
-from megatron_espo.startup.argument_checks import check_full_attention
 from megatron_espo.startup.arguments import initialize_arguments
 from megatron_espo.startup.setup import build_model
 from megatron_espo.supervised.forward_step import _loss, noise_batch
@@ -140,6 +141,9 @@ def test_one_pass_equals_one_pass_per_block(
     if recomputed:
         for name, value in (("granularity", "full"), ("method", "uniform"), ("num_layers", 1)):
             monkeypatch.setattr(model.config, f"recompute_{name}", value)
+    if copies == 2:  # several segments, of which the last one is not full
+        monkeypatch.setattr(block_mask, "_SEGMENT", 5)
+        assert BlockAttention(SIZE, False).segments(LENGTH) == [(0, 8), (8, 14)]
     blocks = BlockAttention(SIZE, KINDS[kind])
     batch = block_rows(tokens, LENGTHS, mask, STARTS, MASK, 262, blocks, shift, following)
     assert batch.tokens.shape == (3, (copies + 1) * LENGTH)
@@ -281,7 +285,7 @@ def test_blocks_of_one_token_with_the_shift_are_the_autoregressive_model(
     config.validate()
     data = {"tokens": tokens, "sample_id": torch.arange(2)}
     batch, noise, maskable = noise_batch(data, config, stream(1, "test"), MASK, 300)
-    head = partial(masked_cross_entropy, tp_group=mpu.get_tensor_model_parallel_group())
+    head = masked_cross_entropy(mpu.get_tensor_model_parallel_group())
     table = pipeline.run_model(ours, batch, head, config.logit_shift)
     loss, _ = _loss(table, noise=noise, lengths=maskable.sum(1), cp_size=1)
     assert abs(loss / (1 + weight) - expected) < 1e-6 * expected
@@ -341,8 +345,51 @@ def test_settings_without_sense_are_refused(settings: dict[str, Any], sentence: 
     DiffusionConfig(attention_mask="context-causal", block_size=8, next_token_weight=0.5).validate()
 
 
-def test_what_knows_full_attention_only_says_so() -> None:
-    for mask in (None, "full"):
-        check_full_attention(argparse.Namespace(attention_mask=mask), "sampling")
-    with pytest.raises(UserError, match="--attention-mask block-causal: sampling knows full"):
-        check_full_attention(argparse.Namespace(attention_mask="block-causal"), "sampling")
+@pytest.mark.parametrize("copies", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_for_blocks_give_masked_attention(
+    kind: str, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Segments of PyTorch's kernel, and flex_attention (here without its compiler)."""
+    monkeypatch.setattr(block_mask, "_SEGMENT", 5)
+    draws, s = torch.Generator().manual_seed(2), (copies + 1) * LENGTH
+    query = torch.randn(s, 3, 4, 8, generator=draws)
+    key, value = torch.randn(2, 3, 2, s, 8, generator=draws)
+    blocks = BlockAttention(SIZE, KINDS[kind]).with_copies(copies)
+    hidden = blocks.hidden(padding_mask(LENGTHS, LENGTH))
+    expected = fused_attention(query, key, value, hidden)
+    rows = (query, key, value, hidden, blocks, None)
+    for output in (
+        block_attention.attend_in_parts(*rows, 0.0),
+        block_attention.attend_sparsely(*rows, flex_attention),
+    ):
+        torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
+    # What is counted is what the segments compute: no more than all, no less than is seen.
+    assert (~hidden[0]).sum() <= blocks.pairs(LENGTH) < s * s
+
+
+def test_blocks_grow_by_the_published_schedule() -> None:
+    for first, largest, factor, interval, start in ((1, 32, 2, 500, 0), (2, 20, 3, 7, 11)):
+        for step in range(0, 4000, 3):
+            grown = first * factor ** math.floor(max(0, step - start) / interval)
+            expected = min(largest, grown)
+            assert grown_size(first, largest, factor, interval, start, step) == expected
+    assert grown_size(1, 32, 2, 1, 0, 10**9) == 32
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"block_growth_interval": 5}, "have no effect without --block-growth-to"),
+        ({"block_growth_to": 2, "block_growth_interval": 5}, "--block-growth-to 2 is below"),
+        ({"block_growth_to": 32}, "--block-growth-to 32 needs --block-growth-interval"),
+        ({"block_growth_to": 32, "block_growth_interval": 5, "block_growth_factor": 1},
+         "--block-growth-factor 1 must be at least 2"),
+        ({"attention_mask": "full", "block_size": None, "block_growth_to": 32},
+         "--block-growth-to 32 has no effect without --attention-mask"),
+    ],
+)  # fmt: skip
+def test_growth_without_sense_is_refused(settings: dict[str, Any], sentence: str) -> None:
+    given = {"attention_mask": "context-causal", "block_size": 4, **settings}
+    with pytest.raises(UserError, match=sentence):
+        DiffusionConfig(**given).validate()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from test_end_to_end import TORCHRUN, run, scalars
 
+from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
 from megatron_espo.checkpoint.tracker import checkpoint_folder
 from megatron_espo.startup.arguments import stored_arguments
 
@@ -92,14 +93,48 @@ def test_a_checkpoint_keeps_how_its_model_attends_unless_a_flag_says_otherwise(
     assert "holds a model of --attention-mask block-causal --block-size 4; pass these" in printed
 
 
-def test_espo_and_plans_refuse_block_models_by_name(folder: Path) -> None:
-    printed = run(
-        "-m", "megatron_espo.training.espo", *MODEL, "--tokenizer-model",
-        str(folder / "tokenizer"), "--espo-task", "sudoku", fails=True,
+ROLLOUT = (
+    "--rollout-completion-length 16 --rollout-block-length 4 --rollout-denoising-steps 16 "
+    "--rollout-cache exact --rollout-micro-batch-size 8 --espo-task sudoku "
+    "--espo-num-rollouts 2 --espo-prompts-per-rollout 2 --espo-group-size 4 "
+    "--espo-updates-per-rollout 2 --espo-num-mc 1 --espo-kl-coef 0.01 --lr 1e-3"
+).split()
+
+
+def espo(folder: Path, start: tuple[str, ...], name: str, *flags: str, fails: bool = False) -> str:
+    return run(
+        *TORCHRUN, "-m", "megatron_espo.training.espo", *start, "--tokenizer-model",
+        str(folder / "tokenizer"), "--espo-train-data", str(folder / "data/train.jsonl"), *ROLLOUT,
+        "--load", str(folder / name), "--save", str(folder / name), "--save-interval", "1",
+        "--tensorboard-dir", str(folder / f"{name}-events"), *flags, fails=fails,
     )  # fmt: skip
-    assert "error: --attention-mask block-causal: ESPO knows full attention only" in printed
-    printed = run(
-        *TRAIN, *MODEL, "--dry-run", *"--micro-batch-size 1 --train-iters 1 --lr 1".split(),
-        fails=True,
-    )  # fmt: skip
-    assert "error: --attention-mask block-causal: a plan does not count" in printed
+
+
+def test_espo_trains_a_block_model_and_goes_on_where_it_was_stopped(
+    folder: Path, start: tuple[str, ...]
+) -> None:
+    """Interrupted inside a rollout, with its masks drawn again, to the last bit."""
+    espo(folder, start, "whole")
+    espo(folder, start, "resumed", "--exit-interval", "1")
+    assert latest_iteration(str(folder / "resumed")) == 1
+    printed = espo(folder, start, "resumed", "--block-size", "8", "--attention-mask",
+                   "block-causal", "--rollout-block-length", "8", fails=True)  # fmt: skip
+    assert "lies inside rollout 1, which was made with --block-size 4, here it is 8" in printed
+    espo(folder, start, "resumed")
+    both = [checkpoint_tensors(str(folder / name)) for name in ("whole", "resumed")]
+    assert not unequal_tensors(*both)
+    args = stored_arguments(checkpoint_folder(str(folder / "resumed")))
+    assert (args.attention_mask, args.block_size) == ("block-causal", 4)
+
+
+def test_espo_refuses_what_does_not_fit_blocks(folder: Path, start: tuple[str, ...]) -> None:
+    for flags, sentence in (
+        (("--rollout-block-length", "8"), "--rollout-block-length 8: the model's blocks have 4"),
+        (("--attention-mask", "context-causal", "--block-size", "4", "--next-token-weight", "1"),
+         "--next-token-weight 1.0 is a loss of pre-training and fine-tuning"),
+    ):  # fmt: skip
+        printed = run(
+            "-m", "megatron_espo.training.espo", *start, "--tokenizer-model",
+            str(folder / "tokenizer"), *ROLLOUT, *flags, fails=True,
+        )  # fmt: skip
+        assert sentence in printed

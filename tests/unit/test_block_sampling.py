@@ -180,3 +180,29 @@ def test_settings_that_do_not_fit_the_model_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         RolloutConfig(**settings).validate(False, 1, size)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_of_a_prompt_take_its_blocks_in_once(
+    model: DiffusionModel, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal tokens, of prompts that differ inside the first open block alone, too."""
+    model, passes = of_kind(model, kind), []
+    forward = block_steps.forward_only
+
+    def noted(chunks: Any, batches: Any, *rest: Any) -> Any:
+        passes.append([tuple(batch.tokens.shape) for batch in batches])
+        return forward(chunks, batches, *rest)
+
+    monkeypatch.setattr(block_steps, "forward_only", noted)
+    prompts = [PROMPTS[0]] * 3 + [[*PROMPTS[0][:4], 8, 9], PROMPTS[2], PROMPTS[2], PROMPTS[1]]
+    config, ids = replace(CONFIGS["low confidence"], cache="exact"), torch.arange(len(prompts))
+    together = generate(model, prompts, ids, config, 17, "test")
+    # The longest prompt's blocks, those of four rows, and nothing before two of them.
+    assert passes[0] == [(3, 8)]
+    alone = [
+        generate(model, [prompt], ids[i : i + 1], config, 17, "test").completions
+        for i, prompt in enumerate(prompts)
+    ]
+    assert torch.equal(together.completions, torch.cat(alone))
+    assert together.completions[:3].unique(dim=0).size(0) > 1

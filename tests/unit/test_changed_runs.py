@@ -167,6 +167,9 @@ CASES = {
     "`--espo-elbo-estimator`, `--espo-num-mc`/draws": Case(
         "--espo-num-mc 1", inside="--espo-num-mc 2, here it is 1", steps=[3]
     ),
+    "`--espo-objective`, `--espo-objective-args`": Case(
+        "--espo-objective diffu_grpo", inside="--espo-objective espo, here it is diffu_grpo"
+    ),
     "`--espo-kl-estimator`": Case("--espo-kl-estimator k3"),
     "`--espo-kl-estimator` to or from k2_unbiased": Case(
         "--espo-kl-estimator k2_unbiased", inside="--espo-kl-estimator k2, here it is k2_unbiased"

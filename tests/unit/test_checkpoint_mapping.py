@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from megatron.training.arguments import add_megatron_arguments
 from transformers import LlamaForCausalLM
 
-from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
+from megatron_espo.conversion import (
+    dream,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    llama3,
+    qwen2,
+    qwen3,
+    sdar,
+)
 from megatron_espo.conversion.families import FAMILIES, family_of
 from megatron_espo.conversion.hf_oracle import _MODELS, _llada_config, _llada_name, _llama_config
 from megatron_espo.conversion.mapping import Block, model_blocks, tied_copies
@@ -96,11 +106,42 @@ LLAMA_CONFIG = {
     },
     "tie_word_embeddings": False, "vocab_size": 128256,
 }  # fmt: skip
+# inclusionAI/LLaDA2.0-mini; it names neither its mask token nor the size of its blocks.
+LLADA2_CONFIG = {
+    "architectures": ["LLaDA2MoeModelLM"], "attention_dropout": 0.0, "dtype": "bfloat16",
+    "embedding_dropout": 0.0, "first_k_dense_replace": 1, "head_dim": 128, "hidden_act": "silu",
+    "hidden_size": 2048, "intermediate_size": 5120, "max_position_embeddings": 32768,
+    "max_window_layers": 28, "model_type": "llada2_moe", "moe_intermediate_size": 512,
+    "moe_router_enable_expert_bias": True, "n_group": 8, "norm_head": False,
+    "norm_softmax": False, "norm_topk_prob": True, "num_attention_heads": 16, "num_experts": 256,
+    "num_experts_per_tok": 8, "num_hidden_layers": 20, "num_key_value_heads": 4,
+    "num_shared_experts": 1, "output_dropout": 0.0, "output_router_logits": False,
+    "pad_token_id": 156892, "partial_rotary_factor": 0.5, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 600000, "rotary_dim": 64, "routed_scaling_factor": 2.5,
+    "router_dtype": "fp32", "score_function": "sigmoid", "sliding_window": 4096,
+    "tie_word_embeddings": False, "topk_group": 4, "use_bias": False, "use_cache": False,
+    "use_qk_norm": True, "use_qkv_bias": False, "use_rmsnorm": True, "use_sliding_window": False,
+    "using_split_qkv_in_self_attention": False, "vocab_size": 157184,
+}  # fmt: skip
+# The fields of inclusionAI/LLaDA-MoE-7B-A1B-Base that its published code reads.
+LLADA_MOE_CONFIG = {
+    "architectures": ["LLaDAMoEModelLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "clip_qkv": None, "dense_intermediate_size": 8192, "eos_token_id": 156892,
+    "expert_intermediate_size": 1024, "hidden_act": "silu", "hidden_size": 2048,
+    "max_position_embeddings": 8192, "model_type": "llada", "moe_layer_freq": [1] * 16,
+    "moe_router_enable_expert_bias": False, "moe_router_score_function": "softmax",
+    "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8,
+    "num_hidden_layers": 16, "num_key_value_heads": 16, "partial_rotary_factor": 1,
+    "qk_layernorm": True, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 50000,
+    "shared_expert_intermediate_size": None, "tie_word_embeddings": False, "vocab_size": 157184,
+}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "llada": LLADA_CONFIG,
     "dream": DREAM_CONFIG,
     "illada": ILLADA_CONFIG,
     "sdar": SDAR_CONFIG,
+    "llada2": LLADA2_CONFIG,
+    "llada_moe": LLADA_MOE_CONFIG,
     "qwen3": QWEN3_CONFIG,
     "qwen2": QWEN2_CONFIG,
     "llama": LLAMA_CONFIG,
@@ -111,6 +152,9 @@ PUBLISHED = {
     # 291 tensors lie in the folder: one is a copy.
     "illada": (illada.PUBLISHED, 290, 7_615_025_152),
     "sdar": (sdar.PUBLISHED, 399, 8_190_735_360),
+    # The published index has as many tensors, and as many bytes as this and bfloat16 make.
+    "llada2": (llada2.PUBLISHED, 14_813, 16_255_643_392),
+    "llada_moe": (llada_moe.PUBLISHED, 3_219, 7_356_880_896),
     "qwen3": (qwen3.PUBLISHED, 399, 8_190_735_360),
     "qwen2": (qwen2.PUBLISHED, 339, 7_615_616_512),
     "llama": (llama3.PUBLISHED, 291, 8_030_261_248),
@@ -134,6 +178,8 @@ def test_published_config_gives_the_published_tensors_and_parameters(family: str
     assert len(sources) == len(dict(sources)) == tensors
     assert sum(torch.Size(size).numel() for _, size in sources) == parameters
 
+    if shape.experts is not None:
+        return  # transformers has no such model
     # transformers' own model, built without memory, has the same tensors under its names.
     with torch.device("meta"):
         if family == "llada":
@@ -179,6 +225,9 @@ def test_written_config_reads_as_the_same_shape(family: str) -> None:
         shape = dataclasses.replace(
             PUBLISHED[family][0], num_layers=3, num_query_groups=2, tied_embeddings=tied
         )
+        if shape.experts is not None:
+            experts = dataclasses.replace(shape.experts, layers=(0, 1, 1))
+            shape = dataclasses.replace(shape, experts=experts)
         if family in ("sdar", "qwen3", "qwen2", "llama"):
             shape = dataclasses.replace(shape, kv_channels=64)
         if FAMILIES[family].autoregressive:
@@ -194,6 +243,8 @@ def test_written_config_reads_as_the_same_shape(family: str) -> None:
         ("dream", "dream_7b"),
         ("sdar", "sdar_8b"),
         ("sdar", "trado_8b"),
+        ("llada2", "llada2_mini"),
+        ("llada_moe", "llada_moe_7b"),
         ("qwen3", "qwen3_8b"),
         ("qwen2", "qwen2_7b"),
         ("llama", "llama3_8b"),

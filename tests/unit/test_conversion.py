@@ -24,12 +24,23 @@ from test_end_to_end import ENVIRONMENT, ROOT, TORCHRUN, run
 from test_hugging_face_folder import truncate, write_adapter
 
 from megatron_espo.conversion import convert as conversion
-from megatron_espo.conversion import dream, illada, llada, llama3, qwen2, qwen3, sdar
+from megatron_espo.conversion import (
+    dream,
+    illada,
+    llada,
+    llada2,
+    llada_moe,
+    llama3,
+    qwen2,
+    qwen3,
+    sdar,
+)
 from megatron_espo.conversion.convert import convert_to_hugging_face, convert_to_megatron
 from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.hugging_face import INDEX, HuggingFaceWeights, read_json
 from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer
+from megatron_espo.model.shape import ExpertShape
 from megatron_espo.startup.arguments import stored_arguments
 
 pytestmark = pytest.mark.slow
@@ -39,6 +50,7 @@ TINY = {
     "num_query_groups": 4, "vocab_size": 300, "max_position_embeddings": 128,
     "mask_token_id": 256, "eos_token_id": 257,
 }  # fmt: skip
+_EXPERTS = {"num_experts": 8, "topk": 4, "hidden_size": 48}
 SHAPES = {
     "llada": dataclasses.replace(llada.PUBLISHED, **TINY),
     "dream": dataclasses.replace(dream.PUBLISHED, **TINY),
@@ -51,6 +63,23 @@ SHAPES = {
         qwen3.PUBLISHED, **TINY, kv_channels=12, tied_embeddings=True, logit_shift=False
     ),
     "llama": dataclasses.replace(llama3.PUBLISHED, **TINY),
+    "llada2": dataclasses.replace(
+        llada2.PUBLISHED,
+        **TINY,
+        experts=ExpertShape(
+            **_EXPERTS,
+            layers=(0, 1),
+            shared_size=48,
+            score="sigmoid",
+            bias=True,
+            groups=4,
+            best_groups=2,
+            scaling=2.5,
+        ),
+    ),
+    "llada_moe": dataclasses.replace(
+        llada_moe.PUBLISHED, **TINY, experts=ExpertShape(**_EXPERTS, layers=(0, 1))
+    ),
 }
 TOOL = "tools/convert_hf.py"
 
@@ -94,6 +123,29 @@ read = f.FAMILIES["dream"].read_config
 unshifted = lambda config: dataclasses.replace(read(config), logit_shift=False)
 f.FAMILIES["dream"] = dataclasses.replace(f.FAMILIES["dream"], read_config=unshifted)
 """,
+    "llada2": """
+from megatron.core.transformer.moe import moe_utils
+ranked = moe_utils.group_limited_topk
+def by_the_best(scores, topk, num_tokens, num_experts, num_groups, group_topk):
+    best = scores.view(num_tokens, num_groups, -1).amax(-1).topk(group_topk, dim=-1).indices
+    kept = torch.zeros(num_tokens, num_groups).scatter(1, best, 1).bool()
+    kept = kept.repeat_interleave(num_experts // num_groups, dim=1)
+    return scores.masked_fill(~kept, -torch.inf).topk(topk, dim=-1)
+moe_utils.group_limited_topk = by_the_best
+""",
+    "llada2 ": """
+from megatron_espo.model.shape import ExpertShape
+flags = ExpertShape.flags
+unscaled = lambda shape: flags(dataclasses.replace(shape, scaling=None))
+ExpertShape.flags = unscaled
+""",
+    "llada2  ": """
+from megatron_espo.conversion import mapping
+pack = mapping.Block.pack
+def as_it_is(block, tensors):
+    return tensors[0].reshape(block.shape) if block.fused else pack(block, tensors)
+mapping.Block.pack = as_it_is
+""",
     "dream-scaled": """
 from megatron_espo.model.published_config import Config
 Config.rotary = lambda config, scaling: (1000000, None)
@@ -102,11 +154,17 @@ Config.rotary = lambda config, scaling: (1000000, None)
 
 
 @pytest.mark.parametrize(
-    "family", WRONG, ids=["gate and up exchanged", "shift missing", "scaling not read"]
+    "family",
+    WRONG,
+    ids=[
+        *("gate and up exchanged", "shift missing"),
+        *("groups ranked by one score", "weights not scaled", "fused rows not packed"),
+        "scaling not read",
+    ],
 )
 def test_verification_refuses_a_wrong_mapping(models: Path, tmp_path: Path, family: str) -> None:
     program = f"""
-import dataclasses, sys
+import dataclasses, sys, torch
 sys.path.insert(0, "tools")
 {WRONG[family]}
 import convert_hf
@@ -114,7 +172,7 @@ from megatron_espo.startup.setup import run_entry_point
 run_entry_point(convert_hf.main)
 """
     printed = run(
-        "-c", program, "to-megatron", "--hf", str(models / family), "--out",
+        "-c", program, "to-megatron", "--hf", str(models / family.strip()), "--out",
         str(tmp_path / "out"), "--verify", fails=True,
     )  # fmt: skip
     assert "verify: largest difference" in printed

@@ -89,6 +89,9 @@ def results() -> dict[str, Any]:
         "moments": "--use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16",
     }.items():
         wanted[name] = ["plan", flags.split()]
+    blocks = "--attention-mask block-causal --block-size 32 --rollout-cache exact"
+    wanted["blocks"] = ["plan", blocks.split()]
+    wanted["adapt"] = ["plan", [], ["adapt_8b"]]
     wanted["pretrain"] = ["plan", [], ["pretrain_8b"]]
     wanted["sft"] = ["plan", ["--recipe", "dream_7b"], ["llada_8b", "sft_8b"]]
     for tp in ("1", "2"):
@@ -223,3 +226,20 @@ def test_size_of_a_plan_comes_from_flag_torchrun_or_environment() -> None:
     assert planned_world_size(["--dry-run-world-size=16"], {"WORLD_SIZE": "32"}) == 16
     with pytest.raises(ValueError, match="NNODES is '-1'"):
         planned_world_size([], {"NNODES": "-1"})
+
+
+def test_plans_of_block_models_count_the_noisy_copies(results: dict[str, Any]) -> None:
+    blocks, plain, cached = (results[name] for name in ("blocks", "llada_8b/gsm8k", "cache"))
+    line = "Blocks: block-causal, of 32 tokens; a row of 656 positions passes with 4 noisy copies"
+    assert f"{line} beside the clean tokens, 3,280 in all" in blocks["printed"]
+    assert "micro-batches of 1 rows" in blocks["printed"]
+    # Five rows in place of four, and masks of less than 100 MB.
+    grown = blocks["memory"]["activations"] / plain["memory"]["activations"]
+    assert 1.1 < grown < 1.3
+    assert blocks["memory"]["cache"] == cached["memory"]["cache"] > 0
+    adapted = results["adapt"]
+    assert adapted["printed"].endswith("The plan fits.\n"), adapted
+    assert (
+        "of 1 tokens, grown to 32; a row of 8,192 positions passes with 1 noisy copy"
+        in (adapted["printed"])
+    )

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from espo_terms import elbo_gradient
 
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.parallel.vocab import draw_tokens
-from megatron_espo.rl.objective import elbo_gradient
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 0.0), (0.0, 0.3), (0.2, 0.0)])

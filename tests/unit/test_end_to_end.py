@@ -209,6 +209,45 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
     assert_same_run(folder, "parts")
 
 
+def test_an_objective_of_tokens_resumes_inside_a_rollout_bit_for_bit(folder: Path) -> None:
+    """Three views, a penalty of tokens, and a rollout in hand with the old and reference tokens."""
+    flags = ["--espo-objective", "coupled_grpo", "--espo-num-mc", "1", "--espo-num-rollouts", "2",
+             "--micro-batch-size", "6", "--espo-kl-estimator", "k3"]  # fmt: skip
+    espo(folder, "tokens", *flags)
+    espo(folder, "tokens-parts", *flags, "--exit-interval", "3")
+    state = torch.load(folder / "tokens-parts/iter_0000003/espo/state.pt", weights_only=True)
+    # Two updates of all ranks' completions: draws, views, tokens.
+    assert state["rollout"]["elbo_old"].shape == (2, 16, 1, 3, 16)
+    assert state["rollout"]["elbo_ref"].shape == (2, 16, 1, 3, 16)
+    printed = espo(folder, "tokens-parts", *flags, "--espo-objective", "espo", fails=True)
+    assert "--espo-objective coupled_grpo, here it is espo" in printed
+    espo(folder, "tokens-parts", *flags)
+    runs = [folder / name for name in ("tokens", "tokens-parts")]
+    whole, parts = (checkpoint_tensors(str(path)) for path in runs)
+    assert not unequal_tensors(whole, parts)
+    curves = scalars(folder, "tokens")
+    assert curves == scalars(folder, "tokens-parts")
+    assert curves["policy/ratio/mean"][0] == [1, 2, 3, 4]
+    assert max(curves["policy/effective_sample_size"][1]) <= 1
+    missing = {tag for tag in curves if not documented(tag)}
+    assert not missing, f"docs/monitoring.md does not explain {missing}"
+
+
+def test_the_objective_of_the_documentation_trains(folder: Path) -> None:
+    text = (ROOT / "docs/objectives.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    (folder / "smooth.py").write_text(code)
+    flags = ["--espo-objective", str(folder / "smooth.py"), "--espo-num-rollouts", "1"]
+    printed = espo(folder, "smooth", *flags, "--espo-objective-args", "strength=1000")
+    assert "objective " + str(folder / "smooth.py") in printed
+    curves = scalars(folder, "smooth")
+    assert curves["policy/ratio/mean"][0] == [1, 2] and "policy/kl_per_token" not in curves
+    assert not (folder / "smooth/iter_0000002/reference").exists()
+    refused = espo(folder, "odd", *flags, "--espo-clip-eps-low", "0.1", fails=True)
+    assert "--espo-clip-eps-low 0.1 has no effect" in refused
+
+
 @pytest.fixture(scope="module")
 def two_tasks(folder: Path) -> list[str]:
     """Flags of a run of sudoku and countdown, its problems in a file of each."""

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from espo_terms import elbo_gradient, espo_terms
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.rl.objective import elbo_gradient, espo_terms
 
 LENGTH = 8
 CONFIG = EspoConfig(clip_eps_low=0.2, clip_eps_high=0.3, kl_coef=0.05)

@@ -28,10 +28,11 @@ from megatron_espo.monitor.flops import (
     rollout_flops,
     training_flops,
 )
+from megatron_espo.passes import block_mask
 from megatron_espo.passes.batch import pack_sequences, view_batches
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream
-from megatron_espo.rl.elbo import elbo_of_views
+from megatron_espo.rl.elbo import cut_views, draw_views, elbo_of_views
 from megatron_espo.rl.update import accumulate_gradient
 from megatron_espo.startup.arguments import initialize_arguments
 from megatron_espo.startup.setup import start_anew
@@ -217,3 +218,41 @@ def test_flops_of_llada_are_two_per_weight_and_token() -> None:
     one_token = forward_flops(llada, 1, 1, 1, keys=0)
     assert one_token == 2 * weights
     assert forward_flops(replace(llada, num_layers=0), 1, 1, 1) == 2 * 126464 * 4096
+
+
+@pytest.mark.parametrize("gradient", ["joint", "two_pass"])
+def test_flops_of_block_models_are_those_of_their_passes(
+    model: DiffusionModel, dimensions: ModelDimensions, gradient: Any, monkeypatch: Any
+) -> None:
+    """Sampling with and without a cache, and rows that hold several noisy copies."""
+    monkeypatch.setattr(block_mask, "_SEGMENT", 8)
+    copies = 4 if gradient == "joint" else 2
+    model = replace(model, blocks=block_mask.BlockAttention(4, False))
+    dimensions = replace(dimensions, blocks=model.blocks.with_copies(copies))
+    ids = torch.arange(2)
+    for cache in ("none", "exact"):
+        rollout = RolloutConfig(LENGTH, 4, 8, cache=cache)  # type: ignore[arg-type]
+        made: list[Any] = []
+
+        def sample(made: list[Any] = made, rollout: RolloutConfig = rollout) -> None:
+            made.append(generate(model, PROMPTS, ids, rollout, 1, "flops"))
+
+        got = counted(sample)
+        assert passed_flops(dimensions, *made[0].work.sum(0).tolist()) == pytest.approx(got, 0.02)
+        # One state is read of passes without candidates, which a plan leaves out.
+        assert generation_flops(dimensions, 2, POSITIONS, rollout) == pytest.approx(got, rel=0.04)
+    espo = EspoConfig(prompts_per_rollout=1, group_size=2, updates_per_rollout=3,
+                      gradient=gradient, num_mc=2)  # fmt: skip
+    completions = torch.randint(0, 250, (2, LENGTH))
+    sequences = pack_sequences(PROMPTS, completions, model.pad_token_id, Shapes())
+    views = draw_views(model, sequences, "coupled", stream(1, "e"), ids, ids, 2, espo.num_mc)
+    batches = cut_views(model, sequences, views, copies)
+    flops = rollout_flops(dimensions, POSITIONS, espo, rollout)
+    one = counted(lambda: elbo_of_views(model, batches, views))
+    assert flops.old_elbo == pytest.approx(2 * one, rel=0.02)
+    update = counted(
+        lambda: accumulate_gradient(
+            model, batches, views, None, torch.zeros(2, 2), torch.ones(2), LENGTH, espo, 2
+        )
+    )
+    assert flops.update == pytest.approx(3 * update, rel=0.02)

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from megatron_espo.rl.kl import sequence_kl
+from megatron_espo.objectives.kl import sequence_kl
 
 ESTIMATORS = ("k1", "k2", "k3", "k2_unbiased")
 GRID = (-3.0, -0.7, -1e-3, -1e-6, 0.0, 1e-6, 1e-3, 0.4, 2.0)

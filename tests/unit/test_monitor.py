@@ -31,7 +31,7 @@ from megatron_espo.monitor.tensorboard import begin_events, write_histograms, wr
 from megatron_espo.monitor.throughput import own_peak_tflops, peak_tflops, throughput_scalars
 from megatron_espo.monitor.watch import RULES, Watch
 from megatron_espo.parallel.layout import Layout
-from megatron_espo.rl.scalars import first_ratio_scalars
+from megatron_espo.rl.scalars import first_ratio_scalars, identical_completions
 from megatron_espo.startup.argument_checks import check_wandb
 
 
@@ -187,7 +187,25 @@ def test_first_ratio_is_that_of_the_two_passes(one_rank) -> None:
     assert found == {name: pytest.approx(1 - math.exp(-0.4 / 8), rel=1e-6)}
 
 
+def test_the_first_ratio_of_tokens_is_the_farthest_one(one_rank) -> None:
+    layout = Layout(tp=one_rank, pp=one_rank, dp=one_rank, cp=one_rank, mp=one_rank)
+    draws = -torch.rand(2, 1, 2, 3, generator=torch.Generator().manual_seed(1))
+    again = draws.clone()
+    again[1, 0, 1, 2] += 0.3
+    (found,) = first_ratio_scalars(draws, again, 8, layout).values()
+    assert found == pytest.approx(math.exp(0.3) - 1, rel=1e-6)
+
+
+def test_identical_completions_are_those_of_one_group() -> None:
+    a, b, c = [1, 2, 3], [1, 2, 4], [9, 9, 9]
+    groups = torch.tensor([a, b, a, b, c, a])
+    assert identical_completions(groups, 3) == [1, 0, 1, 0, 0, 0]
+    assert identical_completions(groups, 6) == [1, 1, 1, 1, 0, 1]
+
+
 RATIO, SPREAD = "policy/ratio_first_update/max_deviation", "reward/zero_std_groups"
+SAME, SPEED = "rollout/identical_completions", "rollout/tokens_per_step"
+SAMPLES = "policy/effective_sample_size"
 NOISE, KL, NORM = "elbo/mc_variance_per_token", "policy/kl_per_token", "policy/grad_norm"
 
 
@@ -206,6 +224,9 @@ def warned(scalar: str, values: list[float]) -> list[bool]:
         (KL, [0.0, 1e-5, 1e-3, 0.02, 0.1, 0.2, 0.3, 0.2, 0.3, 0.2, 0.4], [2.1]),
         (KL, [0.01] * 10, [0.6]),
         (NORM, [0.1, 50.0, 0.1], [math.nan]),
+        (SAME, [1.0, 0.5, 1.0, 0.5, 1.0, 1.0, 1.0], [1.0]),
+        (SPEED, [1.0, 1.2] * 6, [1.7]),
+        (SAMPLES, [1.0, 0.98, 0.6], [0.4]),
     ],
 )
 def test_warnings_come_with_what_is_wrong_and_not_before(

@@ -11,6 +11,7 @@ from megatron.training.arguments import add_megatron_arguments
 from megatron_espo.commands.launch import complete_flags, missing_ranks, warn_of_restarts
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.model.presets import expand_preset
+from megatron_espo.objectives import check_objective, views_per_completion
 from megatron_espo.recipes import RECIPES, expand_recipes, last_value, read_flags
 from megatron_espo.startup.arguments import add_arguments, config_from_args
 
@@ -51,11 +52,42 @@ def test_recipes_hold_the_published_settings(task: str, parser: argparse.Argumen
     assert (espo.prompts_per_rollout, espo.updates_per_rollout) == (16, 8)
     assert (espo.elbo_estimator, espo.kl_estimator) == ("coupled", "k2")
     assert (espo.reference_mix, espo.reference_mix_interval) == (0.6, 64)
-    assert not espo.advantage_std_norm
+    assert (espo.objective, espo.advantage) == ("espo", "leave-one-out")
     assert (rollout.completion_length, rollout.block_length, rollout.temperature) == (256, 32, 1.0)
     assert args.seq_length - rollout.completion_length == 400
     assert (args.adam_beta1, args.adam_beta2, args.lr_decay_style) == (0.9, 0.99, "constant")
     assert args.bf16
+
+
+# G, prompts, updates, draws, beta, estimator, clip range, advantage, rate, weight decay: d1's
+# train.yaml, wd1's train.yaml, SPG's gsm_base_spg_mix, GDSD's run_gdsd_llada_gsm8k.sh and
+# train_gdsd.yaml, DiffuCoder's config_coupled_code.yaml.
+OBJECTIVES = {
+    "diffu_grpo": (6, 16, 12, 1, 0.04, "k3", 0.5, "centred", 3e-6, 0.1),
+    "wd1": (6, 8, 12, 1, 0.0, "k2", 0.2, "centred", 3e-6, 0.1),
+    "spg": (6, 16, 4, 2, 0.0, "k2", 0.2, "centred", 3e-6, 0.1),
+    "gdsd": (16, 20, 8, 2, 1e-3, "k2", 4e-4, "leave-one-out", 3e-6, 0.01),
+    "coupled_grpo": (10, 8, 2, 1, 0.01, "k3", 0.5, "leave-one-out", 1e-6, 0.1),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("task", ["gsm8k", "countdown"])
+def test_recipes_of_objectives_hold_their_published_settings(
+    name: str, task: str, parser: argparse.ArgumentParser
+) -> None:
+    args = parse(parser, "--recipe", task, "--recipe", name)
+    espo = config_from_args(EspoConfig, args)
+    espo.validate()
+    assert check_objective(espo) == espo and espo.objective == name
+    assert OBJECTIVES[name] == (
+        espo.group_size, espo.prompts_per_rollout, espo.updates_per_rollout, espo.num_mc,
+        espo.kl_coef, espo.kl_estimator, espo.clip_eps_low, espo.advantage, args.lr,
+        args.weight_decay,
+    )  # fmt: skip
+    assert espo.clip_eps_low == espo.clip_eps_high
+    rows = espo.completions_per_rollout // 4 * views_per_completion(espo)
+    assert rows % args.micro_batch_size == 0
 
 
 def rate(args: argparse.Namespace, step: int) -> float:

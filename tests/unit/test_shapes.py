@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,9 +140,9 @@ class Passes:
         return found
 
 
-def model(pp_size: int, few: bool) -> DiffusionModel:
+def model(pp_size: int, few: bool, widths: tuple[int, ...] = ()) -> DiffusionModel:
     layout: Any = SimpleNamespace(pp_size=pp_size, is_last_stage=True)
-    widths = few_widths(LENGTH + 1, LONGEST, 2) if few else ()
+    widths = widths or (few_widths(LENGTH + 1, LONGEST, 2) if few else ())
     cpu = torch.device("cpu")
     return DiffusionModel((), MASK, 0, (STOP,), STOP, 300, False, 2, cpu, layout, widths)
 
@@ -154,7 +155,12 @@ CASES = {
 
 
 def sampled(
-    config: RolloutConfig, pp_size: int, n: int, few: bool, patch: pytest.MonkeyPatch
+    config: RolloutConfig,
+    pp_size: int,
+    n: int,
+    few: bool,
+    patch: pytest.MonkeyPatch,
+    widths: tuple[int, ...] = (),
 ) -> tuple[int, float]:
     """Sample a run's rollouts of n completions, in groups of eight; shapes and share of padding."""
     passes, positions = Passes(stop=0.004), 0.0
@@ -163,10 +169,11 @@ def sampled(
     for rollout in range(8):
         lengths = [length for length in mixed_lengths(n // 8, rollout) for _ in range(8)]
         result = sampler.generate(
-            model(pp_size, few), [[7] * length for length in lengths], torch.arange(n), config,
-            rollout, "test",
+            model(pp_size, few, widths), [[7] * length for length in lengths], torch.arange(n),
+            config, rollout, "test",
         )  # fmt: skip
-        positions += float((result.num_evaluations * (torch.tensor(lengths) + LENGTH)).sum())
+        widest = torch.tensor(lengths) + config.completion_length
+        positions += float((result.num_evaluations * widest).sum())
     computed = sum(rows * width for rows, width in passes.shapes)
     return len(set(passes.shapes)), 1 - positions / computed
 
@@ -181,6 +188,37 @@ def test_a_run_samples_in_few_shapes_with_little_padding(
     assert few[0] <= 32 and few[1] < 0.12
     if (name, n) == ("steps", 96):
         assert exact[1] < 0.06
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "rows"), [("early stop", 96, 24), ("threshold", 96, 24), ("threshold", 24, 64)]
+)
+def test_widths_lie_between_the_prompts_of_the_data(
+    name: str, n: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short completions beside long rows: up to --seq-length the widths would lie far apart."""
+    length = 128
+    monkeypatch.setattr(setup, "keeps_graphs", lambda _: True)
+    monkeypatch.setattr(setup, "pad_multiple", lambda _: 2)
+    args = argparse.Namespace(seq_length=length + 400, rollout_completion_length=length)
+    data = [[7] * prompt for seed in range(60) for prompt in mixed_lengths(12, seed)]
+    widths = setup.few_shapes(args, data)
+    config = replace(CASES[name], completion_length=length, micro_batch_size=rows)
+    shapes, padding = sampled(config, 1, n, True, monkeypatch, widths)
+    assert shapes <= 32 and padding < 0.12
+    if name == "early stop":
+        assert sampled(config, 1, n, True, monkeypatch, setup.few_shapes(args))[1] > 0.12
+
+
+def test_widths_hold_the_rows_of_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an evaluation at several lengths, and no wider than --seq-length."""
+    monkeypatch.setattr(setup, "keeps_graphs", lambda _: True)
+    monkeypatch.setattr(setup, "pad_multiple", lambda _: 4)
+    args = argparse.Namespace(seq_length=656, rollout_completion_length=256)
+    prompts = [[7] * 30, [7] * 90]
+    assert setup.few_shapes(args, prompts) == few_widths(286, 346, 4)
+    assert setup.few_shapes(args, prompts, [64, 256]) == few_widths(94, 346, 4)
+    assert max(setup.few_shapes(args, [[7] * 500])) == 656
 
 
 def test_updates_of_a_run_have_few_shapes_with_little_padding() -> None:

@@ -46,6 +46,13 @@ SHAPE = (
 ROPE = "--position-embedding-type rope --disable-bias-linear "
 LLAMA = f"{ROPE} --swiglu --untie-embeddings-and-output-weights "
 
+EXPERTS = (
+    f"{LLAMA} --num-experts 8 --moe-layer-freq [0,1,1] --moe-ffn-hidden-size 24 "
+    "--moe-router-topk 4 --init-method-std 0.4 "
+)
+GROUPS = "--moe-router-num-groups 4 --moe-router-group-topk 2 "
+SIGMOID = f"{EXPERTS} --moe-router-score-function sigmoid {GROUPS}"
+
 # What is tried: flags of a model, and what is changed in it. Every known setting is among them.
 KNOWN = {
     "gpt": ("", ""),
@@ -67,6 +74,13 @@ KNOWN = {
     "interleaved": (LLAMA, "--rotary-interleaved"),
     "interpolated": (LLAMA, "--rotary-seq-len-interpolation-factor 2"),
     "scaled": (f"{LLAMA} --rotary-base 500000", "--use-rope-scaling"),
+    "experts": (LLAMA, EXPERTS.removeprefix(LLAMA)),
+    "weights of a softmax": (EXPERTS, "--moe-router-pre-softmax"),
+    "experts in groups": (EXPERTS, GROUPS),
+    "sigmoids": (EXPERTS, f"--moe-router-score-function sigmoid {GROUPS}"),
+    "biases of experts": (SIGMOID, "--moe-router-enable-expert-bias"),
+    "scaled experts": (SIGMOID, "--moe-router-topk-scaling-factor 2.5"),
+    "shared expert": (SIGMOID, "--moe-shared-expert-intermediate-size 24"),
     "scaled less": (
         f"{LLAMA} --rotary-base 500000 --use-rope-scaling",
         "--rope-scaling-factor 2",
@@ -99,8 +113,13 @@ REFUSED = {
     "--tp-comm-overlap": "passes here have many",
     "--calculate-per-token-loss": "averages over sequences",
     "--fp8-output-proj": "higher precision",
-    "--num-experts 8": "mixtures of experts",
-    "--expert-model-parallel-size 2": "use 1",
+    "--moe-token-dispatcher-type flex": "use alltoall",
+    "--moe-router-score-function sqrtsoftplus": "use sigmoid or softmax",
+    "--moe-router-load-balancing-type sinkhorn": "aux_loss or seq_aux_loss",
+    "--moe-input-jitter-eps 0.1": "no mixture of experts was tried with it",
+    "--moe-enable-routing-replay": "choose their experts anew",
+    "--moe-shared-expert-overlap": "no mixture of experts was tried with it",
+    "--expert-model-parallel-size 2": "the model has no experts",
     "--cp-comm-type a2a": "gather keys and values",
     "--hierarchical-context-parallel-sizes 2 1": "one group",
     "--reset-attention-mask": "not cut into documents",
@@ -258,7 +277,8 @@ def test_every_known_setting_is_tried(parser: argparse.ArgumentParser) -> None:
     for base, change in KNOWN.values():
         args = parser.parse_args(f"{SHAPE} {base} {change}".split())
         for name in tried:
-            tried[name].add(getattr(args, name))
+            value = getattr(args, name)
+            tried[name].add(tuple(value) if isinstance(value, list) else value)
     sizes = {"num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"}
     for name, allowed in supported.MODEL.items():
         if name in sizes:
@@ -283,6 +303,9 @@ def disturb(model: torch.nn.Module) -> None:
         for weight in model.parameters():
             if weight.dim() == 1:
                 weight.add_(0.3 * torch.randn(weight.shape, generator=draws))
+        for name, buffer in model.named_buffers():
+            if name.endswith("expert_bias"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=draws))
 
 
 @torch.no_grad()

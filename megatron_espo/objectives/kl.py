@@ -28,14 +28,29 @@ def sequence_kl(elbo: Tensor, elbo_ref: Tensor, estimator: KlEstimator) -> Tenso
     """
     difference = elbo - elbo_ref
     d = difference.mean(dim=1)
+    if estimator != "k2_unbiased":
+        return pointwise_kl(d, estimator)
+    num_mc = elbo.size(1)
+    if num_mc < 2:
+        raise ValueError("k2_unbiased multiplies independent draws; use at least two.")
+    pairs = difference.sum(dim=1).square() - difference.square().sum(dim=1)
+    return pairs / (num_mc * (num_mc - 1)) / 2
+
+
+def pointwise_kl(d: Tensor, estimator: KlEstimator) -> Tensor:
+    """Estimate the divergence from one difference of log-probabilities each.
+
+    Args:
+        d: float, log p_theta - log p_ref in nats, with gradient.
+        estimator: all but ``k2_unbiased``, see :func:`sequence_kl`.
+
+    Returns:
+        float like ``d``, with gradient.
+    """
     if estimator == "k1":
         return d.detach() * (d - d.detach()) + d.detach()
     if estimator == "k2":
         return d.square() / 2
     if estimator == "k3":
         return (-d).expm1() + d
-    num_mc = elbo.size(1)
-    if num_mc < 2:
-        raise ValueError("k2_unbiased multiplies independent draws; use at least two.")
-    pairs = difference.sum(dim=1).square() - difference.square().sum(dim=1)
-    return pairs / (num_mc * (num_mc - 1)) / 2
+    raise ValueError("k2_unbiased multiplies independent draws; one difference has none.")

@@ -1,0 +1,238 @@
+"""Compares objectives on the demo's sudoku: the same bases, seeds, prompts, sampler and noise.
+
+Three rates on the first seed, judged by the validation split; then the best of each objective on
+all seeds, judged by the test split. A run that has its result is not made again, so that a
+comparison which was stopped goes on where it was.
+
+    python -m benchmarks.compare --out runs/compare --table docs/objectives.md
+
+Everything but the objective, its penalty, clip and draws is the demo's
+(examples/run_espo_tiny.sh); advantages are leave-one-out for all. Draws are chosen so that a
+completion has two views where its masks allow that.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare_report import table, write_figure, write_table
+from benchmarks.measure import machine
+from megatron_espo.config import EspoConfig
+from megatron_espo.errors import UserError
+from megatron_espo.monitor.curves import read_scalars
+from megatron_espo.objectives import objective_of, views_per_completion
+
+ROOT = Path(__file__).parents[1]
+PROMPTS, GROUP, UPDATES = 32, 8, 2
+
+# Penalty and clip range as published where that is known, ESPO's of the demo for its ablations.
+_DEMO = {"kl_coef": 5e-3, "num_mc": 1}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "espo": _DEMO,
+    "token_elbo": _DEMO,
+    "mean_field": _DEMO,
+    "diffu_grpo": {
+        "kl_coef": 0.04, "kl_estimator": "k3", "num_mc": 2, "clip_eps_low": 0.5,
+        "clip_eps_high": 0.5,
+    },
+    "coupled_grpo": {
+        "kl_coef": 0.01, "kl_estimator": "k3", "num_mc": 1, "clip_eps_low": 0.5,
+        "clip_eps_high": 0.5,
+    },
+    "wd1": {"kl_coef": 0.0, "num_mc": 2},
+    "gdsd": {"kl_coef": 1e-3, "num_mc": 1, "clip_eps_low": 4e-4, "clip_eps_high": 4e-4},
+    "spg": {"kl_coef": 0.0, "num_mc": 2, "objective_args": ["beta=1"]},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the comparison.
+
+    Attributes:
+        objective: its name.
+        rate: highest learning rate.
+        seed: of base, prompts, sampling and masks.
+        split: problems that it is judged by.
+        rollouts: length.
+        settings: the objective's.
+    """
+
+    objective: str
+    rate: float
+    seed: int
+    split: str
+    rollouts: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Of its folder and its result."""
+        return f"{self.objective}-{self.rate:g}-{self.seed}-{self.split}"
+
+    @property
+    def espo(self) -> EspoConfig:
+        """Its settings as the trainer takes them."""
+        return EspoConfig(
+            objective=self.objective, prompts_per_rollout=PROMPTS, group_size=GROUP,
+            updates_per_rollout=UPDATES, num_rollouts=self.rollouts, **self.settings,
+        )  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> None:
+    """Make the runs that have no result yet, and write the table and the picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--objectives", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--rollouts", type=int, default=48)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--table", type=Path, help="Markdown file with the comparison's marks")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--report-only", action="store_true", help="make no runs")
+    options = parser.parse_args(argv)
+
+    def result(objective: str, rate: float, seed: int, split: str) -> dict[str, Any] | None:
+        run = Run(objective, rate, seed, split, options.rollouts, SETTINGS[objective])
+        return result_of(run, options.out, options.ranks, options.report_only)
+
+    tried = {
+        name: [(rate, result(name, rate, options.seeds[0], "validation")) for rate in options.rates]
+        for name in options.objectives
+    }
+    found = []
+    for name, runs in tried.items():
+        known = [(r["accuracy"][-1], -rate, r) for rate, r in runs if r is not None]
+        if not known:
+            continue
+        rate = -max(known, key=lambda entry: entry[:2])[1]
+        found += [result(name, rate, seed, "test") for seed in options.seeds]
+    results = [entry for entry in found if entry is not None]
+    if options.table is not None and results:
+        write_table(options.table, results)
+    if options.figure is not None and results:
+        write_figure(options.figure, results)
+    print("\n".join(table(results)))
+
+
+def result_of(run: Run, out: Path, ranks: int, report_only: bool) -> dict[str, Any] | None:
+    """Read a run's result, or make the run."""
+    path = out / "results" / f"{run.name}.json"
+    if path.exists():
+        known: dict[str, Any] = json.loads(path.read_text())
+        if known["run"] != asdict(run):
+            raise UserError(f"{path} is of other settings: remove it, or choose another --out.")
+        return known
+    if report_only:
+        return None
+    base = base_of(run.seed, out, ranks)
+    started = time.perf_counter()
+    train(run, base, out, ranks)
+    seconds = time.perf_counter() - started
+    curves = read_scalars(out / "events" / run.name)
+    espo = run.espo
+    result = {
+        "run": asdict(run),
+        "accuracy": curves["eval/accuracy"][1],
+        "reward": curves["reward/mean"][1],
+        "kl_per_token": curves.get("policy/kl_per_token", ([], []))[1],
+        "seconds": {"all": seconds, **phases(curves)},
+        "views": views_per_completion(espo),
+        "passes": passes(espo),
+        "machine": machine(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(result, indent=1))
+    unfinished.rename(path)
+    return result
+
+
+def phases(curves: Any) -> dict[str, float]:
+    """Seconds of all rollouts by phase."""
+    return {n.removeprefix("time/"): sum(c[1]) for n, c in curves.items() if n.startswith("time/")}
+
+
+def passes(espo: EspoConfig) -> float:
+    """Rows passed through the model per completion and update; with gradients they cost three."""
+    objective, mu = objective_of(espo), espo.updates_per_rollout
+    frozen = (mu - 1 if objective.compares_with_old else 0) + (mu if espo.kl_coef > 0.0 else 0)
+    return views_per_completion(espo) * (3 + frozen / mu)
+
+
+def base_of(seed: int, out: Path, ranks: int) -> Path:
+    """Make a seed's data and fine-tuned model, once."""
+    base = out / f"base-{seed}"
+    if not (base / "base/latest_checkpointed_iteration.txt").exists():
+        call(
+            ["bash", "examples/run_espo_tiny.sh", "sudoku", "--seed", str(seed), "--out", str(base),
+             "--base-only"], out / f"base-{seed}.log", ranks,
+        )  # fmt: skip
+    return base
+
+
+def train(run: Run, base: Path, out: Path, ranks: int) -> None:
+    """Make a run, or go on with it: its folder is its checkpoint."""
+    own = []
+    for name, value in run.settings.items():
+        values = value if isinstance(value, list) else [value]
+        own += [f"--espo-{name.replace('_', '-')}", *map(str, values)]
+    folder = str(out / "runs" / run.name)
+    rows = PROMPTS * GROUP // ranks * views_per_completion(run.espo)
+    # As many completions as in the demo.
+    batch = math.gcd(rows, 64 * views_per_completion(run.espo))
+    call(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(ranks), "-m", "megatron_espo.training.espo",
+         "--preset", "tiny", "--rotary-base", "10", "--tokenizer-model", str(base / "tokenizer"),
+         "--seq-length", "32", "--seed", str(run.seed),
+         "--rollout-completion-length", "16", "--rollout-block-length", "16",
+         "--rollout-denoising-steps", "16", "--rollout-micro-batch-size", "128",
+         "--espo-task", "sudoku", "--espo-train-data", str(base / "data/train.jsonl"),
+         "--espo-eval-data", str(base / f"data/{run.split}.jsonl"),
+         "--espo-objective", run.objective, "--espo-num-rollouts", str(run.rollouts),
+         "--espo-prompts-per-rollout", str(PROMPTS), "--espo-group-size", str(GROUP),
+         "--espo-updates-per-rollout", str(UPDATES), "--micro-batch-size", str(batch), *own,
+         "--lr", str(run.rate), "--min-lr", str(run.rate / 10), "--lr-decay-style", "cosine",
+         "--lr-warmup-iters", str(min(4, run.rollouts)), "--adam-beta2", "0.99",
+         "--weight-decay", "0.01", "--pretrained-checkpoint", str(base / "base"),
+         "--load", folder, "--save", folder, "--save-interval", "32", "--save-keep-last", "1",
+         "--tensorboard-dir", str(out / "events" / run.name)],
+        out / "logs" / f"{run.name}.log", ranks,
+    )  # fmt: skip
+
+
+def call(command: Sequence[str], log: Path, ranks: int) -> None:
+    """Run a command with its output in a file.
+
+    Raises:
+        UserError: it failed.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{log.stem} ...", flush=True)
+    environment = {
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable,
+        "RANKS": str(ranks),
+    }  # fmt: skip
+    with log.open("w") as file:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        raise UserError(f"{log.stem} failed; see {log}.")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

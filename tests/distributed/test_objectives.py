@@ -1,0 +1,101 @@
+"""Other objectives than ESPO's have the same gradient in every layout and either way."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import Built, build_layout
+from test_layouts import N, dashes, gradients_of, own_rows, prompts_and_completions
+from torch import Tensor
+
+from megatron_espo.config import EspoConfig
+from megatron_espo.objectives import num_draws, objective_of, views_per_completion
+from megatron_espo.objectives.masks import Ask
+from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.shapes import Shapes
+from megatron_espo.random import stream, uniform
+from megatron_espo.rl.terms import answers_of, log_probabilities
+from megatron_espo.rl.update import accumulate_gradient
+
+LENGTH, TOLERANCE = 8, 1e-5
+# Tokens of one pass and of three views, bounds of whole groups, draws of another weight.
+NAMES = ("diffu_grpo", "coupled_grpo", "wd1", "stable_drl", "gdsd")
+LAYOUTS = {
+    "tp 2, pp 2, sequence parallel, head in chunks": (
+        2, 2, ("--sequence-parallel", "--head-chunk", "5"),
+    ),
+    "cp 2, dp 2": (1, 1, ("--context-parallel-size", "2")),
+}  # fmt: skip
+Gradients = dict[str, Tensor]
+
+
+def gradient(built: Built, name: str, mode: str) -> Gradients:
+    """The gradient of one update, with old and reference values apart from the policy's own."""
+    prompts, completions = prompts_and_completions()
+    rows, model = own_rows(built), built.model
+    lengths = torch.tensor([7, 3, 8, 1, 5, 8, 2, 6])[rows]
+    espo = EspoConfig(
+        objective=name, gradient=mode, num_mc=2, prompts_per_rollout=4, group_size=2,
+        kl_coef=0.05 if "kl_coef" in objective_of(EspoConfig(objective=name)).honours else 0.0,
+    )  # fmt: skip
+    objective, ids = objective_of(espo), torch.arange(N)[rows]
+    sequences = pack_sequences(
+        prompts[rows], completions[rows], model.pad_token_id, Shapes(model.pad_multiple * 2)
+    )
+    views = objective.masks(espo).draw(
+        Ask(
+            key=stream(5, "elbo"), sample_ids=ids, indices=ids, total=N, length=LENGTH,
+            num_draws=num_draws(espo), answers=(lengths + 1).clamp(max=LENGTH),
+            prompt_width=int(sequences.prompt_lengths.max()), block_length=4,
+        )
+    )  # fmt: skip
+    per_batch = views_per_completion(espo) * (1 if mode == "joint" else 2)
+    recut = partial(
+        view_batches, sequences, views, model.mask_token_id, model.vocab_size, per_batch,
+        same_width=model.layout.pp_size > 1,
+    )  # fmt: skip
+    for chunk in model.chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    built.optimizer.zero_grad()
+    batches = recut()
+    base = log_probabilities(model, batches, views, objective)
+    noise = uniform(stream(9, "terms"), torch.arange(N), 2 * base[0].numel())[rows].float()
+    old, ref = (base + part.view_as(base) - 0.5 for part in noise.chunk(2, dim=1))
+    advantages = torch.tensor([0.9, -0.9, 0.0, 0.0, 1.3, -1.3, -0.4, 0.4])[rows]
+    found = accumulate_gradient(
+        model, batches, views, old, ref if espo.kl_coef else None, advantages, LENGTH, espo, N,
+        recut, answers_of(lengths, LENGTH, model.layout),
+    )  # fmt: skip
+    torch.testing.assert_close(found.draws, base, rtol=1e-5, atol=1e-4)
+    gradients = gradients_of(built)
+    built.optimizer.zero_grad()
+    return gradients
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer_folder: str, checkpoints: dict[bool, str]) -> dict[str, Gradients]:
+    """On one rank, joint where that can be."""
+    flags = ("--pretrained-checkpoint", checkpoints[False])
+    solo = build_layout(tokenizer_folder, 1, 1, flags, solo=True)
+    return {n: gradient(solo, n, "two_pass" if n == "stable_drl" else "joint") for n in NAMES}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=dashes)
+def test_gradients_do_not_depend_on_layout_and_mode(
+    layout: str,
+    expected: dict[str, Gradients],
+    tokenizer_folder: str,
+    checkpoints: dict[bool, str],
+) -> None:
+    tp, pp, flags = LAYOUTS[layout]
+    own = ("--pretrained-checkpoint", checkpoints[False], *flags)
+    built = build_layout(tokenizer_folder, tp, pp, own)
+    for name in NAMES:
+        for mode in ("two_pass",) if name == "stable_drl" else ("joint", "two_pass"):
+            actual = gradient(built, name, mode)
+            assert actual and actual.keys() <= expected[name].keys()
+            for parameter, ours in actual.items():
+                theirs = expected[name][parameter]
+                error = (ours[:262] - theirs[:262]).abs().max() / theirs[:262].abs().max()
+                assert error < TOLERANCE, f"{name}, {mode}, {parameter}: {error:.2e}"
