@@ -91,6 +91,13 @@ PARTS = (
         ("tagged_answer", "boxed_answer", "final_statement"),
     ),
     Part(
+        "Objectives",
+        "What to inherit for [one of your own](objectives.md#your-own).",
+        "megatron_espo.objectives",
+        "objectives/base.py",
+        ("Objective", "Given", "Loss", "setting"),
+    ),
+    Part(
         "Masks and their weights",
         "Functions of tensors: no model, no process group.",
         "megatron_espo.diffusion.noise",

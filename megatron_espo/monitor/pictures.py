@@ -187,7 +187,7 @@ def _dress(axis: Axes, panel: Panel, drawn: Sequence[tuple[list[int], list[float
     if panel.unit == "share":
         low, high = 0.0, 1.0
     elif panel.unit.startswith("tokens"):
-        low, high = low - 0.5, high + 0.5
+        low, high = math.floor(low) - 1.0, math.ceil(high) + 1.0
         axis.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_ylim(low, high)
     for steps, values, colour in drawn:

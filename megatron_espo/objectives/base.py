@@ -21,7 +21,7 @@ def setting(default: float, low: float = -math.inf, high: float = math.inf) -> A
     """Make a field of an objective whose values lie in a range; an int default takes ints alone.
 
     Args:
-        default: its default.
+        default: what holds where --espo-objective-args says nothing; its type is the type of values.
         low: smallest value.
         high: largest value.
     """
@@ -128,7 +128,7 @@ def loss_gradient(objective: Objective, logp: Tensor, given: Given) -> tuple[Ten
     """Differentiate the summed loss with respect to the log-probabilities, for two-pass gradients.
 
     Args:
-        objective: the objective.
+        objective: gives the loss; its settings are fixed by now.
         logp: float, values without gradient.
         given: everything else.
 
