@@ -298,25 +298,24 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
     """Draw the masks of all inner updates, the same ones whenever a rollout is taken up."""
     espo, noise = trainer.espo, []
     objective, length = objective_of(espo), rollout.sequences.completion_length
-    answers = None
+    masks, answers = objective.masks(espo), None
     if objective.per_token:
         answers = answers_of(rollout.completion_lengths, length, trainer.model.layout)
     for place in range(espo.updates_per_rollout):
-        views = objective.masks(espo).draw(
-            Ask(
-                key=stream(trainer.seed, "elbo", number, place),
-                sample_ids=rollout.sample_ids,
-                indices=rollout.indices,
-                total=espo.completions_per_rollout,
-                length=length,
-                num_draws=num_draws(espo),
-                answers=(rollout.completion_lengths + 1).clamp(max=length),
-                prompt_width=int(rollout.sequences.prompt_lengths.max()),
-                block_length=trainer.rollout.block_length,
-            )
+        ask = Ask(
+            key=stream(trainer.seed, "elbo", number, place),
+            sample_ids=rollout.sample_ids,
+            indices=rollout.indices,
+            total=espo.completions_per_rollout,
+            length=length,
+            num_draws=num_draws(espo),
+            answers=(rollout.completion_lengths + 1).clamp(max=length),
+            prompt_width=int(rollout.sequences.prompt_lengths.max()),
+            block_length=trainer.rollout.block_length,
         )
-        if trainer.model.logit_shift and views.prompt_masks is not None:
-            views.prompt_masks[..., 0] = False  # such a model has never seen it masked
+        views, prompts = masks.draw(ask), masks.prompt_masks(ask)
+        if trainer.model.logit_shift and prompts is not None:
+            prompts[..., 0] = False  # such a model has never seen it masked
         recut = partial(
             view_batches,
             rollout.sequences,
@@ -325,6 +324,7 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
             trainer.model.vocab_size,
             trainer.rows_per_batch,
             same_width=trainer.model.layout.pp_size > 1,
+            prompt_masks=prompts,
         )
         noise.append(_Noise(views, recut(), recut, answers))
     return noise
