@@ -108,3 +108,15 @@ def test_a_run_goes_on_in_another_layout_but_not_without_expert_parallelism(
     )  # fmt: skip
     losses = [scalars(folder, name)["policy/loss"][1] for name in ("moved", "whole")]
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_mixture_in_blocks_learns_by_espo(folder: Path) -> None:
+    """As LLaDA2.0: views of a sequence share its clean tokens; the cache of the rollout is exact."""
+    fine_tune(folder, "block-base", *MODEL, *EP, "--attention-mask", "block-causal",
+              "--block-size", "8")  # fmt: skip
+    espo(folder, "in-blocks", *EP, "--pretrained-checkpoint", str(folder / "block-base"),
+         "--rollout-cache", "exact")  # fmt: skip
+    found = scalars(folder, "in-blocks")
+    assert found["policy/ratio_first_update/max_deviation"][1] == [0.0, 0.0]
+    assert all(0.0 < share < 0.9 for share in found["policy/rerouted_from_old"][1])
+    assert max(found["policy/grad_norm"][1]) > 0.0
