@@ -83,7 +83,7 @@ def _sampling(model: DiffusionModel, shape: Shape, size: int, options: argparse.
     for chunk in model.chunks:
         chunk.eval()
     prompts, ids = random_prompts(options.rows, options.prompt, shape), torch.arange(options.rows)
-    sides = {
+    sides: dict[str, Callable[[], Any]] = {
         name: partial(generate, model, prompts, ids, _rollout(options, size, cache), 1, "benchmark")
         for name, cache in (("without a cache", "none"), ("exact cache", "exact"))
     }

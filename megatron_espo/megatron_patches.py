@@ -168,6 +168,43 @@ def run_without_cuda() -> None:
     _replace(training, "initialize_megatron", initialize_without_cuda)
     _replace(training, "set_jit_fusion_options", _nothing)
     _count_on_the_host()
+    _exchange_uneven_parts()
+
+
+def _exchange_uneven_parts() -> None:
+    """Exchange parts of different lengths, as NCCL does and gloo does not.
+
+    Ranks that hold parts of the same experts gather each other's tokens, and get back the sums.
+    """
+    module = "megatron.core.tensor_parallel.mappings"
+    gather = _part(module, "_gather_along_first_dim")
+    scatter = _part(module, "_reduce_scatter_along_first_dim")
+
+    @functools.wraps(gather)
+    def gather_uneven(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any, **named: Any
+    ) -> Any:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, output_split_sizes, *rest, **named)
+        filled = input_.new_zeros(max(output_split_sizes), *input_.shape[1:])
+        filled[: len(input_)] = input_
+        parts = [torch.empty_like(filled) for _ in output_split_sizes]
+        torch.distributed.all_gather(parts, filled, group=group)
+        sizes = zip(parts, output_split_sizes, strict=True)
+        return torch.cat([part[:size] for part, size in sizes])
+
+    @functools.wraps(scatter)
+    def scatter_uneven(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any, **named: Any
+    ) -> Any:
+        if input_split_sizes is None or group.size() == 1:
+            return scatter(input_, group, input_split_sizes, *rest, **named)
+        total = input_.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total.split(input_split_sizes)[group.rank()].contiguous()
+
+    _replace(module, "_gather_along_first_dim", gather_uneven)
+    _replace(module, "_reduce_scatter_along_first_dim", scatter_uneven)
 
 
 def _count_on_the_host() -> None:

@@ -381,15 +381,18 @@ class Model:
     def _sampling(self, given: Mapping[str, Any], room: int) -> RolloutConfig:
         """Complete and check sampling settings; their names are those of the dataclass."""
         settings = {"temperature": 0.0, **given}
-        length = settings.setdefault("completion_length", max(min(256, room), 1))
+        blocks = self.handle.blocks
+        size = None if blocks is None else blocks.size
+        longest = max(min(256, room), 1)
+        length = settings.setdefault("completion_length", longest - longest % (size or 1))
         if isinstance(length, int) and length > 0:
             # As few blocks of at most 32 tokens as divide it.
-            block = max(size for size in range(1, _BLOCK + 1) if length % size == 0)
-            settings.setdefault("block_length", block)
+            block = max(k for k in range(1, _BLOCK + 1) if length % k == 0)
+            settings.setdefault("block_length", size or block)
             settings.setdefault("denoising_steps", length)
         config = RolloutConfig(**settings)
         try:
-            config.validate(self.handle.logit_shift, self.handle.pad_multiple)
+            config.validate(self.handle.logit_shift, self.handle.pad_multiple, size)
         except UserError as error:
             raise UserError(
                 re.sub(r"--rollout-([a-z-]+)", lambda m: m[1].replace("-", "_"), str(error))

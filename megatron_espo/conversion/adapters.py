@@ -83,7 +83,15 @@ def adapter_blocks(
 
     Returns:
         A and B of each projection, layer by layer.
+
+    Raises:
+        UserError: the model has experts.
     """
+    if shape.experts is not None:
+        raise UserError(
+            "adapters of a mixture of experts are not converted: train, sample and evaluate them "
+            "with --lora-base as they are."
+        )
     blocks = []
     for projection in (p for p in PROJECTIONS if p.name in targets):
         name, (rows, columns) = projection.name, shape_of(shape, projection.name)

@@ -38,15 +38,12 @@ class ElboViews(NamedTuple):
         weights: float32 ``[b, m, v]``; the estimate of a draw is minus the weighted sum over its
             views of the cross entropy summed over the masked positions. An empty side of a
             coupled pair has weight 0; an empty bernoulli view keeps 1 / p, times a sum of 0.
-        prompt_masks: bool ``[b, m, v or 1, p]``, prompt tokens that are masked, too, without being
-            predicted; None for none. Places after a prompt's end mean nothing.
         token_weights: float32 ``[b, m, v, s]``, factors on the cross entropy of each position
             inside that sum, where they differ (diffusion/block_noise.py); None: all 1.
     """
 
     mask_indices: Tensor
     weights: Tensor
-    prompt_masks: Tensor | None = None
     token_weights: Tensor | None = None
 
 

@@ -129,18 +129,19 @@ class _Prefixes(NamedTuple):
     """What lies before the first open blocks of a micro-batch, each prefix once.
 
     Attributes:
-        index: int64 ``[u]``, a row that begins with each.
+        rows: int64 ``[u]``, a row that begins with each.
         places: int64 ``[b]``, the prefix of each row, among them.
     """
 
-    index: Tensor
+    rows: Tensor
     places: Tensor
 
 
 def _prefixes(rows: Rows, batch: MicroBatch) -> _Prefixes:
     """Find the rows of a micro-batch that begin alike."""
-    index, known = [], dict[tuple[int, ...], int]()
-    places = []
+    known: dict[tuple[int, ...], int] = {}
+    index: list[int] = []
+    places: list[int] = []
     for row, start in zip(batch.rows, rows.starts(torch.tensor(batch.rows)).tolist(), strict=True):
         place = known.setdefault(tuple(rows.tokens[row, :start].tolist()), len(index))
         if place == len(index):
@@ -151,7 +152,7 @@ def _prefixes(rows: Rows, batch: MicroBatch) -> _Prefixes:
 
 def _prefill(model: DiffusionModel, rows: Rows, batch: MicroBatch, prefixes: _Prefixes) -> RowBatch:
     """Take in what lies before the first open blocks of a micro-batch; nothing is read."""
-    index = prefixes.index
+    index = prefixes.rows
     starts = rows.starts(index)
     width = round_up(max(int(starts.max()), 1), model.pad_multiple)
     batch.cache, batch.cached = KeyValueCache(), list(batch.rows)

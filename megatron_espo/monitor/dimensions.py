@@ -4,14 +4,13 @@ import argparse
 import math
 from dataclasses import dataclass, replace
 from dataclasses import fields as fields_of
-from typing import Any
 
 from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import targets_of
-from megatron_espo.config import DiffusionConfig, EspoConfig
+from megatron_espo.config import EspoConfig
 from megatron_espo.model.shape import ExpertShape, query_groups
 from megatron_espo.objectives import views_per_completion
-from megatron_espo.passes.block_mask import BlockAttention, block_attention
+from megatron_espo.passes.block_mask import BlockAttention
 
 
 @dataclass(frozen=True)
@@ -79,14 +78,10 @@ class ModelDimensions:
 
 def _noisy_rows(args: argparse.Namespace) -> BlockAttention | None:
     """Read how rows of noisy copies attend, and how many views share one."""
-    fields: dict[str, Any] = {
-        field.name: getattr(args, field.name, None) for field in fields_of(DiffusionConfig)
-    }
-    if fields["attention_mask"] is None:
+    mask = getattr(args, "attention_mask", None)
+    if mask in (None, "full"):
         return None
-    blocks = block_attention(DiffusionConfig(**fields))
-    if blocks is None:
-        return None
+    blocks = BlockAttention(args.block_size, mask == "context-causal")
     # Only ESPO's arguments know micro-batches of views.
     views = getattr(args, "espo_rows_per_batch", None)
     if views is None:

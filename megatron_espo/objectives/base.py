@@ -21,7 +21,7 @@ def setting(default: float, low: float = -math.inf, high: float = math.inf) -> A
     """Make a field of an objective whose values lie in a range; an int default takes ints alone.
 
     Args:
-        default: holds where --espo-objective-args says nothing; values are of its type.
+        default: what holds where --espo-objective-args says nothing; its type is that of values.
         low: smallest value.
         high: largest value.
     """

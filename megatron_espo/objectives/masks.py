@@ -49,7 +49,7 @@ class Ask(NamedTuple):
         """Draw float64 ``[b, count]`` for one of the draws."""
         return uniform(substream(self.key, purpose, draw), self.sample_ids, count)
 
-    def prompt_masks(self, probability: float) -> Tensor | None:
+    def hidden_prompts(self, probability: float) -> Tensor | None:
         """Mask prompt tokens with a probability: bool ``[b, m, 1, p]``, or None for 0."""
         if probability == 0.0:
             return None
@@ -77,6 +77,14 @@ class Masks:
     def draw(self, ask: Ask) -> ElboViews:
         """Draw the views of some completions, on the host."""
         raise NotImplementedError
+
+    def prompt_masks(self, ask: Ask) -> Tensor | None:
+        """Draw the prompt tokens that are masked, too, without being predicted.
+
+        Returns:
+            bool ``[b, m, v or 1, p]``, or None for none; places after a prompt's end mean nothing.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -167,7 +175,11 @@ class OnePass(Masks):
         """See Masks."""
         shape = (len(ask.sample_ids), ask.num_draws, 1)
         masks = torch.ones(*shape, ask.length, dtype=torch.bool)
-        return ElboViews(masks, torch.ones(shape), ask.prompt_masks(self.prompt_probability))
+        return ElboViews(masks, torch.ones(shape))
+
+    def prompt_masks(self, ask: Ask) -> Tensor | None:
+        """See Masks."""
+        return ask.hidden_prompts(self.prompt_probability)
 
 
 @dataclass(frozen=True)
@@ -238,8 +250,11 @@ class Blockwise(Masks):
             before = (places < start) & (numbers[:, 1:] < self.prompt_probability)
             masks.append(chosen | before | (places >= end))
         shape = (len(order), ask.num_draws, 1)
-        prompt = ask.prompt_masks(self.prompt_probability)
-        return ElboViews(torch.stack(masks, dim=1)[:, :, None], torch.ones(shape), prompt)
+        return ElboViews(torch.stack(masks, dim=1)[:, :, None], torch.ones(shape))
+
+    def prompt_masks(self, ask: Ask) -> Tensor | None:
+        """See Masks."""
+        return ask.hidden_prompts(self.prompt_probability)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ def view_batches(
     *,
     same_width: bool = True,
     chosen: Tensor | None = None,
+    prompt_masks: Tensor | None = None,
 ) -> list[ViewBatch]:
     """Cut all views of sequences into micro-batches, views of a sequence side by side.
 
@@ -227,6 +228,7 @@ def view_batches(
         same_width: make all micro-batches as wide as the longest sequence, as pipeline stages need
             it: they pass hidden states of one shape.
         chosen: int64 ``[k]``, the sequences to take; None takes all.
+        prompt_masks: bool ``[n, m, v or 1, p]``, prompt tokens that are masked and not predicted.
 
     Returns:
         Micro-batches on the host; ``view_index`` says which views each holds.
@@ -234,7 +236,7 @@ def view_batches(
     per_sequence = views.weights[0].numel()
     masks = views.mask_indices.flatten(0, 2)
     weights = views.weights.flatten()
-    prompts = views.prompt_masks
+    prompts = prompt_masks
     if prompts is not None:
         prompts = prompts.expand(*views.weights.shape, -1).flatten(0, 2)
     order, width = order_of_views(sequences, per_sequence, rows_per_batch, chosen)

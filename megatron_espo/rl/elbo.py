@@ -116,6 +116,7 @@ def cut_views(
     views: ElboViews,
     rows_per_batch: int,
     chosen: Tensor | None = None,
+    prompt_masks: Tensor | None = None,
 ) -> list[ViewBatch]:
     """Cut views into micro-batches for a model.
 
@@ -125,6 +126,7 @@ def cut_views(
         views: of :func:`draw_views`.
         rows_per_batch: views of a micro-batch; must divide their number.
         chosen: int64 ``[k]``, the sequences to take; None takes all.
+        prompt_masks: see :func:`view_batches`; None of a model with blocks.
 
     Returns:
         The micro-batches, on the host.
@@ -132,7 +134,7 @@ def cut_views(
     asked = (sequences, views, model.mask_token_id, model.vocab_size, rows_per_batch)
     same_width = model.layout.pp_size > 1
     if model.blocks is None:
-        return view_batches(*asked, same_width=same_width, chosen=chosen)
+        return view_batches(*asked, same_width=same_width, chosen=chosen, prompt_masks=prompt_masks)
     shift = model.logit_shift
     return block_view_batches(*asked, model.blocks, shift, same_width=same_width, chosen=chosen)
 

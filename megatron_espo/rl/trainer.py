@@ -300,29 +300,35 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
     """Draw the masks of all inner updates, the same ones whenever a rollout is taken up."""
     espo, noise = trainer.espo, []
     objective, length = objective_of(espo), rollout.sequences.completion_length
-    answers, offsets = None, None
+    masks, answers, offsets = objective.masks(espo), None, None
     if trainer.model.blocks is not None:
         offsets = rollout.sequences.prompt_lengths % trainer.model.blocks.size
     if objective.per_token:
         answers = answers_of(rollout.completion_lengths, length, trainer.model.layout)
     for place in range(espo.updates_per_rollout):
-        views = objective.masks(espo).draw(
-            Ask(
-                key=stream(trainer.seed, "elbo", number, place),
-                sample_ids=rollout.sample_ids,
-                indices=rollout.indices,
-                total=espo.completions_per_rollout,
-                length=length,
-                num_draws=num_draws(espo),
-                answers=(rollout.completion_lengths + 1).clamp(max=length),
-                prompt_width=int(rollout.sequences.prompt_lengths.max()),
-                block_length=trainer.rollout.block_length,
-                offsets=offsets,
-            )
+        ask = Ask(
+            key=stream(trainer.seed, "elbo", number, place),
+            sample_ids=rollout.sample_ids,
+            indices=rollout.indices,
+            total=espo.completions_per_rollout,
+            length=length,
+            num_draws=num_draws(espo),
+            answers=(rollout.completion_lengths + 1).clamp(max=length),
+            prompt_width=int(rollout.sequences.prompt_lengths.max()),
+            block_length=trainer.rollout.block_length,
+            offsets=offsets,
         )
-        if trainer.model.logit_shift and views.prompt_masks is not None:
-            views.prompt_masks[..., 0] = False  # such a model has never seen it masked
-        recut = partial(cut_views, trainer.model, rollout.sequences, views, trainer.rows_per_batch)
+        views, prompts = masks.draw(ask), masks.prompt_masks(ask)
+        if trainer.model.logit_shift and prompts is not None:
+            prompts[..., 0] = False  # such a model has never seen it masked
+        recut = partial(
+            cut_views,
+            trainer.model,
+            rollout.sequences,
+            views,
+            trainer.rows_per_batch,
+            prompt_masks=prompts,
+        )
         noise.append(_Noise(views, watch_routing(recut(), trainer.model), recut, answers))
     return noise
 

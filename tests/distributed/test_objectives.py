@@ -42,17 +42,17 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
     sequences = pack_sequences(
         prompts[rows], completions[rows], model.pad_token_id, Shapes(model.pad_multiple * 2)
     )
-    views = objective.masks(espo).draw(
-        Ask(
-            key=stream(5, "elbo"), sample_ids=ids, indices=ids, total=N, length=LENGTH,
-            num_draws=num_draws(espo), answers=(lengths + 1).clamp(max=LENGTH),
-            prompt_width=int(sequences.prompt_lengths.max()), block_length=4,
-        )
+    masks = objective.masks(espo)
+    ask = Ask(
+        key=stream(5, "elbo"), sample_ids=ids, indices=ids, total=N, length=LENGTH,
+        num_draws=num_draws(espo), answers=(lengths + 1).clamp(max=LENGTH),
+        prompt_width=int(sequences.prompt_lengths.max()), block_length=4,
     )  # fmt: skip
+    views = masks.draw(ask)
     per_batch = views_per_completion(espo) * (1 if mode == "joint" else 2)
     recut = partial(
         view_batches, sequences, views, model.mask_token_id, model.vocab_size, per_batch,
-        same_width=model.layout.pp_size > 1,
+        same_width=model.layout.pp_size > 1, prompt_masks=masks.prompt_masks(ask),
     )  # fmt: skip
     for chunk in model.chunks:
         chunk.train()

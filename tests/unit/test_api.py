@@ -18,6 +18,7 @@ from megatron_espo.conversion.hugging_face import HuggingFaceWeights
 from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
 from megatron_espo.errors import UserError
+from megatron_espo.passes.block_mask import BlockAttention
 from megatron_espo.rl.elbo import estimate_elbo
 
 pytestmark = pytest.mark.slow
@@ -205,3 +206,15 @@ def test_a_completion_is_drawn_as_it_fills_in(models: dict[str, Model], tmp_path
     assert len(list((tmp_path / "steps").iterdir())) == 5
     with pytest.raises(UserError, match="jpeg"):
         model.animate("ab", tmp_path / "x.jpeg", **settings)
+
+
+def test_a_block_model_is_sampled_in_its_own_blocks(models: dict[str, Model]) -> None:
+    handle = models["llada"].handle
+    in_blocks = dataclasses.replace(handle, blocks=BlockAttention(4, causal=False))
+    model = dataclasses.replace(models["llada"], handle=in_blocks)
+    plain, cached = (model.sample(["abc"], completion_length=8, cache=c) for c in ("none", "exact"))
+    assert plain[0].text == cached[0].text
+    assert model.sample(["abc"], completion_length=8)[0].text == plain[0].text
+    with pytest.raises(UserError, match="block_length 8: the model's blocks have 4 tokens; use 4"):
+        model.sample(["abc"], completion_length=8, block_length=8)
+    assert model.elbo(["abc"], ["xyz"], num_mc=2).draws.isfinite().all()

@@ -193,3 +193,22 @@ def test_a_dummy_row_has_no_loss_and_a_gradient_of_zeros(one_rank) -> None:
     assert table.tolist() == [[0.0] * 3] * 2
     table.sum().backward()
     assert weight.grad.tolist() == [[0.0] * 6]
+
+
+def test_masked_prompt_tokens_are_hidden_and_not_predicted() -> None:
+    packed, drawn = sequences(), views(1)
+    prompts = torch.rand(4, 1, 1, 6, generator=torch.Generator().manual_seed(3)) < 0.5
+    plain = view_batches(packed, drawn, MASK, VOCAB, 2, same_width=False)
+    hidden = view_batches(packed, drawn, MASK, VOCAB, 2, same_width=False, prompt_masks=prompts)
+    assert prompts[2].any() and not prompts[2].all()
+    for before, after in zip(plain, hidden, strict=True):
+        assert torch.equal(before.batch.payload.targets, after.batch.payload.targets)
+        assert torch.equal(before.batch.positions, after.batch.positions)
+        for row, view in enumerate(before.view_index.tolist()):
+            sequence = view // 2
+            expected = before.batch.tokens[row].clone()
+            for place in range(int(packed.prompt_lengths[sequence])):
+                if prompts[sequence, 0, 0, place]:
+                    expected[place] = MASK
+            assert torch.equal(after.batch.tokens[row], expected)
+    assert torch.equal(packed.tokens, sequences().tokens), "what was packed stays as it is"

@@ -165,7 +165,7 @@ def test_passes_over_all_blocks_give_the_sum_of_the_blocks(
             by_table(
                 losses_of_all_masks(model, kind, row, shift),
                 row,
-                type(views)(*(part[row : row + 1] for part in views)),
+                type(views)(*(None if part is None else part[row : row + 1] for part in views)),
             )
             for row in range(3)
         ]

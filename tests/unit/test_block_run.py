@@ -75,14 +75,29 @@ def test_a_block_model_is_sampled_with_and_without_its_cache(trained: Path) -> N
     assert "--rollout-block-length 8: the model's blocks have 4 tokens; use 4" in printed
 
 
-def test_a_checkpoint_keeps_how_its_model_attends_unless_a_flag_says_otherwise(
-    folder: Path, trained: Path, start: tuple[str, ...]
+def test_blocks_grow_and_a_run_goes_on_where_they_were(
+    folder: Path, start: tuple[str, ...]
 ) -> None:
-    larger = ("--attention-mask", "context-causal", "--block-size", "8")
-    fine_tune(folder, "grown", *start, *larger)
-    for name, expected in (("kept", ("block-causal", 4)), ("grown", ("context-causal", 8))):
-        args = stored_arguments(checkpoint_folder(str(folder / name)))
-        assert (args.attention_mask, args.block_size) == expected
+    """Of 2, 4 and 8 tokens; another mask and size than the checkpoint's; equal to the last bit."""
+    growth = "--attention-mask context-causal --block-size 2 --block-growth-to 8".split()
+    growth += ["--block-growth-interval", "1"]
+    fine_tune(folder, "whole-growth", *start, *growth)
+    fine_tune(folder, "growth", *start, *growth, "--exit-interval", "2")
+    assert size_of(folder, "growth") == ("context-causal", 4)
+    # The checkpoint knows how its blocks grow.
+    fine_tune(folder, "growth", *start, "--load", str(folder / "growth"))
+    assert size_of(folder, "growth") == size_of(folder, "whole-growth") == ("context-causal", 8)
+    both = [checkpoint_tensors(str(folder / name)) for name in ("whole-growth", "growth")]
+    assert not unequal_tensors(*both)
+
+
+def size_of(folder: Path, name: str) -> tuple[str, int]:
+    args = stored_arguments(checkpoint_folder(str(folder / name)))
+    return args.attention_mask, args.block_size
+
+
+def test_a_checkpoint_keeps_how_its_model_attends(folder: Path, trained: Path) -> None:
+    assert size_of(folder, "dp") == ("block-causal", 4)
     shape = [flag for flag in MODEL if flag not in ("--attention-mask", "block-causal")]
     shape = [flag for flag in shape if flag not in ("--block-size", "4")]
     printed = run(

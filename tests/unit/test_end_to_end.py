@@ -219,7 +219,8 @@ def test_an_objective_of_tokens_resumes_inside_a_rollout_bit_for_bit(folder: Pat
     # Two updates of all ranks' completions: draws, views, tokens.
     assert state["rollout"]["elbo_old"].shape == (2, 16, 1, 3, 16)
     assert state["rollout"]["elbo_ref"].shape == (2, 16, 1, 3, 16)
-    printed = espo(folder, "tokens-parts", *flags, "--espo-objective", "espo", fails=True)
+    other = ["--espo-objective", "espo", "--micro-batch-size", "8"]
+    printed = espo(folder, "tokens-parts", *flags, *other, fails=True)
     assert "--espo-objective coupled_grpo, here it is espo" in printed
     espo(folder, "tokens-parts", *flags)
     runs = [folder / name for name in ("tokens", "tokens-parts")]
@@ -238,7 +239,8 @@ def test_the_objective_of_the_documentation_trains(folder: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(code.splitlines()) <= 30
     (folder / "smooth.py").write_text(code)
-    flags = ["--espo-objective", str(folder / "smooth.py"), "--espo-num-rollouts", "1"]
+    flags = ["--espo-objective", str(folder / "smooth.py"), "--espo-num-rollouts", "1",
+             "--lr-warmup-iters", "1"]  # fmt: skip
     printed = espo(folder, "smooth", *flags, "--espo-objective-args", "strength=1000")
     assert "objective " + str(folder / "smooth.py") in printed
     curves = scalars(folder, "smooth")

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from test_passes import OFFSETS, UNEVEN, WIDTH, build, logits_of, random_batch, window
 from torch import Tensor
 
+from megatron_espo.adapters.attach import attach_adapters, is_adapter
+from megatron_espo.config import LoraConfig
 from megatron_espo.conversion import llada2, llada_moe
 from megatron_espo.conversion.mapping import model_blocks
 from megatron_espo.errors import UserError
@@ -18,6 +21,7 @@ from megatron_espo.model.shape import ModelShape
 from megatron_espo.monitor.flops import ModelDimensions, forward_flops
 from megatron_espo.passes.state import KeyValueCache, RoutingLog
 from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.simulate.experts import balance_experts
 
 LLADA2 = (
     "--num-layers 3 --qk-layernorm --kv-channels 16 --rotary-percent 0.5 --num-experts 8 "
@@ -222,3 +226,40 @@ def test_operations_are_those_of_the_weights_that_a_token_passes(module: Any) ->
     # The published models have 1.4 billion; with LLaDA2.0's the embedding is counted.
     assert 1.1e9 < active < 1.4e9
     assert forward_flops(dimensions, 1, 1, 1, keys=0) / 2 == pytest.approx(active, rel=1e-9)
+
+
+def test_adapters_are_on_attention_dense_parts_and_shared_experts(tokenizer: str) -> None:
+    model = build(tokenizer, *LLADA2)
+    before = logits_of(model.train(), UNEVEN)
+    attach_adapters(model, LoraConfig(rank=4), seed=1)
+    adapted = {
+        name.split(".adapter.")[0] for name, _ in model.named_parameters() if is_adapter(name)
+    }
+    linear = ("self_attention.linear_qkv", "self_attention.linear_proj")
+    parts = ("mlp", "mlp.shared_experts", "mlp.shared_experts")
+    assert adapted == {
+        f"decoder.layers.{layer}.{name}"
+        for layer, part in enumerate(parts)
+        for name in (*linear, f"{part}.linear_fc1", f"{part}.linear_fc2")
+    }
+    after = logits_of(model, UNEVEN)
+    torch.testing.assert_close(after, before)
+    after.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == is_adapter(name), name
+
+
+def test_a_simulated_rank_sends_and_gets_as_many_tokens_of_each_expert(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(MoEAlltoAllTokenDispatcher, "preprocess", lambda self, routing_map: None)
+    balance_experts()
+    second = Namespace(
+        config=Namespace(moe_router_topk=3), num_experts=4, local_expert_indices=[2, 3],
+        num_local_experts=2, ep_size=2, tp_size=1,
+    )  # fmt: skip
+    counts = MoEAlltoAllTokenDispatcher.preprocess(second, torch.zeros(5, 4))
+    # Of 15 tokens 4, 4, 4 and 3; both ranks send as many to the experts of this one.
+    assert counts.tolist() == [8, 6]
+    assert second.input_splits.tolist() == [8, 7] and second.output_splits.tolist() == [7, 7]
+    assert second.num_global_tokens_per_local_expert.tolist() == [[4, 3], [4, 3]]

@@ -201,8 +201,9 @@ def test_masks_do_not_depend_on_how_completions_are_split(name: str) -> None:
     alone = masks.draw(part)
     assert torch.equal(alone.mask_indices, views.mask_indices[rows])
     assert torch.equal(alone.weights, views.weights[rows])
-    if views.prompt_masks is not None:
-        assert torch.equal(alone.prompt_masks, views.prompt_masks[rows][..., :3])
+    prompts, own = masks.prompt_masks(whole), masks.prompt_masks(part)
+    assert (prompts is None) == (own is None)
+    assert prompts is None or torch.equal(own, prompts[rows][..., :3])
 
 
 def test_coupled_views_mask_each_token_in_two_of_three() -> None:
@@ -217,7 +218,7 @@ def test_coupled_views_mask_each_token_in_two_of_three() -> None:
 
 
 def test_prompt_masks_have_the_asked_probability() -> None:
-    masks = OnePass(0.15).draw(ask(4000, 2, 4, torch.full((4000,), 4))).prompt_masks
+    masks = OnePass(0.15).prompt_masks(ask(4000, 2, 4, torch.full((4000,), 4)))
     assert masks is not None and masks.shape == (4000, 2, 1, 5)
     assert abs(float(masks.double().mean()) - 0.15) < 0.01
     assert not torch.equal(masks[:, 0], masks[:, 1])
@@ -226,8 +227,9 @@ def test_prompt_masks_have_the_asked_probability() -> None:
 def test_blockwise_masks_lie_in_one_block_and_after_it() -> None:
     """Blocks of two in an answer of seven of eight tokens: four blocks, the last one of one."""
     n = 2000
-    views = Blockwise(0.0).draw(ask(n, 4, 8, torch.full((n,), 7)))
-    assert views.prompt_masks is None
+    asked = ask(n, 4, 8, torch.full((n,), 7))
+    views = Blockwise(0.0).draw(asked)
+    assert Blockwise(0.0).prompt_masks(asked) is None
     starts = []
     for mask in views.mask_indices[:, :, 0].flatten(0, 1):
         first = int(mask.nonzero()[0])

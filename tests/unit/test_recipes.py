@@ -9,7 +9,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training.arguments import add_megatron_arguments
 
 from megatron_espo.commands.launch import complete_flags, missing_ranks, warn_of_restarts
-from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.config import DiffusionConfig, EspoConfig, RolloutConfig
+from megatron_espo.diffusion.block_noise import grown_size
 from megatron_espo.model.presets import expand_preset
 from megatron_espo.objectives import check_objective, views_per_completion
 from megatron_espo.recipes import RECIPES, expand_recipes, last_value, read_flags
@@ -127,6 +128,24 @@ def test_pretraining_and_fine_tuning_follow_llada(parser: argparse.ArgumentParse
                            (2850, (2.5e-5 + 2.5e-6) / 2)):  # fmt: skip
         assert rate(sft, step) == pytest.approx(expected), step
     assert pretrain.weight_decay == sft.weight_decay == 0.1
+
+
+def test_next_block_adaptation_follows_nbdiff(parser: argparse.ArgumentParser) -> None:
+    """arXiv 2512.06776: 32 tokens within the first 2,500 of 4,000 steps."""
+    args = parser.parse_args(expand_preset(expand_recipes(["--recipe", "adapt_8b"])))
+    config = config_from_args(DiffusionConfig, args)
+    config.validate()
+    assert (config.attention_mask, config.logit_shift) == ("context-causal", True)
+    assert (config.next_token_weight, args.train_iters, args.lr) == (0.5, 4000, 1e-5)
+    assert (args.global_batch_size, args.seq_length) == (1024, 8192)
+    sizes = [
+        grown_size(
+            config.block_size, config.block_growth_to, config.block_growth_factor,
+            config.block_growth_interval, config.block_growth_start, step,
+        )
+        for step in (0, 499, 500, 2499, 2500, 3999)
+    ]  # fmt: skip
+    assert sizes == [1, 1, 2, 16, 32, 32]
 
 
 def flags_of(name: str) -> set[str]:

@@ -163,6 +163,7 @@ def test_rewards_and_shares_are_reported_by_task() -> None:
             "correct of b": [0.0],
             "metric/a/format": [1.0, 0.0, 0.5],
             "no_spread": [0.0],
+            "identical": [0.0],
             "length": [1.0],
             "nfe": [1.0],
             "committed": [1.0],
