@@ -111,7 +111,7 @@ def test_a_run_goes_on_in_another_layout_but_not_without_expert_parallelism(
 
 
 def test_a_mixture_in_blocks_learns_by_espo(folder: Path) -> None:
-    """As LLaDA2.0: views of a sequence share its clean tokens; the cache of the rollout is exact."""
+    """As LLaDA2.0: views of a sequence share its clean tokens, and rollouts have an exact cache."""
     fine_tune(folder, "block-base", *MODEL, *EP, "--attention-mask", "block-causal",
               "--block-size", "8")  # fmt: skip
     espo(folder, "in-blocks", *EP, "--pretrained-checkpoint", str(folder / "block-base"),
