@@ -216,10 +216,10 @@ SAMPLERS = {
     "greedy": RolloutConfig(16, 16, 8, 0.0, "low_confidence", micro_batch_size=8),
     "random": RolloutConfig(16, 8, 16, 0.7, "random", micro_batch_size=8),
     "guidance": RolloutConfig(16, 8, 4, 1.0, "low_confidence", 1.5, micro_batch_size=8),
-    "origin": RolloutConfig(16, 16, 8, 1.0, "origin", micro_batch_size=8),
-    "entropy": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=8),
-    "topk_margin": RolloutConfig(16, 16, 8, 0.9, "topk_margin", micro_batch_size=8),
-    "entropy, top-p": RolloutConfig(16, 16, 8, 0.9, "entropy", micro_batch_size=8, top_p=0.8),
+    "origin": RolloutConfig(16, 8, 8, 1.0, "origin", micro_batch_size=8),
+    "entropy": RolloutConfig(16, 8, 8, 0.9, "entropy", micro_batch_size=8),
+    "topk_margin": RolloutConfig(16, 8, 8, 0.9, "topk_margin", micro_batch_size=8),
+    "entropy, top-p": RolloutConfig(16, 8, 8, 0.9, "entropy", micro_batch_size=8, top_p=0.8),
     "topk_margin, top-k": RolloutConfig(16, 8, 8, 1.2, "topk_margin", top_k=9, micro_batch_size=8),
     "guidance, top-p": RolloutConfig(
         16, 8, 4, 1.0, "low_confidence", 1.5, top_p=0.7, micro_batch_size=8
@@ -227,7 +227,7 @@ SAMPLERS = {
     "prefix, top-p": RolloutConfig(
         16, 8, 8, cache="prefix", micro_batch_size=4, top_p=0.6, top_k=30
     ),
-    "maskgit_plus": RolloutConfig(16, 16, 8, 0.9, "maskgit_plus", micro_batch_size=8),
+    "maskgit_plus": RolloutConfig(16, 8, 8, 0.9, "maskgit_plus", micro_batch_size=8),
     "threshold": RolloutConfig(16, 8, threshold=0.5, early_stop=True, micro_batch_size=3),
     "prefix": RolloutConfig(16, 8, 8, cache="prefix", early_stop=True, micro_batch_size=4),
     # So low that about every other window commits something and the rest leave it to a whole pass.

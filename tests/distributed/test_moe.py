@@ -209,6 +209,9 @@ def restore(built: Built, weights: dict[str, Tensor], biases: dict[str, Tensor])
     freeze(built)
 
 
+# Of the other layouts with full attention the sampler with the most to go wrong says enough.
+EVERY_SAMPLER = ("experts: ep 2, dp 4", "experts: ep 2, pp 2, dp 2")
+
 # The all-gather dispatcher wants as many tokens on every rank: pre-training and fine-tuning alone.
 SAMPLING = [name for name, case in MOE_CASES.items() if "allgather" not in " ".join(case.flags)]
 
@@ -220,9 +223,9 @@ def test_tokens_do_not_depend_on_layout(
     case = MOE_CASES[name]
     freeze(built)
     expected, rows = references[case.kind], own_rows(built)
-    for sampler, config in SAMPLED[case.kind].items():
-        if case.cp > 1 and config.cache != "none":
-            continue  # refused: a cache holds all positions of its rows
+    for sampler in SAMPLED[case.kind]:
+        if case.kind == "full" and name not in EVERY_SAMPLER and sampler != "early stop":
+            continue
         same = sampled(built, case.kind, None, sampler) == expected.tokens[sampler][rows]
         record(name, "tokens", same.double().mean().item())
         assert same.all(), sampler
