@@ -200,7 +200,7 @@ def spoiled(models: Path, folder: Path, case: str) -> Path:
             }
             save_file(tensors, folder / file)
     elif case == "wrong architecture":
-        config.write_text(config.read_text().replace("LLaDAModelLM", "LLaDAMoEModelLM"))
+        config.write_text(config.read_text().replace("LLaDAModelLM", "OlmoeForCausalLM"))
     elif case == "wrong config":
         config.write_text(config.read_text().replace('"n_layers": 2', '"n_layers": 3'))
     elif case == "no tokenizer":
@@ -216,7 +216,7 @@ def spoiled(models: Path, folder: Path, case: str) -> Path:
         ("truncated shard", r"model-\S+ is no complete safetensors file"),
         ("missing index entry", r"has no entry for model\.transformer\.blocks\.1\.ff_norm\.weight"),
         ("wrong type", r"is I8; only F32, BF16, F16 can be converted"),
-        ("wrong architecture", r'"architectures" is \[\'LLaDAMoEModelLM\'\]'),
+        ("wrong architecture", r'"architectures" is \[\'OlmoeForCausalLM\'\]'),
         ("wrong config", r"the tensor model\.transformer\.blocks\.2\.\S+ is missing"),
         ("no tokenizer", r"holds no tokenizer\.json; pass --tokenizer-model FOLDER"),
         ("another mask", r"the tokenizer's mask token is 256, config\.json says 9"),
@@ -346,7 +346,7 @@ def test_a_model_without_a_template_is_written_from_its_arguments(
         ({"position_embedding_type": "learned_absolute"}, "llada", "must be rope"),
         ({"kv_channels": 4}, "llada", "a LLaDAModelLM cannot have kv_channels 4"),
         ({"use_rope_scaling": True}, "llada", "cannot have rope_scaling_factor 8"),
-        ({"rotary_percent": 0.5}, "llada", "rotary_percent is 0.5 there and must be 1.0"),
+        ({"rotary_percent": 0.5}, "llada", "cannot have rotary_percent 0.5"),
         ({"no_rope_freq": 2}, "llada", "--no-rope-freq 2: all layers rotate alike"),
     ],
 )

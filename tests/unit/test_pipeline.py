@@ -33,7 +33,7 @@ def test_each_run_of_a_shape_is_one_call_and_only_the_first_has_new_weights(
         return [one.tokens[0, 0] for one in batches]
 
     monkeypatch.setattr(pipeline, "get_forward_backward_func", lambda: schedule)
-    layout: Any = SimpleNamespace(pp_size=2)
+    layout: Any = SimpleNamespace(pp_size=2, experts=None)
     model: Any = [object()] * chunks
     shapes = [(2, 9), (2, 9), (2, 9), (2, 7), (1, 7)]
     batches = [batch(*shape, name) for name, shape in enumerate(shapes)]

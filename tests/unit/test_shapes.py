@@ -141,7 +141,7 @@ class Passes:
 
 
 def model(pp_size: int, few: bool, widths: tuple[int, ...] = ()) -> DiffusionModel:
-    layout: Any = SimpleNamespace(pp_size=pp_size, is_last_stage=True)
+    layout: Any = SimpleNamespace(pp_size=pp_size, is_last_stage=True, experts=None)
     widths = widths or (few_widths(LENGTH + 1, LONGEST, 2) if few else ())
     cpu = torch.device("cpu")
     return DiffusionModel((), MASK, 0, (STOP,), STOP, 300, False, 2, cpu, layout, widths)

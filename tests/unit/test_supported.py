@@ -437,7 +437,10 @@ def test_a_published_form_says_or_excludes_every_setting() -> None:
         "add_qkv_bias": "qkv_bias", "kv_channels": "head_dim",
         "untie_embeddings_and_output_weights": "tied_embeddings", "qk_layernorm": "qk_norm",
         "use_rope_scaling": "rope_scaling_factor", "rope_scaling_factor": "rope_scaling_factor",
+        "rotary_percent": "rotary_percent",
     }  # fmt: skip
+    experts = (name for name in supported.MODEL if name.startswith("moe_") or name == "num_experts")
+    said |= dict.fromkeys(experts, "experts")
     assert all(hasattr(ModelShape, n) or n in ModelShape.__annotations__ for n in said.values())
     assert supported.MODEL.keys() == said.keys() | _FIXED.keys()
 
