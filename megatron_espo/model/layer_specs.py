@@ -44,7 +44,7 @@ class RMSNorm(torch.nn.RMSNorm):
 def _use_plain_layers(experts: MoESubmodules) -> None:
     """Let the shared expert of a mixture, which every token passes, have the faster kernels."""
     if experts.shared_experts is not None:
-        shared = experts.shared_experts.keywords["submodules"]  # type: ignore[attr-defined]
+        shared = experts.shared_experts.keywords["submodules"]
         shared.linear_fc1, shared.linear_fc2 = ColumnParallelLinear, RowParallelLinear
 
 

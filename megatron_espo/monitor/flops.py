@@ -67,17 +67,13 @@ class ModelDimensions:
     def from_args(cls, args: argparse.Namespace) -> "ModelDimensions":
         """Read the dimensions from Megatron's validated arguments."""
         experts = ExpertShape.of(args)
-        active = (
-            {}
-            if experts is None
-            else {
-                "mixtures": experts.layers,
-                "active_size": experts.topk * experts.hidden_size + (experts.shared_size or 0),
-                "num_experts": experts.num_experts,
-            }
-        )
+        active = 0
+        if experts is not None:
+            active = experts.topk * experts.hidden_size + (experts.shared_size or 0)
         return cls(
-            **active,
+            mixtures=() if experts is None else experts.layers,
+            active_size=active,
+            num_experts=0 if experts is None else experts.num_experts,
             num_layers=args.num_layers,
             hidden_size=args.hidden_size,
             ffn_hidden_size=args.ffn_hidden_size,
