@@ -72,7 +72,7 @@ MISTAKES = {
     f"{ESPO} {DATA} --tensor-model-parallel-size 2": "--tensor-model-parallel-size 2",
     f"{ESPO} {DATA} --tensor-model-parallel-size 0": "--tensor-model-parallel-size",
     f"{ESPO} {DATA} --fp8-format e4m3": "--fp8-format",
-    f"{ESPO} {DATA} --num-experts 4": "--num-experts 4",
+    f"{ESPO} {DATA} --num-experts 4 --moe-router-topk 5": "--moe-router-topk 5",
     f"{ESPO} {DATA} --simulate": "--simulate",
     f"{ESPO} {DATA} --dry-run": "--vocab-size is missing",
     f"{ESPO} {DATA} --dry-run --dry-run-world-size 0 --vocab-size 300": "--dry-run-world-size 0",
