@@ -214,8 +214,10 @@ def _replace_attention() -> None:
         if enable_gqa and key.size(1) != query.size(1):
             repeats = query.size(1) // key.size(1)
             key, value = (t.repeat_interleave(repeats, 1) for t in (key, value))
-        bias = torch.zeros_like(attn_mask, dtype=query.dtype)
-        bias = bias.masked_fill_(~attn_mask, float("-inf"))
+        bias = attn_mask
+        if attn_mask.dtype == torch.bool:
+            bias = torch.zeros_like(attn_mask, dtype=query.dtype)
+            bias = bias.masked_fill_(~attn_mask, float("-inf"))
         bias = bias.expand(query.size(0), query.size(1), query.size(2), key.size(-2))
         efficient = aten._scaled_dot_product_efficient_attention
         result: tuple[Tensor, ...] = efficient(

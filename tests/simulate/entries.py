@@ -47,13 +47,14 @@ LORA = "--lora-rank 4 --fp8-format hybrid --rollout-top-p 0.9".split()
 COMPARE = (
     "--dry-run --simulate --simulate-processes 2 --dry-run-world-size 4 --simulate-compare"
 ).split()
+TWO = ["--dry-run-world-size", "2"]
 # What is started, with which flags.
 STARTED = {
     "espo": ("run_espo_8b.sh", ["--recipe", "countdown", *WIDTH, *ESPO, *PIPELINE, *COMPARE]),
     "espo, cp": ("run_espo_8b.sh", ["--recipe", "countdown", *WIDTH, *ESPO, *CONTEXT, *COMPARE]),
     "espo, dual cache": (
         "run_espo_8b.sh",
-        ["--recipe", "gsm8k", *WIDTH, *ESPO, "--rollout-cache", "dual", *COMPARE],
+        ["--recipe", "gsm8k", *WIDTH, *ESPO, "--rollout-cache", "dual", *COMPARE, *TWO],
     ),
     "espo, fp8": (
         "run_espo_8b.sh",
@@ -71,8 +72,19 @@ STARTED = {
         "run_espo_8b.sh",
         ["--recipe", "countdown", *WIDTH, *ESPO, *BLOCKS, "--rollout-cache", "exact", *COMPARE],
     ),
-    "pretrain, blocks": ("adapt_8b.sh", [*WIDTH, *LOOP, *COMPARE[:-1]]),
-    "pretrain": ("pretrain_8b.sh", [*WIDTH, *LOOP, *COMPARE]),
+    "pretrain, blocks": (
+        "adapt_8b.sh",
+        [
+            *WIDTH,
+            "--num-query-groups",
+            "2",
+            "--tensor-model-parallel-size",
+            "2",
+            *LOOP,
+            *COMPARE[:-1],
+        ],
+    ),
+    "pretrain": ("pretrain_8b.sh", [*WIDTH, *LOOP, *COMPARE, *TWO]),
     "sft": ("sft_8b.sh", [*WIDTH, *LOOP, "--sft-valid-data", "none.jsonl", *COMPARE[:-1]]),
     "evaluate": (evaluation, [*MODEL, *EVALUATION, *COMPARE[:-1]]),
     "evaluate, lora": (evaluation, [*MODEL, *EVALUATION, "--lora-rank", "4", *COMPARE[:-1]]),

@@ -17,13 +17,17 @@ OK = [
     "espo, fp8",
     "espo, lora",
     "espo, one gpu",
+    "espo, blocks",
     "pretrain",
+    "pretrain, blocks",
     "sft",
     "evaluate",
     "evaluate, lora",
     "generate",
 ]
-COMPARED = ["espo", "espo, cp", "espo, dual cache", "espo, lora", "pretrain", "module"]
+COMPARED = [
+    *("espo", "espo, cp", "espo, dual cache", "espo, lora", "espo, blocks", "pretrain", "module"),
+]
 ESPO_PHASES = [
     *("build", "load", "reference", "evaluation", "rollout", "old_elbo", "ref_elbo", "update"),
     *("update: passes", "save"),
@@ -57,7 +61,9 @@ def test_entry_points_run_to_their_end(ran: dict[str, Any], name: str) -> None:
         assert rank["facts"]["transformer_engine"].startswith("2.")
 
 
-@pytest.mark.parametrize("name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8"])
+@pytest.mark.parametrize(
+    "name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "espo, blocks"]
+)
 def test_espo_reaches_every_phase(ran: dict[str, Any], name: str) -> None:
     for rank in ran[name]["ranks"]:
         assert set(ESPO_PHASES) <= set(rank["phases"])
@@ -81,7 +87,7 @@ def test_adapters_keep_no_reference_and_save_no_base(ran: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_ranks_agree_in_their_collectives(ran: dict[str, Any], name: str) -> None:
-    assert len(ran[name]["ranks"]) == 4
+    assert len(ran[name]["ranks"]) == ran[name]["ranks"][0]["facts"]["world_size"] >= 2
     assert ran[name]["trace"] > 20
     assert ran[name]["mismatch"] is None
 
@@ -121,7 +127,8 @@ def test_what_was_found_is_printed(ran: dict[str, Any], name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "espo, lora", "module"]
+    "name",
+    ["espo", "espo, cp", "espo, dual cache", "espo, fp8", "espo, lora", "espo, blocks", "module"],
 )
 def test_the_host_waits_for_the_device_where_it_must_only(ran: dict[str, Any], name: str) -> None:
     for rank in ran[name]["ranks"]:
@@ -130,8 +137,11 @@ def test_the_host_waits_for_the_device_where_it_must_only(ran: dict[str, Any], n
         def waits(phase: str, phases: Any = phases) -> int:
             return sum(phases[phase]["waits"].values())
 
-        # A denoising step: the tokens that were drawn, and every few steps a look for signals.
-        assert rank["steps"] and all(step["waits"] <= 2 for step in rank["steps"])
+        # A denoising step: the tokens that were drawn, and every few steps a look for signals. One
+        # that takes in prompts in blocks makes passes of two kinds.
+        most = 3 if name == "espo, blocks" else 2
+        assert rank["steps"] and all(step["waits"] <= most for step in rank["steps"])
+        assert all(step["waits"] <= 2 for step in rank["steps"][1:])
         # ELBO passes: their results, once per update, not once per micro-batch. The reference's
         # weights come and go once each.
         assert batches >= 2
