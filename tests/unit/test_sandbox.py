@@ -472,6 +472,17 @@ def inside(jail: int) -> set[int]:
     return found
 
 
+def at_rest(jail: int) -> set[int]:
+    """What is inside a jail that has nothing to do, once it has prepared for what comes next."""
+    end, found = time.monotonic() + 10, inside(jail)
+    while time.monotonic() < end:
+        time.sleep(0.3)
+        before, found = found, inside(jail)
+        if found == before:
+            break
+    return found
+
+
 def left_over(jail: int, idle: set[int]) -> set[int]:
     end = time.monotonic() + 5
     while (found := inside(jail) - idle) and time.monotonic() < end:
@@ -483,7 +494,7 @@ def left_over(jail: int, idle: set[int]) -> set[int]:
 @pytest.mark.parametrize("program", ENDLESS)
 def test_endless_code_ends_in_time_and_leaves_no_process(program: str, mode: Mode) -> None:
     jail = warm.warm_jail(mode)._process.pid
-    idle = inside(jail)
+    idle = at_rest(jail)
     started = time.monotonic()
     assert run_tests([ENDLESS[program] + "\ndef f(x): return 4"], [TEST], OWN, mode) == [False]
     assert time.monotonic() - started < 30
