@@ -252,6 +252,22 @@ def test_quadrature_is_exact_for_ratios_on_its_grid(nodes: int) -> None:
         per_token = (counts / length) ** power
         estimate = float((weights * counts * per_token).sum()) / length
         assert estimate == pytest.approx(1 / (power + 1), abs=1e-5)
+    counts, weights = grid._grid(16)
+    assert float((weights * counts).sum()) == pytest.approx(16, rel=1e-6)
+
+
+def test_a_weight_is_limited_before_the_softmax() -> None:
+    """However much likelier a completion has become, beyond the clip nothing changes."""
+    espo = EspoConfig(objective="stable_drl", objective_args=("clip=1.2",))
+    objective = objective_of(espo)
+    views = enumerated(objective.masks(espo))
+    now, losses = tables(views, 1), []
+    for lower in (0.1, 0.5, 0.9):
+        old = now.clone()
+        old[0] = torch.where(views.mask_indices[0], now[0] - lower, 0.0)
+        given = given_of(objective, views, old, None, espo)
+        losses.append(objective.loss(taken(objective, now, views), given).loss)
+    assert torch.equal(losses[1], losses[2]) and not torch.equal(losses[0], losses[1])
 
 
 def refused(**settings: Any) -> str:
