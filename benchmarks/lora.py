@@ -25,7 +25,7 @@ MID = Shape(4096, 1024, 12, 4095)
 COMPLETIONS, PROMPT, LENGTH = 4, 64, 128
 
 
-def _serve(pipe: Connection, shape: Shape, rank: int | None) -> None:
+def _serve(pipe: Connection, shape: Shape, rows: int, rank: int | None) -> None:
     """Build one side and make an update whenever asked; answers with seconds, then with bytes."""
     from megatron.core.enums import ModelType
     from megatron.training import training as megatron_training
@@ -69,7 +69,7 @@ def _serve(pipe: Connection, shape: Shape, rank: int | None) -> None:
     sequences = pack_sequences(
         tokens[:, :PROMPT].tolist(), tokens[:, PROMPT:], model.pad_token_id, model.shapes
     )
-    batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, 4)
+    batches = view_batches(sequences, views, model.mask_token_id, model.vocab_size, rows)
     advantages = torch.tensor([1.0, -1.0] * (COMPLETIONS // 2))
     pipe.send(sum(p.numel() for chunk in chunks for p in chunk.parameters() if p.requires_grad))
     while pipe.recv():
@@ -87,13 +87,14 @@ def _serve(pipe: Connection, shape: Shape, rank: int | None) -> None:
     pipe.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def measure(shape: Shape, rank: int, rounds: int) -> dict[str, dict[str, object]]:
+def measure(shape: Shape, rank: int, rounds: int, rows: int) -> dict[str, dict[str, object]]:
     """Let both sides make updates in turn.
 
     Args:
         shape: the model.
         rank: of the adapters, on all projections but the head.
         rounds: updates of each side after one that is not counted.
+        rows: views of a micro-batch.
 
     Returns:
         For each side trained weights, seconds of its updates, and its process's peak memory.
@@ -102,7 +103,7 @@ def measure(shape: Shape, rank: int, rounds: int) -> dict[str, dict[str, object]
     sides, processes = {}, []
     for name, own in (("all weights", None), (f"LoRA, rank {rank}", rank)):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, shape, own))
+        process = context.Process(target=_serve, args=(theirs, shape, rows, own))
         process.start()
         processes.append(process)
         sides[name] = ours
@@ -128,11 +129,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--rows", type=int, default=2, help="views of a micro-batch: a completion's"
+    )
     parser.add_argument("--shape", choices=["mid", *SHAPES], default="mid")
     parser.add_argument("--out", type=Path, help="file for the figures as JSON")
     options = parser.parse_args()
     shape = MID if options.shape == "mid" else SHAPES[options.shape]
-    found = measure(shape, options.rank, options.rounds)
+    found = measure(shape, options.rank, options.rounds, options.rows)
     if options.out is not None:
         options.out.write_text(json.dumps(found))
     print("| | trained weights | seconds of an update | peak memory |\n|---|---|---|---|")
