@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, ForwardProcess
+from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, ForwardProcess, elbo_views
 from megatron_espo.random import Stream, substream, uniform
 
 
@@ -98,6 +98,47 @@ def grown_size(first: int, largest: int, factor: int, interval: int, start: int,
             break
         size *= factor
     return min(size, largest)
+
+
+def completion_views(
+    estimator: ElboEstimator,
+    key: Stream,
+    sample_ids: Tensor,
+    indices: Tensor,
+    total: int,
+    length: int,
+    num_mc: int,
+    *,
+    offsets: Tensor | None,
+    block_size: int,
+    independent_draws: bool = False,
+) -> ElboViews:
+    """Draw the masks of ELBO estimates: of whole completions, or of a block model block by block.
+
+    Args:
+        estimator: see `diffusion.noise.elbo_views`, and so the rest but these two.
+        key: random stream of this estimate.
+        sample_ids: int64 ``[b]``.
+        indices: int64 ``[b]``, places in the global batch.
+        total: size of the global batch.
+        length: completion length l.
+        num_mc: number of draws m.
+        offsets: see :func:`block_elbo_views`; None of a model without blocks.
+        block_size: see :func:`block_elbo_views`; not looked at without offsets.
+        independent_draws: whether a row's draws are independent of each other.
+
+    Returns:
+        The views, on the host.
+    """
+    if offsets is None:
+        return elbo_views(
+            estimator, key, sample_ids, indices, total, length, num_mc,
+            independent_draws=independent_draws,
+        )  # fmt: skip
+    return block_elbo_views(
+        estimator, key, sample_ids, offsets, length, num_mc, block_size,
+        independent_draws=independent_draws,
+    )  # fmt: skip
 
 
 def block_elbo_views(

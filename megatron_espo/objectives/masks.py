@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_espo.diffusion.block_noise import block_elbo_views
-from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views, random_subset
+from megatron_espo.diffusion.block_noise import completion_views
+from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, random_subset
 from megatron_espo.random import Stream, substream, uniform
 
 
@@ -117,18 +117,7 @@ class ElboMasks(Masks):
 
     def draw(self, ask: Ask) -> ElboViews:
         """See Masks."""
-        if ask.offsets is not None:
-            return block_elbo_views(
-                self.estimator,
-                ask.key,
-                ask.sample_ids,
-                ask.offsets,
-                ask.length,
-                ask.num_draws,
-                ask.block_length,
-                independent_draws=self.independent_draws,
-            )
-        return elbo_views(
+        return completion_views(
             self.estimator,
             ask.key,
             ask.sample_ids,
@@ -136,6 +125,8 @@ class ElboMasks(Masks):
             ask.total,
             ask.length,
             ask.num_draws,
+            offsets=ask.offsets,
+            block_size=ask.block_length,
             independent_draws=self.independent_draws,
         )
 

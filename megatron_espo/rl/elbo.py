@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_espo.diffusion.block_noise import block_elbo_views
+from megatron_espo.diffusion.block_noise import completion_views
 from megatron_espo.diffusion.estimators import elbo_draws
-from megatron_espo.diffusion.noise import ElboEstimator, ElboViews, elbo_views
+from megatron_espo.diffusion.noise import ElboEstimator, ElboViews
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.head import masked_cross_entropy, view_cross_entropy
 from megatron_espo.parallel.layout import broadcast_from_last_stage
@@ -97,17 +97,31 @@ def draw_views(
     Returns:
         The views, on the host.
     """
-    length = sequences.completion_length
-    if model.blocks is None:
-        return elbo_views(
-            estimator, key, sample_ids, indices, total, length, num_mc,
-            independent_draws=independent_draws,
-        )  # fmt: skip
-    offsets = sequences.prompt_lengths % model.blocks.size
-    return block_elbo_views(
-        estimator, key, sample_ids, offsets, length, num_mc, model.blocks.size,
+    return completion_views(
+        estimator,
+        key,
+        sample_ids,
+        indices,
+        total,
+        sequences.completion_length,
+        num_mc,
+        offsets=block_offsets(model, sequences),
+        block_size=0 if model.blocks is None else model.blocks.size,
         independent_draws=independent_draws,
-    )  # fmt: skip
+    )
+
+
+def block_offsets(model: DiffusionModel, sequences: Sequences) -> Tensor | None:
+    """Say how many places of each completion's first block its prompt takes: int64 ``[n]``.
+
+    Args:
+        model: the model.
+        sequences: n prompts and completions.
+
+    Returns:
+        The numbers; None where tokens do not come block by block.
+    """
+    return None if model.blocks is None else sequences.prompt_lengths % model.blocks.size
 
 
 def cut_views(

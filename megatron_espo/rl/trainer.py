@@ -32,7 +32,7 @@ from megatron_espo.objectives.masks import Ask
 from megatron_espo.parallel.layout import raised_on_all
 from megatron_espo.passes.batch import ViewBatch
 from megatron_espo.random import stream
-from megatron_espo.rl.elbo import cut_views
+from megatron_espo.rl.elbo import block_offsets, cut_views
 from megatron_espo.rl.prompts import further_prompts, prompts_of_rollout
 from megatron_espo.rl.provenance import prompts_digest
 from megatron_espo.rl.reference import Reference
@@ -300,9 +300,8 @@ def _draw_noise(trainer: Trainer, number: int, rollout: Rollout) -> list[_Noise]
     """Draw the masks of all inner updates, the same ones whenever a rollout is taken up."""
     espo, noise = trainer.espo, []
     objective, length = objective_of(espo), rollout.sequences.completion_length
-    masks, answers, offsets = objective.masks(espo), None, None
-    if trainer.model.blocks is not None:
-        offsets = rollout.sequences.prompt_lengths % trainer.model.blocks.size
+    masks, answers = objective.masks(espo), None
+    offsets = block_offsets(trainer.model, rollout.sequences)
     if objective.per_token:
         answers = answers_of(rollout.completion_lengths, length, trainer.model.layout)
     for place in range(espo.updates_per_rollout):
