@@ -65,17 +65,22 @@ class Expected:
     tokens: dict[str, Tensor]
 
 
+def shake_norms(built: Built, generator: torch.Generator) -> None:
+    """Make norms that are not all 1."""
+    with torch.no_grad():
+        for chunk in built.model.chunks:
+            for _, parameter in sorted(chunk.named_parameters(), key=lambda pair: pair[0]):
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
 @pytest.fixture(scope="module")
 def weights(shared_folder: str, tokenizer_folder: str) -> str:
     """Random weights, with norms that are not all 1."""
     folder = os.path.join(shared_folder, "qwen")
     built = build_layout(tokenizer_folder, 1, 1, ("--save", folder), shape=QWEN)
     generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for chunk in built.model.chunks:
-            for _, parameter in sorted(chunk.named_parameters(), key=lambda pair: pair[0]):
-                if parameter.dim() == 1:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    shake_norms(built, generator)
     built.optimizer.reload_model_params()
     save_checkpoint(1, list(built.model.chunks), built.optimizer, built.scheduler, 0)
     return folder

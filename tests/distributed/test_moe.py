@@ -12,7 +12,7 @@ from conftest import SHAPE, Built, build_layout
 from layouts import MOE_CASES, MoeCase, record
 from megatron.core.utils import unwrap_model
 from megatron.training.checkpointing import save_checkpoint
-from test_blocks import block_loss, norm_of
+from test_blocks import block_loss, norm_of, shake_norms
 from test_layouts import (
     SAMPLERS,
     assert_close,
@@ -97,11 +97,8 @@ def weights(shared_folder: str, tokenizer_folder: str) -> str:
     folder = os.path.join(shared_folder, "experts")
     built = build_layout(tokenizer_folder, 1, 1, ("--save", folder), shape=LLADA2)
     generator = torch.Generator().manual_seed(7)
+    shake_norms(built, generator)
     with torch.no_grad():
-        for chunk in built.model.chunks:
-            for _, parameter in sorted(chunk.named_parameters(), key=lambda pair: pair[0]):
-                if parameter.dim() == 1:
-                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
         for _, router in routers(built):
             router.expert_bias.copy_(0.2 * torch.randn(8, generator=generator))
     built.optimizer.reload_model_params()
