@@ -79,9 +79,9 @@ bench: setup  ## rollouts and updates against a straightforward implementation
 			--trained runs/benchmark/$$shape/checkpoint \
 			--out runs/benchmark/$$shape-trained.json || exit 1; done
 
-compare: setup  ## objectives on the demo's sudoku with the same bases, seeds, sampler and noise
-	$(RUN) -W ignore -m benchmarks.compare --out runs/compare --table docs/objectives.md \
-		--figure docs/objectives.png
+compare: setup  ## objectives on the demo's tasks with the same bases, seeds, sampler and noise
+	for task in sudoku countdown; do $(RUN) -W ignore -m benchmarks.compare --task $$task \
+		--table docs/objectives.md --figure docs/objectives_$$task.png || exit 1; done
 
 docs: setup  ## docs/api.md, made from docstrings
 	$(RUN) tools/make_api_docs.py

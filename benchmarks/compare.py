@@ -1,10 +1,11 @@
-"""Compares objectives on the demo's sudoku: the same bases, seeds, prompts, sampler and noise.
+"""Compares objectives on the demo's tasks: the same bases, seeds, prompts, sampler and noise.
 
 Three rates on the first seed, judged by the validation split; then the best of each objective on
 all seeds, judged by the test split. A run that has its result is not made again, so that a
-comparison which was stopped goes on where it was.
+comparison which was stopped goes on where it was, also on another machine: results are files of
+--results, what they were made in (bases, checkpoints, logs) lies in --out.
 
-    python -m benchmarks.compare --out runs/compare --table docs/objectives.md
+    python -m benchmarks.compare --task sudoku --table docs/objectives.md
 
 Everything but the objective, its penalty, clip and draws is the demo's
 (examples/run_espo_tiny.sh); advantages are leave-one-out for all. Draws are chosen so that a
@@ -32,6 +33,7 @@ from megatron_espo.objectives import objective_of, views_per_completion
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, GROUP, UPDATES = 32, 8, 2
+LAUNCH = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 # Penalty and clip range as published where that is known, ESPO's of the demo for its ablations.
 _DEMO = {"kl_coef": 5e-3, "num_mc": 1}
@@ -53,30 +55,37 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Of examples/tiny_TASK.sh.
+TASKS = {
+    "sudoku": {"seq_length": 32, "completion": 16},
+    "countdown": {"seq_length": 40, "completion": 16},
+}
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of the comparison.
 
     Attributes:
+        task: its name.
         objective: its name.
         rate: highest learning rate.
         seed: of base, prompts, sampling and masks.
-        split: problems that it is judged by.
         rollouts: length.
         settings: the objective's.
     """
 
+    task: str
     objective: str
     rate: float
     seed: int
-    split: str
     rollouts: int
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Of its folder and its result."""
-        return f"{self.objective}-{self.rate:g}-{self.seed}-{self.split}"
+        return f"{self.task}-{self.objective}-{self.rate:g}-{self.seed}"
 
     @property
     def espo(self) -> EspoConfig:
@@ -90,7 +99,9 @@ class Run:
 def main(argv: Sequence[str]) -> None:
     """Make the runs that have no result yet, and write the table and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="sudoku")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     parser.add_argument("--objectives", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -101,40 +112,49 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--report-only", action="store_true", help="make no runs")
     options = parser.parse_args(argv)
 
-    def result(objective: str, rate: float, seed: int, split: str) -> dict[str, Any] | None:
-        run = Run(objective, rate, seed, split, options.rollouts, SETTINGS[objective])
-        return result_of(run, options.out, options.ranks, options.report_only)
+    def result(objective: str, rate: float, seed: int) -> dict[str, Any] | None:
+        settings = SETTINGS[objective]
+        run = Run(options.task, objective, rate, seed, options.rollouts, settings)
+        return result_of(run, options)
 
-    tried = {
-        name: [(rate, result(name, rate, options.seeds[0], "validation")) for rate in options.rates]
-        for name in options.objectives
-    }
-    found = []
-    for name, runs in tried.items():
-        known = [(r["accuracy"][-1], -rate, r) for rate, r in runs if r is not None]
-        if not known:
-            continue
-        rate = -max(known, key=lambda entry: entry[:2])[1]
-        found += [result(name, rate, seed, "test") for seed in options.seeds]
-    results = [entry for entry in found if entry is not None]
+    # Objective by objective within a rate and a seed, so that a part compares all of them.
+    tried: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    for rate in options.rates:
+        for name in options.objectives:
+            if found := result(name, rate, options.seeds[0]):
+                tried.setdefault(name, []).append((rate, found))
+    best = {n: max(runs, key=lambda r: (validated(r[1]), -r[0]))[0] for n, runs in tried.items()}
+    results = [
+        found
+        for seed in options.seeds
+        for name, rate in best.items()
+        if (found := result(name, rate, seed))
+    ]
     if options.table is not None and results:
-        write_table(options.table, results)
+        write_table(options.table, options.task, results)
     if options.figure is not None and results:
         write_figure(options.figure, results)
     print("\n".join(table(results)))
 
 
-def result_of(run: Run, out: Path, ranks: int, report_only: bool) -> dict[str, Any] | None:
+def validated(result: dict[str, Any]) -> float:
+    """Accuracy on the validation split after the run."""
+    accuracy: float = result["validation"][-1]
+    return accuracy
+
+
+def result_of(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
     """Read a run's result, or make the run."""
-    path = out / "results" / f"{run.name}.json"
+    path: Path = options.results / f"{run.name}.json"
     if path.exists():
         known: dict[str, Any] = json.loads(path.read_text())
         if known["run"] != asdict(run):
-            raise UserError(f"{path} is of other settings: remove it, or choose another --out.")
+            raise UserError(f"{path} is of other settings: remove it, or choose other --results.")
         return known
-    if report_only:
+    if options.report_only:
         return None
-    base = base_of(run.seed, out, ranks)
+    out, ranks = options.out, options.ranks
+    base = base_of(run.task, run.seed, out, ranks)
     started = time.perf_counter()
     train(run, base, out, ranks)
     seconds = time.perf_counter() - started
@@ -142,19 +162,49 @@ def result_of(run: Run, out: Path, ranks: int, report_only: bool) -> dict[str, A
     espo = run.espo
     result = {
         "run": asdict(run),
-        "accuracy": curves["eval/accuracy"][1],
-        "reward": curves["reward/mean"][1],
-        "kl_per_token": curves.get("policy/kl_per_token", ([], []))[1],
-        "seconds": {"all": seconds, **phases(curves)},
+        "validation": curves["eval/accuracy"][1],
+        "test": [tested(run.task, base, base / "base", "base", out, ranks),
+                 tested(run.task, base, out / "runs" / run.name, run.name, out, ranks)],
+        "reward": [round(value, 5) for value in curves["reward/mean"][1]],
+        "kl_per_token": [round(v, 6) for v in curves.get("policy/kl_per_token", ([], []))[1]],
+        "seconds": {name: round(value, 1) for name, value in phases(curves).items()},
         "views": views_per_completion(espo),
         "passes": passes(espo),
         "machine": machine(),
-    }
+    }  # fmt: skip
+    result["seconds"]["all"] = round(seconds, 1)
+    result["ranks"] = ranks
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(result, indent=1))
+    unfinished.write_text(json.dumps(result, indent=None) + "\n")
     unfinished.rename(path)
     return result
+
+
+def tested(task: str, base: Path, folder: Path, name: str, out: Path, ranks: int) -> float:
+    """Accuracy of a saved model on the test split, greedy; of a base it is evaluated once."""
+    kept = (base if name == "base" else out) / "evaluation" / name
+    if not (kept / "results.json").exists():
+        sizes = TASKS[task]
+        call(
+            [*LAUNCH, "--nproc-per-node", str(ranks), "tools/evaluate.py", "--load", str(folder),
+             "--tokenizer-model", str(base / "tokenizer"), "--espo-task", task,
+             "--espo-eval-data", str(base / "data/test.jsonl"), "--out", str(kept),
+             *sampling_flags(sizes)], out / "logs" / f"{task}-{base.name}-{name}-test.log", ranks,
+        )  # fmt: skip
+    (summary,) = json.loads((kept / "results.json").read_text())["summaries"]
+    accuracy: float = summary["accuracy"]
+    return accuracy
+
+
+def sampling_flags(sizes: dict[str, int]) -> list[str]:
+    """One token a step, as in the demo."""
+    length = str(sizes["completion"])
+    return [
+        "--seq-length", str(sizes["seq_length"]), "--rollout-completion-length", length,
+        "--rollout-block-length", length, "--rollout-denoising-steps", length,
+        "--rollout-micro-batch-size", "128",
+    ]  # fmt: skip
 
 
 def phases(curves: Any) -> dict[str, float]:
@@ -169,13 +219,13 @@ def passes(espo: EspoConfig) -> float:
     return views_per_completion(espo) * (3 + frozen / mu)
 
 
-def base_of(seed: int, out: Path, ranks: int) -> Path:
+def base_of(task: str, seed: int, out: Path, ranks: int) -> Path:
     """Make a seed's data and fine-tuned model, once."""
-    base = out / f"base-{seed}"
+    base = out / f"base-{task}-{seed}"
     if not (base / "base/latest_checkpointed_iteration.txt").exists():
         call(
-            ["bash", "examples/run_espo_tiny.sh", "sudoku", "--seed", str(seed), "--out", str(base),
-             "--base-only"], out / f"base-{seed}.log", ranks,
+            ["bash", "examples/run_espo_tiny.sh", task, "--seed", str(seed), "--out", str(base),
+             "--base-only"], out / f"logs/base-{task}-{seed}.log", ranks,
         )  # fmt: skip
     return base
 
@@ -191,14 +241,11 @@ def train(run: Run, base: Path, out: Path, ranks: int) -> None:
     # As many completions as in the demo.
     batch = math.gcd(rows, 64 * views_per_completion(run.espo))
     call(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(ranks), "-m", "megatron_espo.training.espo",
+        [*LAUNCH, "--nproc-per-node", str(ranks), "-m", "megatron_espo.training.espo",
          "--preset", "tiny", "--rotary-base", "10", "--tokenizer-model", str(base / "tokenizer"),
-         "--seq-length", "32", "--seed", str(run.seed),
-         "--rollout-completion-length", "16", "--rollout-block-length", "16",
-         "--rollout-denoising-steps", "16", "--rollout-micro-batch-size", "128",
-         "--espo-task", "sudoku", "--espo-train-data", str(base / "data/train.jsonl"),
-         "--espo-eval-data", str(base / f"data/{run.split}.jsonl"),
+         "--seed", str(run.seed), *sampling_flags(TASKS[run.task]),
+         "--espo-task", run.task, "--espo-train-data", str(base / "data/train.jsonl"),
+         "--espo-eval-data", str(base / "data/validation.jsonl"), "--espo-eval-interval", "16",
          "--espo-objective", run.objective, "--espo-num-rollouts", str(run.rollouts),
          "--espo-prompts-per-rollout", str(PROMPTS), "--espo-group-size", str(GROUP),
          "--espo-updates-per-rollout", str(UPDATES), "--micro-batch-size", str(batch), *own,

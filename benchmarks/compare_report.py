@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 
 from megatron_espo.errors import UserError
 
-_BEGIN, _END = "<!-- compare: begin -->", "<!-- compare: end -->"
+_BEGIN, _END = "<!-- compare {task}: begin -->", "<!-- compare {task}: end -->"
 # Student's t at 97.5% for 1 to 9 degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -38,7 +38,7 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
     """Write the comparison as Markdown lines."""
     grouped = by_objective(results)
-    espo = {r["run"]["seed"]: r["accuracy"][-1] for r in grouped.get("espo", [])}
+    espo = {r["run"]["seed"]: r["test"][-1] for r in grouped.get("espo", [])}
     lines = [
         "| objective | rate | seeds | before | after | less ESPO, paired, 95% | views | passes | "
         "seconds of a run |",
@@ -46,13 +46,11 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
     ]
     for name, runs in grouped.items():
         differences = [
-            100 * (r["accuracy"][-1] - espo[r["run"]["seed"]])
-            for r in runs
-            if r["run"]["seed"] in espo
+            100 * (r["test"][-1] - espo[r["run"]["seed"]]) for r in runs if r["run"]["seed"] in espo
         ]
         interval = None if name == "espo" else paired_interval(differences)
         less = "" if interval is None else f"{interval[0]:+.1f} ± {interval[1]:.1f}"
-        before, after = (100 * fmean(r["accuracy"][i] for r in runs) for i in (0, -1))
+        before, after = (100 * fmean(r["test"][i] for r in runs) for i in (0, -1))
         lines.append(
             f"| {name} | {runs[0]['run']['rate']:g} | {len(runs)} | {before:.1f}% | "
             f"**{after:.1f}%** | {less} | {runs[0]['views']} | {runs[0]['passes']:.1f} | "
@@ -61,17 +59,17 @@ def table(results: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def write_table(path: Path, results: Sequence[dict[str, Any]]) -> None:
+def write_table(path: Path, task: str, results: Sequence[dict[str, Any]]) -> None:
     """Put the table between the marks of a Markdown file.
 
     Raises:
         UserError: it has none.
     """
-    text = path.read_text()
-    if _BEGIN not in text or _END not in text:
-        raise UserError(f"--table {path}: has no lines {_BEGIN} and {_END}.")
-    before, after = text.split(_BEGIN)[0], text.split(_END)[1]
-    path.write_text(before + "\n".join([_BEGIN, *table(results), _END]) + after)
+    text, begin, end = path.read_text(), _BEGIN.format(task=task), _END.format(task=task)
+    if begin not in text or end not in text:
+        raise UserError(f"--table {path}: has no lines {begin} and {end}.")
+    before, after = text.split(begin)[0], text.split(end)[1]
+    path.write_text(before + "\n".join([begin, *table(results), end]) + after)
 
 
 def write_figure(path: Path, results: Sequence[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import Parameter, signature
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -77,6 +78,16 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{split}", type=int, default=0, metavar="N", help="problems")
     parser.add_argument("--demonstrations", type=int, default=0, metavar="N", help="SFT lines")
     parser.add_argument(
+        "--demonstrations-each", type=int, default=1, metavar="K", help="of them on one problem (1)"
+    )
+    parser.add_argument(
+        "--task-args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings of the task's generate(), as max_number=20",
+    )
+    parser.add_argument(
         "--noise", type=float, default=0.5, help="share of corrupted demonstrations, 0 to 1"
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files")
@@ -86,10 +97,13 @@ def _parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _prepare(task: Task, args: argparse.Namespace) -> None:
     _check_arguments(args)
     counts = {split: getattr(args, split) for split in SPLITS}
+    settings = _settings(task, args)
+    problems = -(-args.demonstrations // args.demonstrations_each)
     # Demonstrations are the end of a longer draw, so they share no problem with train.jsonl.
-    draws = counts | {"train": args.train + args.demonstrations}
-    records = _generate(task, draws, args.seed, args.style)
-    demonstrated = records["train"][args.train :]
+    draws = counts | {"train": args.train + problems}
+    records = _generate(task, draws, args.seed, settings)
+    demonstrated = records["train"][args.train :] * args.demonstrations_each
+    demonstrated = demonstrated[: args.demonstrations]
     records["train"] = records["train"][: args.train]
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out, prefix=".prepare_data_") as scratch:
@@ -133,33 +147,67 @@ def _check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag} is {count}; make it 0 or more")
     if not any(counts.values()):
         raise UserError(f"nothing to write; give one of {', '.join(f'--{f}' for f in counts)}")
+    if args.demonstrations_each < 1:
+        raise UserError(f"--demonstrations-each is {args.demonstrations_each}; make it 1 or more")
     if not 0 <= args.noise <= 1:
         raise UserError(f"--noise is {args.noise}; make it a probability from 0 to 1")
 
 
+def _settings(task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Read what the task's generate() is given besides count, seed and split.
+
+    Values are read as the default's type; a task of a user's own knows nothing of styles.
+    """
+    if not isinstance(task, GeneratingTask):
+        return {}
+    known = {
+        name: parameter.default
+        for name, parameter in signature(task.generate).parameters.items()
+        if parameter.kind is Parameter.KEYWORD_ONLY and parameter.default is not Parameter.empty
+    }
+    settings: dict[str, Any] = {}
+    for given in args.task_args:
+        name, _, text = given.partition("=")
+        if name not in known or name == "style":
+            others = ", ".join(sorted(set(known) - {"style"})) or "none"
+            raise UserError(f"--task-args {given}: generate() of {task.name} has {others}")
+        try:
+            settings[name] = type(known[name])(text)
+        except ValueError as error:
+            kind = type(known[name]).__name__
+            raise UserError(f"--task-args {given}: {text!r} is no {kind}; correct it") from error
+    if BUILT_IN.get(task.name) is task:
+        settings["style"] = args.style
+    return settings
+
+
 def _generate(
-    task: Task, counts: Mapping[str, int], seed: int, style: str
+    task: Task, counts: Mapping[str, int], seed: int, settings: Mapping[str, Any]
 ) -> dict[str, list[dict[str, Any]]]:
     if not isinstance(task, GeneratingTask):
         raise UserError(f"task {task.name} has no generate(); only --check works for it")
     if BUILT_IN.get(task.name) is task:
-        given = {"style": style}  # a task of a user's own knows nothing of styles
-        return {s: task.generate(n, seed, s, **given) if n else [] for s, n in counts.items()}
+        return {s: task.generate(n, seed, s, **settings) if n else [] for s, n in counts.items()}
     records: dict[str, list[dict[str, Any]]] = {}
     seen: set[str] = set()
     for split in reversed(SPLITS):  # where problems run short, it is training that notices
-        records[split] = _generate_others(task, counts[split], seed, split, seen)
+        records[split] = _generate_others(task, counts[split], seed, split, settings, seen)
     return {split: records[split] for split in SPLITS}
 
 
 def _generate_others(
-    task: GeneratingTask, count: int, seed: int, split: str, seen: set[str]
+    task: GeneratingTask,
+    count: int,
+    seed: int,
+    split: str,
+    settings: Mapping[str, Any],
+    seen: set[str],
 ) -> list[dict[str, Any]]:
     """Ask a task for problems that no other split has, for more until there are enough."""
     kept: dict[str, dict[str, Any]] = {}
     asked = count
     while len(kept) < count:
-        drawn = task.generate(asked, seed, split)
+        drawn = task.generate(asked, seed, split, **settings)
         if not isinstance(drawn, list) or not all(isinstance(record, dict) for record in drawn):
             raise UserError(f"task {task.name}: generate() gives no list of dicts; correct it")
         fresh = {

@@ -41,6 +41,24 @@ class Completed(NamedTuple):
         return [min(group) != max(group) for group in groups]
 
 
+class Unscored(NamedTuple):
+    """Completions of some prompts whose scores are on their way.
+
+    Attributes:
+        prompts: p prompts.
+        generation: their p G completions.
+        score: waits for the completions as text and their scores, on all ranks together.
+    """
+
+    prompts: Sequence[Prompt]
+    generation: Generation
+    score: Callable[[], tuple[Sequence[str], Sequence[Score]]]
+
+    def scored(self) -> Completed:
+        """Wait for the scores."""
+        return Completed(self.prompts, self.generation, *self.score())
+
+
 class Refilled(NamedTuple):
     """A rollout with further prompts.
 

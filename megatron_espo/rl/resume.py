@@ -19,7 +19,7 @@ from megatron_espo.evaluation.scoring import decode_completions
 from megatron_espo.generation.sampler import Generation
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import Layout
-from megatron_espo.rl.rollout import assemble_rollout
+from megatron_espo.rl.rollout import place_completions, with_scores
 from megatron_espo.rl.types import Discarded, PreparedRollout, Prompt, Refill
 from megatron_espo.tasks.base import Score
 
@@ -90,10 +90,9 @@ def restore_rollout(
     n = len(prompts) * espo.group_size
     rows = slice(model.layout.dp_rank * n, (model.layout.dp_rank + 1) * n)
     completions = record["completions"][rows]
-    rollout = assemble_rollout(
-        model,
-        prompts,
-        Generation(completions, *(record[name][rows] for name in _SAMPLING)),
+    generation = Generation(completions, *(record[name][rows] for name in _SAMPLING))
+    rollout = with_scores(
+        place_completions(model, prompts, generation, espo.group_size),
         decode_completions(completions, tokenizer, model.stop_token_ids),
         _scores(record)[rows],
         espo,

@@ -16,7 +16,7 @@ from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.passes.batch import pack_sequences
 from megatron_espo.rewards.workers import Failures, RewardWorkers
-from megatron_espo.rl.types import Discarded, Prompt, Refill, Rollout
+from megatron_espo.rl.types import Discarded, Prompt, Refill, Rollout, SampledRollout
 from megatron_espo.tasks.base import Example, Score, Task
 
 
@@ -119,22 +119,50 @@ def take_failures(task: Task, layout: Layout) -> Failures:
     return mine
 
 
-def assemble_rollout(
-    model: DiffusionModel,
-    prompts: Sequence[Prompt],
-    generation: Generation,
+def place_completions(
+    model: DiffusionModel, prompts: Sequence[Prompt], generation: Generation, group_size: int
+) -> SampledRollout:
+    """Put completions behind their prompts, and number them through the run.
+
+    Args:
+        model: the policy.
+        prompts: this rank's prompts.
+        generation: their completions, group by group.
+        group_size: completions per prompt G.
+
+    Returns:
+        The completions, without scores.
+    """
+    ids = sample_ids(prompts, group_size)
+    return SampledRollout(
+        sequences=pack_sequences(
+            [prompt.token_ids for prompt in prompts for _ in range(group_size)],
+            generation.completions,
+            model.pad_token_id,
+            model.shapes,
+        ),
+        sample_ids=ids,
+        indices=model.layout.dp_rank * len(ids) + torch.arange(len(ids)),
+        completion_lengths=completion_lengths(generation.completions, model.stop_token_ids),
+        num_evaluations=generation.num_evaluations,
+        num_committed=generation.num_committed,
+        mean_confidence=generation.mean_confidence,
+        work=generation.work,
+    )
+
+
+def with_scores(
+    sampled: SampledRollout,
     texts: Sequence[str],
     scores: Sequence[Score],
     espo: EspoConfig,
     refills: Sequence[Refill] = (),
     discarded: Discarded | None = None,
 ) -> Rollout:
-    """Put scored completions together and compare each with its group.
+    """Give completions their scores, and compare each with its group.
 
     Args:
-        model: the policy.
-        prompts: this rank's prompts.
-        generation: their completions, group by group.
+        sampled: the completions.
         texts: the completions as text.
         scores: their scores.
         espo: group size and kind of advantage.
@@ -144,28 +172,14 @@ def assemble_rollout(
     Returns:
         The rollout.
     """
-    ids = sample_ids(prompts, espo.group_size)
-    places = model.layout.dp_rank * len(ids) + torch.arange(len(ids))
     rewards = torch.tensor([score.reward for score in scores], dtype=torch.float64)
-    groups = rewards.view(len(prompts), espo.group_size)
+    advantages = load_advantage(espo.advantage)(rewards.view(-1, espo.group_size))
     return Rollout(
-        sequences=pack_sequences(
-            [prompt.token_ids for prompt in prompts for _ in range(espo.group_size)],
-            generation.completions,
-            model.pad_token_id,
-            model.shapes,
-        ),
-        sample_ids=ids,
-        indices=places,
+        **vars(sampled),
         scores=scores,
         rewards=rewards,
-        advantages=load_advantage(espo.advantage)(groups).flatten().float(),
+        advantages=advantages.flatten().float(),
         texts=texts,
-        completion_lengths=completion_lengths(generation.completions, model.stop_token_ids),
-        num_evaluations=generation.num_evaluations,
-        num_committed=generation.num_committed,
-        mean_confidence=generation.mean_confidence,
-        work=generation.work,
         refills=tuple(refills),
         discarded=discarded,
     )

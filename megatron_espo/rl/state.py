@@ -25,7 +25,7 @@ from megatron_espo.errors import UserError
 from megatron_espo.parallel.layout import Layout, any_over_samples
 from megatron_espo.rl.provenance import Settings
 from megatron_espo.rl.reference import Reference
-from megatron_espo.rl.trainer import RunState
+from megatron_espo.rl.run import RunState
 from megatron_espo.startup.setup import inference_mode
 
 

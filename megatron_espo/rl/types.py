@@ -1,6 +1,6 @@
 """The records that pass from prompt to gradient. Each hop makes a new one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,8 +64,8 @@ class Discarded:
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """Scored completions of this data-parallel rank (made by rl.rollout, used by rl.trainer).
+class SampledRollout:
+    """Completions of this data-parallel rank (made by rl.rollout), whether scored or not yet.
 
     n completions, group by group.
 
@@ -73,33 +73,54 @@ class Rollout:
         sequences: prompts and completions, n rows.
         sample_ids: int64 ``[n]``, global ids, the keys of their noise.
         indices: int64 ``[n]``, places in the global batch of the rollout.
-        scores: n scores.
-        rewards: float64 ``[n]``.
-        advantages: float32 ``[n]``.
-        texts: n completions as text, up to the end of sequence.
         completion_lengths: int64 ``[n]``, tokens before the end of sequence.
         num_evaluations: int64 ``[n]``, model evaluations (NFE).
         num_committed: int64 ``[n]``, tokens that the model decided.
         mean_confidence: float32 ``[n]``, their mean probability when they were committed.
         work: float64 ``[n, 4]``, see generation.sampler.Generation.
-        refills: the further prompts among those of all ranks.
-        discarded: the completions of this rank that they replaced; None without --espo-refill.
     """
 
     sequences: Sequences
     sample_ids: Tensor
     indices: Tensor
-    scores: Sequence[Score]
-    rewards: Tensor
-    advantages: Tensor
-    texts: Sequence[str]
     completion_lengths: Tensor
     num_evaluations: Tensor
     num_committed: Tensor
     mean_confidence: Tensor
     work: Tensor
+
+
+@dataclass(frozen=True)
+class Rollout(SampledRollout):
+    """Scored completions of this data-parallel rank (made by rl.rollout, used by rl.trainer).
+
+    Attributes:
+        scores: n scores.
+        rewards: float64 ``[n]``.
+        advantages: float32 ``[n]``.
+        texts: n completions as text, up to the end of sequence.
+        refills: the further prompts among those of all ranks.
+        discarded: the completions of this rank that they replaced; None without --espo-refill.
+    """
+
+    scores: Sequence[Score]
+    rewards: Tensor
+    advantages: Tensor
+    texts: Sequence[str]
     refills: tuple[Refill, ...] = ()
     discarded: Discarded | None = None
+
+
+class Sampling(NamedTuple):
+    """A rollout whose scores may still be on their way.
+
+    Attributes:
+        rollout: its completions.
+        score: waits for the scores; on all ranks together, once.
+    """
+
+    rollout: SampledRollout
+    score: Callable[[], Rollout]
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from megatron_espo.generation import sampler
 from megatron_espo.model import block_attention
 from megatron_espo.objectives import objective_of, views_per_completion
 from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
-from megatron_espo.rl import scalars, state, trainer, update
+from megatron_espo.rl import reports, run, scalars, state, trainer, update
 from megatron_espo.rl.reference import ReferencePolicy
-from megatron_espo.rl.types import Prompt, Rollout
+from megatron_espo.rl.types import Prompt, Rollout, SampledRollout, Sampling
 from megatron_espo.simulate import stand_ins
 from megatron_espo.simulate.experts import balance_experts
 from megatron_espo.simulate.ledger import Ledger, size_of
@@ -136,7 +136,9 @@ class _Hooks:
         scalars.Clock.__call__ = timed  # type: ignore[method-assign, assignment]
         passes = self._in_phase("update: passes", update.accumulate_gradient)
         replace_everywhere(update.accumulate_gradient, passes)
-        replace_everywhere(trainer._evaluate, self._in_phase("evaluation", trainer._evaluate))
+        replace_everywhere(
+            reports.evaluate_policy, self._in_phase("evaluation", reports.evaluate_policy)
+        )
 
     # ---- sampling
 
@@ -240,11 +242,11 @@ class _Hooks:
 
     def reinforcement(self) -> None:
         """Give ESPO its problems, the longest prompt on every rank, and few micro-batches."""
-        trainer._STEPS_PER_LOOK = _STEPS_PER_LOOK
+        run._STEPS_PER_LOOK = _STEPS_PER_LOOK
         replace_everywhere(problems.load_task_data, self._task_data)
         replace_everywhere(trainer._prompts, self._prompts)
-        replace_everywhere(trainer._make_rollout, self._rollout)
-        replace_everywhere(trainer._report, self._report)
+        replace_everywhere(trainer._sample_rollout, self._rollout)
+        replace_everywhere(reports.report_rollout, self._report)
         replace_everywhere(scoring.score_completions, _scores_everywhere)
 
     def _task_data(
@@ -260,8 +262,8 @@ class _Hooks:
         return problems.TaskData(examples, encoded)
 
     _real_prompts = staticmethod(trainer._prompts)
-    _real_rollout = staticmethod(trainer._make_rollout)
-    _real_report = staticmethod(trainer._report)
+    _real_rollout = staticmethod(trainer._sample_rollout)
+    _real_report = staticmethod(reports.report_rollout)
 
     def _prompts(self, own: Any, number: int, refills: Any = ()) -> list[Prompt]:
         prompts = self._real_prompts(own, number, refills)
@@ -274,20 +276,16 @@ class _Hooks:
             for prompt, length in zip(prompts, lengths.tolist(), strict=True)
         ]
 
-    def _rollout(self, own: Any, number: int, clock: Any) -> Rollout | None:
+    def _rollout(self, own: Any, number: int, clock: Any) -> Sampling | None:
         """Keep as many completions as the simulated micro-batches of an update take."""
-        whole = self._real_rollout(own, number, clock)
-        if whole is None:
+        sampling = self._real_rollout(own, number, clock)
+        if sampling is None:
             return None
-        # Made-up rewards do not say which completions have no gradient: all of them have one.
-        signs = torch.ones_like(whole.advantages)
-        signs[1::2] = -1.0
-        whole = dataclasses.replace(whole, advantages=signs)
         views, rows = views_per_completion(own.espo), own.rows_per_batch
         # Of objectives that look at groups, whole ones.
         alone = objective_of(own.espo).scope == "completion"
         group = 1 if alone else own.espo.group_size
-        n = len(whole.sample_ids)
+        n = len(sampling.rollout.sample_ids)
         total = n * views // rows
         least = max(self.job.micro_batches, 2 * own.model.layout.pp_size)
         stages = own.model.layout.pp_size
@@ -301,8 +299,16 @@ class _Hooks:
         facts = self.ledger.rank.facts
         facts["micro_batches"] = total
         facts["simulated_micro_batches"] = kept * views // rows
-        self._whole = whole
-        return _first(whole, kept)
+
+        def score() -> Rollout:
+            whole = sampling.score()
+            # Made-up rewards do not say which completions have no gradient: all of them have one.
+            signs = torch.ones_like(whole.advantages)
+            signs[1::2] = -1.0
+            self._whole = dataclasses.replace(whole, advantages=signs)
+            return _first(self._whole, kept)
+
+        return Sampling(_first(sampling.rollout, kept), score)
 
     def _report(self, own: Any, number: int, prepared: Any, *rest: Any) -> None:
         """Report on whole groups."""
@@ -359,7 +365,7 @@ def _scores_everywhere(
     return object_from_first_of_samples(scores, layout)
 
 
-def _first(rollout: Rollout, n: int) -> Rollout:
+def _first[R: SampledRollout](rollout: R, n: int) -> R:
     """Cut a rollout to its first completions."""
     cut: dict[str, Any] = {}
     for field in dataclasses.fields(rollout):
@@ -371,7 +377,7 @@ def _first(rollout: Rollout, n: int) -> Rollout:
         elif value is not None:
             value = value[:n]
         cut[field.name] = value
-    return Rollout(**cut)
+    return type(rollout)(**cut)
 
 
 def _cost(ledger: Ledger) -> dict[str, float]:

@@ -186,6 +186,7 @@ def generate(
     style: str = "bare",
     num_numbers: int = 3,
     max_number: int = 50,
+    operators: str = "+-*/",
 ) -> list[dict[str, Any]]:
     """Make up distinct problems, each with a solution.
 
@@ -201,6 +202,7 @@ def generate(
         num_numbers: Numbers per problem.
         max_number: Numbers are uniform from 1 to this (before problems without such a solution
             are dropped).
+        operators: Those of the solutions; a model may use all of them.
 
     Returns:
         Records in the file format, with "solution".
@@ -213,11 +215,13 @@ def generate(
             f"cannot use {num_numbers} numbers from 1 to {max_number}; "
             "use 2 numbers or more, from 1 to 1 or more"
         )
+    if not operators or set(operators) - set("+-*/"):
+        raise UserError(f"operators {operators!r} are not some of '+-*/'; correct them")
     rng = Random(f"{name}:{split}:{seed}")
 
     def draw() -> tuple[str, dict[str, Any]] | None:
         numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
-        solution = _random_expression(numbers, rng)
+        solution = _random_expression(numbers, rng, operators)
         if solution is None:
             return None
         text, target = solution
@@ -227,14 +231,14 @@ def generate(
     return draw_distinct(draw, count, split)
 
 
-def _random_expression(numbers: list[int], rng: Random) -> tuple[str, int] | None:
+def _random_expression(numbers: list[int], rng: Random, operators: str) -> tuple[str, int] | None:
     """Join random pairs by random operators; None when a result breaks the rules of `generate`."""
     # Text, value, and how tightly the text binds: 0 a sum, 1 a product, 2 a number.
     parts = [(str(number), Fraction(number), 2) for number in numbers]
     while len(parts) > 1:
         left, left_value, left_binding = parts.pop(rng.randrange(len(parts)))
         right, right_value, right_binding = parts.pop(rng.randrange(len(parts)))
-        operator = rng.choice("+-*/")
+        operator = rng.choice(operators)
         value = apply(operator, left_value, right_value)
         if value is None or value <= 0 or value.denominator != 1:
             return None

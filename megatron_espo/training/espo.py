@@ -42,8 +42,9 @@ from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
+from megatron_espo.rl.run import Trainer
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
-from megatron_espo.rl.trainer import Trainer, train
+from megatron_espo.rl.trainer import train
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder

@@ -22,8 +22,8 @@ from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream
 from megatron_espo.rl.elbo import elbo_of_views
 from megatron_espo.rl.reference import ReferencePolicy
+from megatron_espo.rl.run import RunState
 from megatron_espo.rl.state import Checkpoints
-from megatron_espo.rl.trainer import RunState
 from megatron_espo.rl.update import accumulate_gradient
 from megatron_espo.startup.setup import inference_mode
 

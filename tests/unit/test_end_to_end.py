@@ -343,16 +343,16 @@ def poisoned(folder: Path, entry: str, patch: str) -> list[str]:
 
 def test_espo_does_not_read_the_global_generators(folder: Path, whole: str) -> None:
     patch = (
-        "from megatron_espo.rl import scalars, trainer\n"
+        "from megatron_espo.rl import reports, scalars, trainer\n"
         "phase = scalars.Clock.__call__\n"
         "def poisoned(self, name): poison(); return phase(self, name)\n"
         "scalars.Clock.__call__ = poisoned\n"
-        "look = trainer._look_out\n"
+        "look = trainer.look_out\n"
         "def look_out(*a):\n"
         "    inner = look(*a)\n"
         "    def on_step(tokens): poison(); inner(tokens)\n"
         "    return on_step\n"
-        "trainer._look_out = look_out"
+        "trainer.look_out = reports.look_out = look_out"
     )
     espo(folder, "poisoned", program=poisoned(folder, "espo", patch))
     assert_same_run(folder, "poisoned")
@@ -455,6 +455,56 @@ def test_restart_after_a_killed_rank_is_the_same_run(
     espo(folder, "restarted", *flags, environment=environment, launch=launch)
     assert (tmp_path / "failed").exists()
     assert_same_run(folder, "restarted")
+
+
+WAITING_TASK = """
+import os, time
+from pathlib import Path
+from megatron_espo.tasks.base import Score
+from megatron_espo.tasks.sudoku import *
+def score(example, completion):
+    # Held-out problems are scored before there is a rollout.
+    flags, deadline = Path(os.environ["FLAGS"]), time.monotonic() + 8
+    while (flags / "sampled").exists() and not (flags / "frozen").exists():
+        if time.monotonic() > deadline:
+            return Score(0.0, False, {})
+        time.sleep(0.01)
+    return Score(1.0, True, {})
+"""
+FLAGGED = """
+import os, sys
+from pathlib import Path
+from megatron_espo.rl import trainer
+from megatron_espo.startup.setup import run_entry_point
+from megatron_espo.training import espo
+flags = Path(os.environ["FLAGS"])
+sample, frozen = trainer.sample, trainer._evaluate_frozen_policies
+def flagged(name, function):
+    def run(*a):
+        (flags / name).touch()
+        return function(*a)
+    return run
+trainer.sample = flagged("sampled", sample)
+trainer._evaluate_frozen_policies = flagged("frozen", frozen)
+run_entry_point(espo.main)
+"""
+
+
+def test_rewards_are_waited_for_after_the_passes_of_frozen_policies(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A score that only comes once those passes have begun."""
+    (tmp_path / "waiting_task.py").write_text(WAITING_TASK)
+    (tmp_path / "flagged.py").write_text(FLAGGED)
+    environment = {"FLAGS": str(tmp_path), "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    espo(
+        folder, "waiting", "--espo-task", "waiting_task", "--espo-num-rollouts", "1",
+        "--espo-reward-workers", "2", "--lr-warmup-iters", "0",
+        program=[str(tmp_path / "flagged.py")],
+        launch=[*TORCHRUN[:-1], "1"], environment=environment,
+    )  # fmt: skip
+    (reward,) = read_scalars(folder / "waiting-events")["reward/mean"][1]
+    assert reward == 1.0
 
 
 KILLED_WORKER_TASK = """

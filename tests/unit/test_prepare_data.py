@@ -48,6 +48,20 @@ def test_files_have_the_asked_counts_and_share_no_problem(
         assert f"{out / stem}.jsonl: {count} lines of {name}" in report
 
 
+def test_a_tasks_settings_and_several_demonstrations_of_a_problem(
+    tool: ModuleType, tmp_path: Path
+) -> None:
+    argv = ["countdown", "--out", str(tmp_path), "--train", "9", "--demonstrations", "20"]
+    argv += ["--demonstrations-each", "3", "--task-args", "max_number=7", "operators=-+"]
+    assert status_of(tool.main, [*argv, "num_numbers=2", "--noise", "0"]) == 0
+    train = [json.loads(line) for line in (tmp_path / "train.jsonl").open()]
+    assert all(len(r["numbers"]) == 2 and max(r["numbers"]) <= 7 for r in train)
+    assert {sign for r in train for sign in r["solution"] if not sign.isdigit()} == {"+", "-"}
+    lines = [json.loads(line)["prompt"] for line in (tmp_path / "demonstrations.jsonl").open()]
+    assert len(lines) == 20 and len(set(lines)) == 7
+    assert lines[:7] == lines[7:14] and lines[14:] == lines[:6]
+
+
 def test_demonstrations_come_from_the_train_split_and_follow_the_noise(
     tool: ModuleType, tmp_path: Path
 ) -> None:
@@ -108,6 +122,22 @@ def test_check_counts_a_good_file_and_names_the_bad_line(
         (["sudoku", "--out", "OUT", "--demonstrations", "-1"], "--demonstrations is -1"),
         (["sudoku", "--out", "OUT", "--train", "1", "--noise", "1.5"], "--noise is 1.5"),
         (["sudoku", "--out", "OUT", "--train", "1", "--noise", "nan"], "--noise is nan"),
+        (
+            ["countdown", "--out", "OUT", "--train", "1", "--task-args", "max_numbers=3"],
+            "--task-args max_numbers=3: generate() of countdown has max_number, num_numbers,",
+        ),
+        (
+            ["countdown", "--out", "OUT", "--train", "1", "--task-args", "max_number=x"],
+            "'x' is no int",
+        ),
+        (
+            ["countdown", "--out", "OUT", "--train", "1", "--task-args", "operators=%"],
+            "operators '%'",
+        ),
+        (
+            ["sudoku", "--out", "OUT", "--demonstrations", "1", "--demonstrations-each", "0"],
+            "--demonstrations-each is 0",
+        ),
         (["sudoku", "--check", "OUT/none.jsonl"], "none.jsonl: cannot be read"),
         (["sudoku", "--out", "OUT/file/deeper", "--train", "1"], "Not a directory; choose"),
         (["plain_task", "--out", "OUT", "--train", "1"], "task plain has no generate()"),

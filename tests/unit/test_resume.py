@@ -29,7 +29,7 @@ from megatron_espo.passes.shapes import Shapes
 from megatron_espo.rl import resume, state
 from megatron_espo.rl.prompts import prompts_of_rollout
 from megatron_espo.rl.provenance import check_provenance, prompts_digest, settings_of
-from megatron_espo.rl.rollout import assemble_rollout
+from megatron_espo.rl.rollout import place_completions, with_scores
 from megatron_espo.rl.types import Discarded, PreparedRollout, Prompt, Refill
 from megatron_espo.tasks.base import Example, Score
 
@@ -65,9 +65,11 @@ def prepared(dp_rank: int, dp_size: int, with_reference: bool) -> PreparedRollou
     work = (cost[:, None] * 5 + torch.arange(4)).double()
     generation = Generation(completions[rows], cost + 9, cost + 20, cost / N, work)
     refilled = [Refill(0, 2), Refill(2, 0)] if with_reference else []
-    rollout = assemble_rollout(
-        model(dp_rank, dp_size), prompts(dp_rank, dp_size), generation, texts, scores, ESPO,
-        refilled, discarded(dp_rank, dp_size) if with_reference else None,
+    rollout = with_scores(
+        place_completions(
+            model(dp_rank, dp_size), prompts(dp_rank, dp_size), generation, ESPO.group_size
+        ),
+        texts, scores, ESPO, refilled, discarded(dp_rank, dp_size) if with_reference else None,
     )  # fmt: skip
     old, ref = (tuple(part[:, rows]) for part in elbos)
     return PreparedRollout(rollout, old, ref if with_reference else (None, None))

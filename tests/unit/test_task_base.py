@@ -280,7 +280,7 @@ def test_a_score_is_passed_on_in_plain_numbers() -> None:
 
 def test_every_name_that_the_trainer_logs_under_reward_is_reserved() -> None:
     folder = Path(checking.__file__).parents[1]
-    source = "".join((folder / name).read_text() for name in ("rl/scalars.py", "rl/trainer.py"))
+    source = "".join((folder / name).read_text() for name in ("rl/scalars.py", "rl/reports.py"))
     logged = set(re.findall(r'"reward/(\w+)', source))
     assert {"mean", "std", "correct", "timeouts", "by_task"} <= logged <= RESERVED_METRICS
 
