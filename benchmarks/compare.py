@@ -18,7 +18,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,7 +104,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--objectives", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--rollouts", type=int, default=48)
+    parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--table", type=Path, help="Markdown file with the comparison's marks")
     parser.add_argument("--figure", type=Path)
@@ -155,9 +154,7 @@ def result_of(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
         return None
     out, ranks = options.out, options.ranks
     base = base_of(run.task, run.seed, out, ranks)
-    started = time.perf_counter()
     train(run, base, out, ranks)
-    seconds = time.perf_counter() - started
     curves = read_scalars(out / "events" / run.name)
     espo = run.espo
     result = {
@@ -168,12 +165,11 @@ def result_of(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
         "reward": [round(value, 5) for value in curves["reward/mean"][1]],
         "kl_per_token": [round(v, 6) for v in curves.get("policy/kl_per_token", ([], []))[1]],
         "seconds": {name: round(value, 1) for name, value in phases(curves).items()},
+        "ranks": ranks,
         "views": views_per_completion(espo),
         "passes": passes(espo),
         "machine": machine(),
     }  # fmt: skip
-    result["seconds"]["all"] = round(seconds, 1)
-    result["ranks"] = ranks
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".part")
     unfinished.write_text(json.dumps(result, indent=None) + "\n")
@@ -192,7 +188,7 @@ def tested(task: str, base: Path, folder: Path, name: str, out: Path, ranks: int
              "--espo-eval-data", str(base / "data/test.jsonl"), "--out", str(kept),
              *sampling_flags(sizes)], out / "logs" / f"{task}-{base.name}-{name}-test.log", ranks,
         )  # fmt: skip
-    (summary,) = json.loads((kept / "results.json").read_text())["summaries"]
+    (summary,) = json.loads((kept / "results.json").read_text())
     accuracy: float = summary["accuracy"]
     return accuracy
 
@@ -208,8 +204,9 @@ def sampling_flags(sizes: dict[str, int]) -> list[str]:
 
 
 def phases(curves: Any) -> dict[str, float]:
-    """Seconds of all rollouts by phase."""
-    return {n.removeprefix("time/"): sum(c[1]) for n, c in curves.items() if n.startswith("time/")}
+    """Seconds of all rollouts by phase, and of all phases."""
+    of = {n.removeprefix("time/"): sum(c[1]) for n, c in curves.items() if n.startswith("time/")}
+    return {**of, "all": sum(of.values())}
 
 
 def passes(espo: EspoConfig) -> float:
