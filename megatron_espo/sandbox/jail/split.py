@@ -14,12 +14,11 @@ import ast
 import builtins
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from .inner import AskJudge, InnerAssert
 from .parsed import Parsed, number_of, pure_imports, required_asserts
 from .scopes import (
-    Function,
     bound_names,
     chain_root,
     comprehension_names,
@@ -43,19 +42,6 @@ _BUILTINS = frozenset(dir(builtins)) | {"__name__"}
 # Expressions that cannot be taken apart.
 _WHOLE = (ast.Await, ast.Yield, ast.YieldFrom, ast.NamedExpr, ast.Lambda)
 _LINED_UP = (ast.Eq, ast.NotEq, ast.In, ast.NotIn)
-
-
-@dataclass(frozen=True)
-class InnerAssert:
-    """An assert within a function that runs where the code is.
-
-    Attributes:
-        test: its condition, for the judge.
-        caught: whether a ``try`` around it may go on after it has failed.
-    """
-
-    test: ast.Expression
-    caught: bool
 
 
 class Split:
@@ -186,7 +172,7 @@ class Split:
 
     def _run(self, node: ast.stmt) -> list[ast.stmt]:
         """Run a statement where the code is; its asserts ask the judge."""
-        inner = _AskJudge(self).visit(copy.deepcopy(node))
+        inner = AskJudge(self.inner_assert).visit(copy.deepcopy(node))
         call = self._call("run", self._snippet(ast.fix_missing_locations(inner)), self._env(node))
         return [ast.Expr(call)]
 
@@ -356,38 +342,6 @@ class Split:
     def _call(method: str, *args: ast.expr) -> ast.Call:
         jail = ast.Attribute(ast.Name("__jail__", ast.Load()), method, ast.Load())
         return ast.Call(jail, list(args), [])
-
-
-class _AskJudge(ast.NodeTransformer):
-    """Puts questions to the judge where a statement that runs with the code has asserts."""
-
-    def __init__(self, split: Split) -> None:
-        self._split = split
-        self._here: frozenset[str] = frozenset()
-        self._caught = False
-
-    def visit_Assert(self, node: ast.Assert) -> ast.Expr:
-        """Replace an assert."""
-        return self._split.inner_assert(node, self._here, self._caught)
-
-    def visit_Try(self, node: ast.Try) -> ast.AST:
-        """Note that what is in it may fail and go on."""
-        before, self._caught = self._caught, self._caught or bool(node.handlers)
-        node.body = [self.visit(part) for part in node.body]
-        self._caught = before
-        for name in ("handlers", "orelse", "finalbody"):
-            setattr(node, name, [self.visit(part) for part in getattr(node, name)])
-        return node
-
-    def _function(self, node: Function) -> ast.AST:
-        before = self._here
-        names = {part.arg for part in ast.walk(node.args) if isinstance(part, ast.arg)}
-        self._here = before | names | bound_names(node.body)
-        self.generic_visit(node)
-        self._here = before
-        return node
-
-    visit_FunctionDef = visit_AsyncFunctionDef = _function
 
 
 def _root_name(node: ast.stmt) -> str | None:
