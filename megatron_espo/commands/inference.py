@@ -19,12 +19,7 @@ from megatron_espo.evaluation.problems import (
 )
 from megatron_espo.model.experts import check_uneven_rows
 from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.startup.arguments import (
-    checkpoint_arguments,
-    config_from_args,
-    initialize_arguments,
-    reading_checkpoint,
-)
+from megatron_espo.startup.arguments import config_from_args, initialize_arguments
 from megatron_espo.startup.setup import (
     block_length,
     build_model,
@@ -32,6 +27,7 @@ from megatron_espo.startup.setup import (
     initialize_process_groups,
     pad_multiple,
 )
+from megatron_espo.startup.stored import checkpoint_arguments, reading_checkpoint
 from megatron_espo.tasks import Task
 
 

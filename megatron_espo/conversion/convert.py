@@ -50,8 +50,9 @@ from megatron_espo.model.provider import model_provider
 from megatron_espo.model.shape import ModelShape
 from megatron_espo.model.supported import refusals
 from megatron_espo.startup.adapters import SETTINGS
-from megatron_espo.startup.arguments import initialize_arguments, stored_arguments
+from megatron_espo.startup.arguments import initialize_arguments
 from megatron_espo.startup.setup import start_anew
+from megatron_espo.startup.stored import stored_arguments
 
 # Longer sequences are a matter of flags, not of the checkpoint: Dream names 131072 positions.
 _LONGEST = 4096

@@ -32,7 +32,7 @@ from megatron_espo.conversion.torch_dist import CheckpointReader, write_checkpoi
 from megatron_espo.data.atomic_folder import atomic_folder
 from megatron_espo.errors import UserError
 from megatron_espo.model.shape import ModelShape
-from megatron_espo.startup.arguments import stored_arguments
+from megatron_espo.startup.stored import stored_arguments
 
 
 def base_folder(megatron: str, args: argparse.Namespace, base: str | None) -> str:

@@ -14,15 +14,14 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from megatron_espo.checkpoint.tracker import has_checkpoint
 from megatron_espo.config import EspoConfig, LaunchConfig, RolloutConfig, SimulateConfig
 from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_espo.dry_run import support
+from megatron_espo.dry_run.chosen_ranks import chosen_ranks, stage_of, stage_ranks
 from megatron_espo.dry_run.compare import find_mismatch
 from megatron_espo.dry_run.extrapolate import Cost, espo_costs, update_cost
-from megatron_espo.dry_run.job import OWN_FOLDER, SIMULATED_BASE, Job
+from megatron_espo.dry_run.job import OWN_FOLDER, Job
 from megatron_espo.dry_run.planned import (
     entry_point,
     planned_world_size,
@@ -32,14 +31,16 @@ from megatron_espo.dry_run.planned import (
 from megatron_espo.dry_run.record import Rank
 from megatron_espo.dry_run.roofline import Ceilings
 from megatron_espo.dry_run.simulated_text import estimate, failures, refusals, report
+from megatron_espo.dry_run.stand_in_checkpoint import (
+    adapter_arguments,
+    base_arguments,
+    write_checkpoint,
+)
 from megatron_espo.errors import UserError
 from megatron_espo.plan.plan import PEAK_FLOPS
 from megatron_espo.recipes import expand_recipes, last_value
-from megatron_espo.startup.adapters import SETTINGS
 from megatron_espo.startup.arguments import config_from_args, plan_arguments
 
-# All ranks of a job of up to so many are compared.
-_ALL = 16
 # Updates of a rollout, or steps, that are run: the first one makes the optimizer's state.
 _UPDATES = 2
 # Flags of a dry run, and how many words follow each.
@@ -161,14 +162,14 @@ def conclude(
         UserError: A rank failed, a GPU would refuse something, or ranks would wait for each other.
     """
     config = config_from_args(SimulateConfig, args)
-    shown = set(_stage_ranks(args)) if config.ranks is None else set(job.ranks)
+    shown = set(stage_ranks(args)) if config.ranks is None else set(job.ranks)
     written = []
     for rank in found:
         if rank.status != "ok" or rank.rank not in shown:
             continue
         costs, tokens = _costs(module, rank, args)
         times = estimate(job.ceilings, costs, tokens, PEAK_FLOPS)
-        stage = _stage(args, rank.rank)
+        stage = stage_of(args, rank.rank)
         planned = None if peaks is None else peaks[stage]
         print(report(job, rank, times, planned), flush=True)
         plain = dataclasses.replace(rank, trace=[]).as_json()
@@ -278,54 +279,6 @@ def without_own_flags(flags: Sequence[str]) -> list[str]:
     return kept
 
 
-def chosen_ranks(args: argparse.Namespace, config: SimulateConfig) -> list[int]:
-    """Say which ranks are simulated.
-
-    Args:
-        args: the planned run.
-        config: --simulate-*.
-
-    Returns:
-        Their numbers, ascending.
-
-    Raises:
-        UserError: one of them is not of the run.
-    """
-    world = args.world_size
-    if config.ranks is not None:
-        ranks = sorted({int(rank) for rank in config.ranks.split(",")})
-        if ranks[-1] >= world:
-            raise UserError(f"--simulate-ranks {config.ranks}: the run has ranks 0 to {world - 1}.")
-        return ranks
-    if not config.compare:
-        return _stage_ranks(args)
-    if world <= _ALL:
-        return list(range(world))
-    inner = args.tensor_model_parallel_size * args.context_parallel_size
-    copies = args.data_parallel_size
-    wanted = {0, 1, copies - 1}
-    stride = inner * args.pipeline_model_parallel_size if args.use_tp_pp_dp_mapping else inner
-    return [rank for rank in range(world) if rank // stride % copies in wanted]
-
-
-def _stage_ranks(args: argparse.Namespace) -> list[int]:
-    """The first ranks of the first, middle and last pipeline stage."""
-    stages, between = args.pipeline_model_parallel_size, _between_stages(args)
-    return sorted({between * stage for stage in (0, stages // 2, stages - 1)})
-
-
-def _between_stages(args: argparse.Namespace) -> int:
-    """Ranks from one pipeline stage to the next."""
-    if args.use_tp_pp_dp_mapping:
-        return int(args.tensor_model_parallel_size * args.context_parallel_size)
-    return int(args.world_size // args.pipeline_model_parallel_size)
-
-
-def _stage(args: argparse.Namespace, rank: int) -> int:
-    """The pipeline stage of a rank."""
-    return int(rank // _between_stages(args) % args.pipeline_model_parallel_size)
-
-
 def _target(module: str, argv: Sequence[str]) -> tuple[str, Sequence[str]]:
     """What was started: a start script with its own flags, or a module."""
     script = Path(sys.argv[0])
@@ -345,16 +298,16 @@ def _changes(module: str, args: argparse.Namespace, folder: Path) -> list[str]:
         save_tokenizer(byte_tokenizer(), tokenizer)
         changes += ["--tokenizer-model", tokenizer]
     if args.pretrained_checkpoint is not None and not has_checkpoint(args.pretrained_checkpoint):
-        _write_checkpoint(folder / "base", _base(args))
+        write_checkpoint(folder / "base", base_arguments(args))
         changes += ["--pretrained-checkpoint", str(folder / "base")]
     entry = entry_point(module)
     if entry in ("evaluate", "generate"):
         if not has_checkpoint(args.load):
             loaded = folder / "base"
-            _write_checkpoint(loaded, _base(args))
+            write_checkpoint(loaded, base_arguments(args))
             if args.lora_rank is not None:
                 loaded = folder / "adapters"
-                _write_checkpoint(loaded, _of_base(args, folder / "base"))
+                write_checkpoint(loaded, adapter_arguments(args, folder / "base"))
             changes += ["--load", str(loaded)]
         if entry == "evaluate":
             (folder / "problems.jsonl").write_text("", "utf-8")
@@ -386,40 +339,6 @@ def simulated_batches(args: argparse.Namespace) -> int:
     total = args.global_batch_size // (args.micro_batch_size * args.data_parallel_size)
     # Enough to fill the pipeline; a multiple of its stages, as virtual stages want it.
     return int(min(2 * stages, total))
-
-
-def _base(args: argparse.Namespace) -> argparse.Namespace:
-    """Arguments of the model under the adapters, if any."""
-    return argparse.Namespace(**{**vars(args), **dict.fromkeys(SETTINGS)})
-
-
-def _of_base(args: argparse.Namespace, root: Path) -> argparse.Namespace:
-    """Arguments of adapters on the base in a folder; see simulate/stand_ins.py."""
-    base = {"lora_base": str(root), "lora_base_mark": "iter_0000001"}
-    return argparse.Namespace(**{**vars(args), **base, "lora_base_fingerprint": SIMULATED_BASE})
-
-
-def _write_checkpoint(root: Path, args: argparse.Namespace) -> None:
-    """Write the parts of a checkpoint that are not weights: the simulation has none.
-
-    Args:
-        root: the folder of a run, as --load or --pretrained-checkpoint name it.
-        args: Megatron's arguments of the run that would have written it.
-    """
-    folder = root / "iter_0000001"
-    folder.mkdir(parents=True)
-    (root / "latest_checkpointed_iteration.txt").write_text("1", "utf-8")
-    backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-    common = {"common_backend": "torch", "common_backend_version": 1}
-    (folder / "metadata.json").write_text(json.dumps(backend | common), "utf-8")
-    state = {
-        "args": args,
-        "checkpoint_version": 3.0,
-        "iteration": 1,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"distrib_optim_sharding_type": "fully_reshardable"},
-    }
-    torch.save(state, folder / "common.pt")
 
 
 def _ceilings(config: SimulateConfig) -> Ceilings:

@@ -1,16 +1,13 @@
 """Command line: Megatron's flags and a group per settings dataclass; the only argparse reader."""
 
 import argparse
-import contextlib
 import dataclasses
 import importlib.util
-import logging
 import os
 import re
 import sys
 import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +16,6 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import get_tokenizer, set_global_variables
 from megatron.training.vocab_utils import calculate_padded_vocab_size
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_espo import device
 from megatron_espo.checkpoint.tracker import (
@@ -65,6 +61,7 @@ from megatron_espo.startup.argument_checks import (
 from megatron_espo.startup.help import arrange_help
 from megatron_espo.startup.save_folder import check_writable
 from megatron_espo.startup.schedule import settle_schedule
+from megatron_espo.startup.stored import checkpoint_arguments, stored_arguments
 
 # Settings class -> flag prefix. Model settings carry none: they sit beside Megatron's model flags.
 _PREFIXES: dict[type, str] = {
@@ -416,68 +413,3 @@ def _model_field(args: argparse.Namespace, name: str) -> Any:
         # Without grouped queries the number has no meaning, and Megatron writes several.
         return args.num_attention_heads
     return getattr(args, name, None)
-
-
-def checkpoint_arguments(path: str) -> argparse.Namespace | None:
-    """Read the arguments stored in the latest torch_dist checkpoint of a folder.
-
-    Args:
-        path: a --save folder.
-
-    Returns:
-        The arguments, or None where there is no checkpoint.
-
-    Raises:
-        UserError: if the checkpoint cannot be read.
-    """
-    return stored_arguments(checkpoint_folder(path)) if has_checkpoint(path) else None
-
-
-def stored_arguments(folder: str) -> argparse.Namespace:
-    """Read the arguments stored in a torch_dist checkpoint.
-
-    Args:
-        folder: the folder of one iteration.
-
-    Returns:
-        The arguments.
-
-    Raises:
-        UserError: if the checkpoint cannot be read.
-    """
-    from megatron.core.dist_checkpointing import load_common_state_dict
-
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)  # PyTorch logs the traceback of what is said here
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that this is one process
-            stored: argparse.Namespace = load_common_state_dict(folder)["args"]
-    # torch.distributed.checkpoint's own error is no Exception.
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"{folder}: cannot read this checkpoint ({_reason(error)}).") from error
-    finally:
-        logging.disable(disabled)
-    return stored
-
-
-@contextlib.contextmanager
-def reading_checkpoint(path: str | None) -> Iterator[None]:
-    """Say in a sentence that weights cannot be read.
-
-    Args:
-        path: the folder they are read from.
-
-    Raises:
-        UserError: PyTorch failed to read the files of a checkpoint.
-    """
-    try:
-        yield
-    except CheckpointException as error:
-        raise UserError(f"{path}: cannot read this checkpoint ({_reason(error)}).") from error
-
-
-def _reason(error: BaseException) -> str:
-    """Say in one line why a checkpoint could not be read."""
-    if isinstance(error, CheckpointException):
-        error = next((failure for failure, _ in error.failures.values()), error)
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -46,7 +46,7 @@ from megatron_espo.rl.run import Trainer
 from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
 from megatron_espo.rl.trainer import train
 from megatron_espo.startup.argument_checks import check_schedule
-from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
+from megatron_espo.startup.arguments import config_from_args
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     block_length,
@@ -57,6 +57,7 @@ from megatron_espo.startup.setup import (
     pad_multiple,
     run_entry_point,
 )
+from megatron_espo.startup.stored import reading_checkpoint
 from megatron_espo.tasks.base import Task, start_line
 from megatron_espo.training import entry
 

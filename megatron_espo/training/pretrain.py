@@ -33,7 +33,7 @@ from megatron_espo.monitor.training_lines import training_line
 from megatron_espo.passes.block_mask import block_attention
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.startup.argument_checks import check_schedule
-from megatron_espo.startup.arguments import config_from_args, stored_arguments
+from megatron_espo.startup.arguments import config_from_args
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     build_model,
@@ -41,6 +41,7 @@ from megatron_espo.startup.setup import (
     run_entry_point,
     sequence_split,
 )
+from megatron_espo.startup.stored import stored_arguments
 from megatron_espo.supervised.blocks import begin_growth
 from megatron_espo.supervised.forward_step import forward_step
 from megatron_espo.supervised.rows import (

@@ -7,7 +7,7 @@ from test_end_to_end import TORCHRUN, run, scalars
 
 from megatron_espo.checkpoint.compare import checkpoint_tensors, latest_iteration, unequal_tensors
 from megatron_espo.checkpoint.tracker import checkpoint_folder
-from megatron_espo.startup.arguments import stored_arguments
+from megatron_espo.startup.stored import stored_arguments
 
 pytestmark = pytest.mark.slow
 

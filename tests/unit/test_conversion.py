@@ -41,7 +41,7 @@ from megatron_espo.conversion.hugging_face import INDEX, HuggingFaceWeights, rea
 from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer
 from megatron_espo.model.shape import ExpertShape
-from megatron_espo.startup.arguments import stored_arguments
+from megatron_espo.startup.stored import stored_arguments
 
 pytestmark = pytest.mark.slow
 

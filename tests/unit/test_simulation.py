@@ -11,11 +11,12 @@ import torch
 
 from megatron_espo.config import LaunchConfig, SimulateConfig
 from megatron_espo.dry_run import support
+from megatron_espo.dry_run.chosen_ranks import chosen_ranks
 from megatron_espo.dry_run.compare import find_mismatch
 from megatron_espo.dry_run.extrapolate import Cost, espo_costs, rollout_cost
 from megatron_espo.dry_run.record import Collective, Phase, Rank
 from megatron_espo.dry_run.roofline import Ceilings
-from megatron_espo.dry_run.simulation import chosen_ranks, simulate, without_own_flags
+from megatron_espo.dry_run.simulation import simulate, without_own_flags
 
 PAIR, WORLD = "0,1#0", "0,1,2,3#0"
 

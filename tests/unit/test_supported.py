@@ -28,13 +28,9 @@ from megatron_espo.model.layer_specs import RMSNorm
 from megatron_espo.model.shape import _FIXED, ModelShape
 from megatron_espo.passes import pipeline
 from megatron_espo.passes.state import KeyValueCache
-from megatron_espo.startup.arguments import (
-    add_arguments,
-    initialize_arguments,
-    plan_arguments,
-    stored_arguments,
-)
+from megatron_espo.startup.arguments import add_arguments, initialize_arguments, plan_arguments
 from megatron_espo.startup.setup import start_anew
+from megatron_espo.startup.stored import stored_arguments
 from megatron_espo.training import espo, pretrain
 
 SHAPE = (

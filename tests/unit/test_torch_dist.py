@@ -19,7 +19,7 @@ from megatron_espo.conversion.mapping import Block
 from megatron_espo.conversion.torch_dist import CheckpointReader, write_checkpoint
 from megatron_espo.errors import UserError
 from megatron_espo.model.supported import OF_RUN
-from megatron_espo.startup.arguments import stored_arguments
+from megatron_espo.startup.stored import stored_arguments
 
 ROWS = {0: torch.arange(8.0).view(4, 2), 4: torch.arange(8.0, 14.0).view(3, 2)}
 WHOLE = torch.cat([ROWS[0], ROWS[4]])
