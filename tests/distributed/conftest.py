@@ -7,7 +7,7 @@ uses, from a checkpoint that one fixture wrote, so all layouts hold the same wei
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from layouts import write_if_asked
+from torch import Tensor
 
 from megatron_espo import device
 
@@ -54,6 +55,8 @@ class Built:
     optimizer: Any
     scheduler: Any
     args: Any
+    # Of the sequences of an update, once they were computed.
+    elbos: list[Tensor] = field(default_factory=list)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

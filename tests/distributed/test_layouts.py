@@ -185,7 +185,7 @@ def elbo_of(built: Built) -> Tensor:
                 num_mc=2,
                 seed=5,
                 sample_ids=ids[k : k + 1],
-                rows_per_batch=2,
+                rows_per_batch=4,
             ).draws
             for k, i in enumerate(ids.tolist())
         ]
@@ -210,26 +210,26 @@ def tokens_of(built: Built, config: RolloutConfig, widths: tuple[int, ...] = ())
 
 
 # Several micro-batches where rows leave, enter or are cached one by one; whole ones are enough for
-# the other settings, and ranks talk as often as there are passes.
+# the other settings, and ranks talk as often as there are passes. Two steps of four tokens a block.
 SAMPLERS = {
-    "low_confidence": RolloutConfig(16, 8, 8, 1.0, "low_confidence", micro_batch_size=3),
-    "greedy": RolloutConfig(16, 16, 8, 0.0, "low_confidence", micro_batch_size=8),
-    "random": RolloutConfig(16, 8, 16, 0.7, "random", micro_batch_size=8),
+    "low_confidence": RolloutConfig(16, 8, 4, 1.0, "low_confidence", micro_batch_size=3),
+    "greedy": RolloutConfig(16, 16, 4, 0.0, "low_confidence", micro_batch_size=8),
+    "random": RolloutConfig(16, 8, 8, 0.7, "random", micro_batch_size=8),
     "guidance": RolloutConfig(16, 8, 4, 1.0, "low_confidence", 1.5, micro_batch_size=8),
-    "origin": RolloutConfig(16, 8, 8, 1.0, "origin", micro_batch_size=8),
-    "entropy": RolloutConfig(16, 8, 8, 0.9, "entropy", micro_batch_size=8),
-    "topk_margin": RolloutConfig(16, 8, 8, 0.9, "topk_margin", micro_batch_size=8),
-    "entropy, top-p": RolloutConfig(16, 8, 8, 0.9, "entropy", micro_batch_size=8, top_p=0.8),
-    "topk_margin, top-k": RolloutConfig(16, 8, 8, 1.2, "topk_margin", top_k=9, micro_batch_size=8),
+    "origin": RolloutConfig(16, 8, 4, 1.0, "origin", micro_batch_size=8),
+    "entropy": RolloutConfig(16, 8, 4, 0.9, "entropy", micro_batch_size=8),
+    "topk_margin": RolloutConfig(16, 8, 4, 0.9, "topk_margin", micro_batch_size=8),
+    "entropy, top-p": RolloutConfig(16, 8, 4, 0.9, "entropy", micro_batch_size=8, top_p=0.8),
+    "topk_margin, top-k": RolloutConfig(16, 8, 4, 1.2, "topk_margin", top_k=9, micro_batch_size=8),
     "guidance, top-p": RolloutConfig(
         16, 8, 4, 1.0, "low_confidence", 1.5, top_p=0.7, micro_batch_size=8
     ),
     "prefix, top-p": RolloutConfig(
-        16, 8, 8, cache="prefix", micro_batch_size=4, top_p=0.6, top_k=30
+        16, 8, 4, cache="prefix", micro_batch_size=4, top_p=0.6, top_k=30
     ),
-    "maskgit_plus": RolloutConfig(16, 8, 8, 0.9, "maskgit_plus", micro_batch_size=8),
+    "maskgit_plus": RolloutConfig(16, 8, 4, 0.9, "maskgit_plus", micro_batch_size=8),
     "threshold": RolloutConfig(16, 8, threshold=0.5, early_stop=True, micro_batch_size=3),
-    "prefix": RolloutConfig(16, 8, 8, cache="prefix", early_stop=True, micro_batch_size=4),
+    "prefix": RolloutConfig(16, 8, 4, cache="prefix", early_stop=True, micro_batch_size=4),
     # So low that about every other window commits something and the rest leave it to a whole pass.
     "dual, factor": RolloutConfig(16, 4, factor=1.95, cache="dual", micro_batch_size=3),
     "dual, early stop": RolloutConfig(
@@ -429,7 +429,10 @@ def espo_gradient(
         chunk.train()
         chunk.zero_grad_buffer()
     built.optimizer.zero_grad()
-    base = elbo_of_views(built.model, batches, views)
+    # The same for all settings of an update.
+    if not built.elbos:
+        built.elbos.append(elbo_of_views(built.model, batches, views))
+    base = built.elbos[0]
     old, ref, advantages = (getattr(give(base, rows), field.name) for field in fields(Given))
     found = accumulate_gradient(
         built.model, batches, views, old, ref, advantages, LENGTH, config, N,
@@ -448,6 +451,8 @@ def espo_gradient(
 @pytest.mark.parametrize("mode", ["auto", "two_pass"])
 def test_espo_gradient_does_not_depend_on_layout(compared: Compared, mode: str) -> None:
     views = max(compared.case.views, 4) if mode == "auto" else compared.case.views
+    if compared.built.model.layout.pp_size == 1 and views == 4:
+        views = 8  # ranks talk as often as there are micro-batches
     actual, norm, left_out = espo_gradient(compared.built, mode, views)
     assert compared.expected.espo_norm > 0.01 and left_out == 0
     assert_close(compared.name, "norm", norm, compared.expected.espo_norm)
