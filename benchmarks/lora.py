@@ -43,6 +43,7 @@ def _serve(pipe: Connection, shape: Shape, rows: int, rank: int | None) -> None:
     from megatron_espo.training.espo import _connect_schedule
 
     torch.set_num_threads(1)
+    imports = _peak()
     with TemporaryDirectory() as folder:
         save_tokenizer(byte_tokenizer(), Path(folder, "tokenizer"))
         flags = (
@@ -84,7 +85,12 @@ def _serve(pipe: Connection, shape: Shape, rows: int, rank: int | None) -> None:
         assert optimizer.step()[0]
         pipe.send(time.perf_counter() - started)
     del reference
-    pipe.send(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    pipe.send((_peak(), imports))
+
+
+def _peak() -> int:
+    """The most memory that this process had so far, in bytes."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def measure(shape: Shape, rank: int, rounds: int, rows: int) -> dict[str, dict[str, object]]:
@@ -97,7 +103,8 @@ def measure(shape: Shape, rank: int, rounds: int, rows: int) -> dict[str, dict[s
         rows: views of a micro-batch.
 
     Returns:
-        For each side trained weights, seconds of its updates, and its process's peak memory.
+        For each side trained weights, seconds of its updates, and its process's peak memory
+        at the end and after its imports.
     """
     context = multiprocessing.get_context("spawn")
     sides, processes = {}, []
@@ -116,7 +123,7 @@ def measure(shape: Shape, rank: int, rounds: int, rows: int) -> dict[str, dict[s
     for pipe in sides.values():
         pipe.send(False)
     found = {
-        name: {"trained": trained[name], "seconds": seconds[name][1:], "peak": pipe.recv()}
+        name: {"trained": trained[name], "seconds": seconds[name][1:], "peaks": pipe.recv()}
         for name, pipe in sides.items()
     }
     for process in processes:
@@ -139,12 +146,14 @@ def main() -> None:
     found = measure(shape, options.rank, options.rounds, options.rows)
     if options.out is not None:
         options.out.write_text(json.dumps(found))
-    print("| | trained weights | seconds of an update | peak memory |\n|---|---|---|---|")
+    print("| | trained weights | seconds of an update | peak memory | of it imports |")
+    print("|---" * 5 + "|")
     for name, side in found.items():
         seconds: object = side["seconds"]
-        assert isinstance(seconds, list) and isinstance(side["peak"], int)
-        gigabytes = side["peak"] / 1e9
-        print(f"| {name} | {side['trained']:,} | {spread(seconds)} | {gigabytes:.2f} GB |")
+        peaks: object = side["peaks"]
+        assert isinstance(seconds, list) and isinstance(peaks, tuple)
+        end, imports = (f"{peak / 1e9:.2f} GB" for peak in peaks)
+        print(f"| {name} | {side['trained']:,} | {spread(seconds)} | {end} | {imports} |")
 
 
 if __name__ == "__main__":
