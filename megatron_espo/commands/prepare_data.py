@@ -172,13 +172,22 @@ def _settings(task: Task, args: argparse.Namespace) -> dict[str, Any]:
             others = ", ".join(sorted(set(known) - {"style"})) or "none"
             raise UserError(f"--task-args {given}: generate() of {task.name} has {others}")
         try:
-            settings[name] = type(known[name])(text)
+            settings[name] = _value(text, type(known[name]))
         except ValueError as error:
             kind = type(known[name]).__name__
             raise UserError(f"--task-args {given}: {text!r} is no {kind}; correct it") from error
     if BUILT_IN.get(task.name) is task:
         settings["style"] = args.style
     return settings
+
+
+def _value(text: str, kind: type) -> Any:
+    """Read a setting; of yes and no as Python writes them, in any case."""
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    return kind(text)
 
 
 def _generate(

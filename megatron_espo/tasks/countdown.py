@@ -187,6 +187,7 @@ def generate(
     num_numbers: int = 3,
     max_number: int = 50,
     operators: str = "+-*/",
+    ordered: bool = False,
 ) -> list[dict[str, Any]]:
     """Make up distinct problems, each with a solution.
 
@@ -203,6 +204,8 @@ def generate(
         max_number: Numbers are uniform from 1 to this (before problems without such a solution
             are dropped).
         operators: Those of the solutions; a model may use all of them.
+        ordered: Solutions take the numbers as they come, from left to right and without
+            parentheses, which a small model learns sooner.
 
     Returns:
         Records in the file format, with "solution".
@@ -221,7 +224,8 @@ def generate(
 
     def draw() -> tuple[str, dict[str, Any]] | None:
         numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
-        solution = _random_expression(numbers, rng, operators)
+        join = _in_order if ordered else _random_expression
+        solution = join(numbers, rng, operators)
         if solution is None:
             return None
         text, target = solution
@@ -252,11 +256,30 @@ def _random_expression(numbers: list[int], rng: Random, operators: str) -> tuple
     return (text, int(value)) if value <= _MAX_TARGET else None
 
 
+def _in_order(numbers: list[int], rng: Random, operators: str) -> tuple[str, int] | None:
+    """Join numbers from left to right; None when a result breaks the rules of `generate`.
+
+    Products and quotients bind tighter, so that they may only come first.
+    """
+    text, value = str(numbers[0]), Fraction(numbers[0])
+    summed = False
+    for number in numbers[1:]:
+        operator = rng.choice(operators)
+        joined = apply(operator, value, Fraction(number))
+        if joined is None or joined <= 0 or joined.denominator != 1:
+            return None
+        if operator in "*/" and summed:
+            return None
+        text, value, summed = f"{text}{operator}{number}", joined, summed or operator in "+-"
+    return (text, int(value)) if value <= _MAX_TARGET else None
+
+
 def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
     """Write a completion of mixed quality.
 
-    With probability 1 - noise it is the solution. Otherwise it is the solution with one operator
-    replaced or two numbers exchanged such that the target is missed: well-formed, but worth 0.1.
+    With probability 1 - noise it is the solution. Otherwise it is hasty, and misses the target:
+    all numbers added as they come, or, where that is right, the solution with one operator replaced
+    or two numbers exchanged. Well-formed, but worth 0.1.
 
     Args:
         record: A record of `generate`.
@@ -271,6 +294,8 @@ def demonstrate(record: Mapping[str, Any], rng: Random, noise: float) -> str:
     solution: str = record["solution"]
     if rng.random() >= noise:
         return dressed_answer(record, solution)
+    if sum(record["numbers"]) != record["target"]:
+        return dressed_answer(record, "+".join(map(str, record["numbers"])))
     tokens = TOKEN.findall(solution)
     operators = [i for i, token in enumerate(tokens) if token in "+-*/"]
     places = [i for i, token in enumerate(tokens) if token[0] in string.digits]

@@ -341,12 +341,40 @@ def test_demonstrations_are_solutions_except_a_share_of_well_formed_misses(tmp_p
             assert all(score.correct is (noise == 0.0) for score in scores)
 
 
-def test_corruption_changes_operators_and_exchanges_numbers() -> None:
+def test_a_hasty_demonstration_adds_all_numbers() -> None:
     record = {"numbers": [9, 2, 1], "target": 6, "solution": "9-2-1", "style": "bare"}
     rng = Random(0)
+    assert {countdown.demonstrate(record, rng, 1.0) for _ in range(20)} == {"9+2+1"}
+
+
+def test_where_the_sum_is_right_operators_change_and_numbers_are_exchanged() -> None:
+    record = {"numbers": [9, 2, 1], "target": 12, "solution": "9+2+1", "style": "bare"}
+    rng = Random(0)
     texts = {countdown.demonstrate(record, rng, 1.0) for _ in range(200)}
-    assert {"9+2-1", "9-2*1", "2-9-1", "1-2-9"} <= texts
-    assert not {"9-2-1", "9-1-2"} & texts
+    assert {"9-2+1", "9+2*1", "9+2/1"} <= texts
+    assert not {"9+2+1", "2+9+1", "9+1+2"} & texts
+
+
+@pytest.mark.parametrize("operators", ["+-", "+-*/"])
+def test_ordered_solutions_go_from_left_to_right(operators: str) -> None:
+    records = countdown.generate(
+        200, 3, "train", num_numbers=4, max_number=9, operators=operators, ordered=True
+    )
+    seen = set()
+    for record in records:
+        text = record["solution"]
+        assert [int(digit) for digit in text[::2]] == record["numbers"]
+        value = Fraction(int(text[0]))
+        for operator, digit in zip(text[1::2], text[2::2], strict=True):
+            seen.add(operator)
+            value = {
+                "+": value + int(digit), "-": value - int(digit), "*": value * int(digit),
+                "/": value / int(digit),
+            }[operator]  # fmt: skip
+            assert value > 0 and value.denominator == 1
+        # From left to right is also what the signs mean.
+        assert value == eval(text) == record["target"]
+    assert seen == set(operators)
 
 
 def test_record_without_a_solution_cannot_be_demonstrated() -> None:
