@@ -242,7 +242,8 @@ def run_jobs(jobs: Sequence[Job]) -> list[list[Rank]]:
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
     }
-    command = [sys.executable, "-m", "megatron_espo.simulate", *map(str, files)]
+    program = [sys.executable, "-m", "megatron_espo.simulate"]
+    command = [*program, str(os.getpid()), *map(str, files)]
     done = subprocess.run(
         command,
         env=environment,

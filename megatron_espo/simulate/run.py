@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_espo.dry_run.job import OWN_FOLDER, Job
+from megatron_espo.rewards.worker import die_with_parent
 from megatron_espo.simulate import cuda, transformer_engine
 from megatron_espo.simulate.ledger import Ledger
 
@@ -48,8 +49,10 @@ def main(paths: Sequence[str]) -> None:
         for rank in job.ranks:
             if len(running) >= job.processes:
                 running.remove(os.wait()[0])
+            own = os.getpid()
             process = os.fork()
             if process == 0:
+                die_with_parent(own)
                 _rank(job, rank, version)
             running.append(process)
     for process in running:

@@ -2,7 +2,11 @@
 
 import argparse
 import json
+import os
 import platform
+import select
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,6 +22,7 @@ from megatron_espo.dry_run.record import Collective, Phase, Rank
 from megatron_espo.dry_run.roofline import Ceilings
 from megatron_espo.dry_run.simulation import simulate, without_own_flags
 
+ROOT = Path(__file__).parents[2]
 PAIR, WORLD = "0,1#0", "0,1,2,3#0"
 
 
@@ -236,3 +241,25 @@ def test_this_machine_can_simulate_or_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.undo()
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "build of PyTorch for CUDA" in str(support.check())
+
+
+STARTS = """
+import os, subprocess, sys
+subprocess.run([sys.executable, "-m", "megatron_espo.simulate", str(os.getpid()), sys.argv[1]])
+"""
+
+
+def test_the_simulating_process_ends_with_the_one_that_started_it(tmp_path: Path) -> None:
+    """It is reading its job from a pipe when its parent is killed."""
+    job = tmp_path / "job.json"
+    os.mkfifo(job)
+    started = subprocess.Popen([sys.executable, "-c", STARTS, str(job)], cwd=ROOT)
+    try:
+        pipe = os.open(job, os.O_WRONLY)  # returns when the other side reads
+    finally:
+        started.kill()
+        started.wait()
+    with os.fdopen(pipe, "w"):
+        poll = select.poll()
+        poll.register(pipe, select.POLLERR)
+        assert poll.poll(30_000), "it still reads"
