@@ -56,8 +56,7 @@ def block_view_batches(
     for index in order.split(rows_per_batch):
         together = index.view(-1, copies)
         sequence = together[:, 0] // per_sequence
-        starts = sequences.prompt_lengths[sequence]
-        lengths = starts + sequences.completion_length
+        starts, lengths = sequences.prompt_lengths[sequence], sequences.lengths[sequence]
         if not same_width:
             width = sequences.shapes.width(int(lengths.max()))
         batch = block_rows(

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -159,8 +159,34 @@ def accumulate_gradient(
     facts = Facts(
         elbo_old, elbo_ref, advantages, views, length, config, answers, objective_of(config)
     )
+    mode = chosen_gradient(config, len(batches[0].view_index))
+    return accumulate_facts(model, batches, facts, mode, global_batch_size, recut)
+
+
+def accumulate_facts(
+    model: DiffusionModel,
+    batches: list[ViewBatch],
+    facts: Facts,
+    mode: Literal["joint", "two_pass"],
+    global_batch_size: int,
+    recut: Callable[..., list[ViewBatch]] | None = None,
+) -> Accumulated:
+    """Do what :func:`accumulate_gradient` does with an objective that is in hand.
+
+    Args:
+        model: the policy, in training mode; the caller has zeroed the buffers.
+        batches: all views of this rank's n sequences.
+        facts: what the loss is given, and the objective.
+        mode: the way to the gradient; joint only with whole groups of the objective's scope in each
+            micro-batch, side by side.
+        global_batch_size: sequences over all data-parallel ranks.
+        recut: see :func:`accumulate_gradient`.
+
+    Returns:
+        What was found out on the way.
+    """
     update = _Update(model, batches, facts, global_batch_size, recut)
-    if chosen_gradient(config, len(batches[0].view_index)) == "two_pass":
+    if mode == "two_pass":
         return _linear(update) if facts.objective.linear else _two_passes(update)
     return _joint(update)
 

@@ -32,6 +32,7 @@ from megatron_espo.checkpoint.tracker import (
 from megatron_espo.config import (
     CheckpointConfig,
     DiffusionConfig,
+    DpoConfig,
     EspoConfig,
     LaunchConfig,
     LoraConfig,
@@ -73,6 +74,7 @@ _PREFIXES: dict[type, str] = {
     PromptConfig: "prompt",
     LoraConfig: "lora",
     SftConfig: "sft",
+    DpoConfig: "dpo",
     RolloutConfig: "rollout",
     EspoConfig: "espo",
     CheckpointConfig: "save",
