@@ -138,6 +138,7 @@ def mask_rows(
     mask_token_id: int,
     vocab_size: int,
     hidden: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> RowBatch:
     """Noise rows and name the positions to predict.
 
@@ -149,11 +150,12 @@ def mask_rows(
         mask_token_id: the mask token.
         vocab_size: tokens before padding.
         hidden: bool ``[R, p]``, positions before ``starts`` that are masked and not predicted.
+        predicted: bool ``[R, c]``, masked positions that are predicted; None: all of them.
 
     Returns:
         The micro-batch, with MaskedTargets as payload.
     """
-    rows, columns = mask.nonzero(as_tuple=True)
+    rows, columns = (mask if predicted is None else predicted).nonzero(as_tuple=True)
     is_dummy = rows.numel() == 0
     if is_dummy:
         # Any position with a predecessor: a shifted model reads the state before it.
@@ -163,7 +165,11 @@ def mask_rows(
     else:
         positions = starts[rows] + columns
         noised = tokens.clone()
-        noised[rows, positions] = mask_token_id
+        if predicted is None:
+            noised[rows, positions] = mask_token_id
+        else:
+            there, masked = mask.nonzero(as_tuple=True)
+            noised[there, starts[there] + masked] = mask_token_id
     if hidden is not None:
         noised = noised.clone()
         seen = noised[:, : hidden.size(1)]
@@ -251,7 +257,8 @@ def view_batches(
         Micro-batches on the host; ``view_index`` says which views each holds.
     """
     per_sequence = views.weights[0].numel()
-    masks = views.mask_indices.flatten(0, 2)
+    masks, predicted = views.mask_indices.flatten(0, 2), views.predicted
+    predicted = None if predicted is None else predicted.flatten(0, 2)
     weights = views.weights.flatten()
     prompts = prompt_masks
     if prompts is not None:
@@ -271,6 +278,7 @@ def view_batches(
             mask_token_id,
             vocab_size,
             None if prompts is None else prompts[index],
+            None if predicted is None else predicted[index],
         )
         # Policies and passes look at the same views, one after the other.
         batches.append(ViewBatch(replace(batch, sent={}), index, weights[index]))

@@ -51,6 +51,7 @@ def block_view_batches(
     assert views.token_weights is not None
     per_sequence = views.weights[0].numel()
     masks, weights = views.mask_indices.flatten(0, 2), views.token_weights.flatten(0, 2)
+    predicted = None if views.predicted is None else views.predicted.flatten(0, 2)
     order, width = order_of_views(sequences, per_sequence, rows_per_batch, chosen)
     copies, batches = math.gcd(rows_per_batch, per_sequence), []
     for index in order.split(rows_per_batch):
@@ -69,6 +70,7 @@ def block_view_batches(
             blocks,
             logit_shift,
             weights=weights[together],
+            predicted=None if predicted is None else predicted[together],
         )
         # Policies and passes look at the same views, one after the other.
         whole = views.weights.flatten()[index]

@@ -51,7 +51,7 @@ class Accumulated(NamedTuple):
 
     Attributes:
         draws: float32 on the host, the current policy's log-probabilities as the objective takes
-            them: ELBO draws ``[n, m]``, or tokens ``[n, m, v, l]``.
+            them: ELBO draws ``[n, m]``, or tokens ``[n, m, v, l]`` or ``[n, m, l]``.
         again: likewise, the same as the pass with gradients computed them, where a pass without
             gradients had come before; else None.
         left_out: sequences without a backward pass, because their gradient is exactly zero.
@@ -194,6 +194,10 @@ def accumulate_facts(
 def _factors(gradient: Tensor, update: _Update) -> Tensor:
     """Turn d loss / d log-probabilities into d loss / d cross entropy of the views."""
     if update.objective.per_token:
+        if update.objective.each_token_once:
+            # The views that do not predict a token do not look at its factor.
+            views = update.facts.views.weights.size(2)
+            gradient = gradient[:, :, None].expand(-1, -1, views, -1)
         return -gradient.flatten(0, 2)
     # d ELBO / d (summed cross entropy of a view) = -weight.
     return -(gradient[..., None] * update.facts.views.weights).flatten()

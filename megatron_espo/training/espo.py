@@ -63,6 +63,10 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     _settle_mixing(args)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
+    fitted = objective_of(espo).fitted(rollout.completion_length, block_length(args))
+    if fitted:
+        args.espo_objective_args = [*(espo.objective_args or ()), *fitted]
+        espo = config_from_args(EspoConfig, args)
     args.espo_kl_coef = check_objective(espo).kl_coef
     espo = config_from_args(EspoConfig, args)
     _check_blocks(args, espo)
@@ -144,7 +148,9 @@ def _check_blocks(args: argparse.Namespace, espo: EspoConfig) -> None:
             "fine-tuning, which ESPO does not have; leave it out."
         )
     objective = objective_of(espo)
-    by_block = objective.masks(espo).by_block and not objective.per_token
+    by_block = objective.masks(espo).by_block
+    # Of tokens, the block ELBO's views weigh each by its block.
+    by_block = by_block and (objective.each_token_once or not objective.per_token)
     if block_length(args) is not None and not by_block:
         raise UserError(
             f"--espo-objective {espo.objective} is not defined for a model whose tokens come block "
