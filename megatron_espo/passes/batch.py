@@ -120,8 +120,8 @@ def pack_sequences(
     Returns:
         The sequences.
     """
-    starts = torch.tensor([len(prompt) for prompt in prompts])
-    lengths = torch.tensor([len(completion) for completion in completions])
+    pairs = zip(prompts, completions, strict=True)
+    starts, lengths = torch.tensor([(len(one), len(other)) for one, other in pairs]).unbind(dim=1)
     tokens = torch.full((len(starts), shapes.width(int((starts + lengths).max()))), pad_token_id)
     for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)

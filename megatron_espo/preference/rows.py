@@ -138,9 +138,9 @@ def pair_batch(
     """Draw the masks of pairs and cut them into micro-batches.
 
     Args:
-        model: the model.
+        model: gives special tokens, the shapes of rows and how positions attend.
         rows: the file.
-        pairs: which k of its pairs.
+        pairs: which of its pairs.
         numbers: what each is counted by, the keys of its masks: policy and reference, and whoever
             asks again, get the same ones.
         key: random stream.

@@ -97,7 +97,8 @@ def test_adapters_learn_against_their_base(folder: Path, whole: str) -> None:
     """Two passes, a fixed length, several epochs; the base stays as it is."""
     flags = (
         f"--pretrained-checkpoint {folder / 'whole'} --lora-rank 4 --dpo-gradient two_pass "
-        "--dpo-completion-length 6 --dpo-epochs 2 --micro-batch-size 2 --dpo-eval-samples 5 --lr 1e-2"
+        "--dpo-completion-length 6 --dpo-epochs 2 --micro-batch-size 2 --dpo-eval-samples 5 "
+        "--lr 1e-2"
     ).split()
     printed = dpo(folder, "adapters", *flags, ranks=1)
     assert "2 epochs of 40 pairs: 10 steps of 8 pairs." in printed
