@@ -40,7 +40,7 @@ def _serve(pipe: Connection, shape: Shape, rows: int, rank: int | None) -> None:
     from megatron_espo.rl.update import accumulate_gradient
     from megatron_espo.startup.arguments import initialize_arguments
     from megatron_espo.startup.setup import diffusion_model, initialize_process_groups
-    from megatron_espo.training.espo import _connect_schedule
+    from megatron_espo.training.own_loop import connect_schedule
 
     torch.set_num_threads(1)
     imports = _peak()
@@ -59,7 +59,7 @@ def _serve(pipe: Connection, shape: Shape, rows: int, rank: int | None) -> None:
         chunks, optimizer, _ = megatron_training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
         )
-        _connect_schedule(chunks, optimizer)
+        connect_schedule(chunks, optimizer)
         model = diffusion_model(chunks)
     reference = reference_policy(chunks)
     espo = EspoConfig(prompts_per_rollout=2, group_size=2, num_mc=1)

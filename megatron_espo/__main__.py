@@ -28,11 +28,12 @@ class Command(NamedTuple):
     is_job: bool = False
 
 
-TRAININGS = ("pretrain", "sft", "espo")
+TRAININGS = ("pretrain", "sft", "espo", "dpo")
 COMMANDS = {
     "pretrain": Command("training.pretrain", "pre-train on .bin/.idx data", True),
     "sft": Command("training.pretrain", "fine-tune on prompts and completions", True),
     "espo": Command("training.espo", "reinforcement learning with ESPO", True),
+    "dpo": Command("training.dpo", "preference optimization on pairs of completions", True),
     "evaluate": Command("commands.evaluate", "accuracy and reward of a model on a task", True),
     "generate": Command("commands.generate", "complete prompts, or chat", True),
     "convert": Command("commands.convert", "Hugging Face and PEFT folders, both ways", True),

@@ -355,6 +355,71 @@ class SftConfig:
 
 
 @dataclass(frozen=True)
+class DpoConfig:
+    """Preference optimization of pairs: DPO with VRPO's ELBO estimates (arXiv 2505.19223)."""
+
+    train_data: str | None = None
+    """JSONL of {"prompt", "chosen", "rejected"} to train on: texts, or chat messages."""
+
+    eval_data: str | None = None
+    """JSONL of held-out pairs of the same form: their loss and accuracy before the run, every
+    --eval-interval steps and after it."""
+
+    eval_samples: int = 0
+    """Held-out pairs per evaluation, the first ones of the file; 0 takes all."""
+
+    beta: float = 0.2
+    """Scale of the log-ratios to the reference in the loss: a larger one holds the policy closer
+    to it."""
+
+    num_mc: int = 8
+    """Monte-Carlo draws per ELBO, each a time step with one mask (VRPO's budget n)."""
+
+    elbo_estimator: Literal["coupled", "exact_count", "bernoulli"] = "exact_count"
+    """Forward process behind the ELBO; a coupled draw is a pair of complementary masks."""
+
+    gradient: Literal["auto", "joint", "two_pass"] = "auto"
+    """joint: all views of a pair in one micro-batch, one pass. two_pass: a pass without gradients,
+    then a backward pass view by view; memory does not grow with the draws. auto: joint where
+    --micro-batch-size is a multiple of a pair's views, which is its default."""
+
+    completion_length: int | None = None
+    """Tokens of every completion, filled up with end-of-sequence tokens that are part of it.
+    Default: each is as long as it is, with one end of sequence."""
+
+    skip_long: bool = False
+    """Leave out pairs that do not fit instead of stopping; their number is printed."""
+
+    epochs: float = 0.0
+    """Times to see each pair, in place of --train-iters. The last step is filled up with pairs of
+    the next epoch. 0: as many steps as --train-iters says."""
+
+    def validate(self) -> None:
+        """Check the values.
+
+        Raises:
+            UserError: naming the flag.
+        """
+        if not 0.0 < self.beta < math.inf:
+            raise UserError(f"--dpo-beta {self.beta} must be a positive number.")
+        if self.num_mc < 1:
+            raise UserError(f"--dpo-num-mc {self.num_mc} must be at least 1.")
+        if self.eval_samples < 0:
+            raise UserError(f"--dpo-eval-samples {self.eval_samples} must be 0 or more.")
+        if not 0.0 <= self.epochs < math.inf:
+            raise UserError(f"--dpo-epochs {self.epochs} must be a positive number.")
+        if self.completion_length is not None and self.completion_length < 1:
+            raise UserError(
+                f"--dpo-completion-length {self.completion_length} must be at least 1 token."
+            )
+
+    @property
+    def views_per_completion(self) -> int:
+        """Model rows behind one ELBO."""
+        return self.num_mc * (2 if self.elbo_estimator == "coupled" else 1)
+
+
+@dataclass(frozen=True)
 class MonitorConfig:
     """What a run reports."""
 
@@ -405,8 +470,8 @@ class EspoConfig:
 
     objective: str = "espo"
     """Objective: espo, token_elbo, mean_field, diffu_grpo, coupled_grpo, wd1, gdsd, spg, rspo,
-    bridge, gdpo, stable_drl, bgpo, or your own: FILE.py or my_module.my_objective
-    (docs/objectives.md)."""
+    bridge, gdpo, stable_drl, bgpo, just_grpo, block_just_grpo, or your own: FILE.py or
+    my_module.my_objective (docs/objectives.md)."""
 
     objective_args: list[str] | None = field(default=None, metadata=_STRINGS)
     """Settings of the objective, NAME=VALUE: psi=10 of gdsd, beta=1 of spg, ..."""

@@ -150,7 +150,7 @@ def read_examples(
     encoder = PromptEncoder(tokenizer, spelled, ids.mask_token_id, ids.stop_token_ids)
     for number, record in read_jsonl(path):
         try:
-            prompt, completion = _tokenize(record, tokenizer, encoder)
+            prompt, completion = tokenize_record(record, tokenizer, encoder)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from error
         if ids.mask_token_id in prompt or ids.mask_token_id in completion:
@@ -160,10 +160,22 @@ def read_examples(
         yield SftExample(number, prompt, completion)
 
 
-def _tokenize(
+def tokenize_record(
     record: Mapping[str, Any], tokenizer: FastTokenizer, encoder: PromptEncoder
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the completion of one line."""
+    """Tokenize one line of a fine-tuning file.
+
+    Args:
+        record: the line.
+        tokenizer: must have a chat format if the line holds messages.
+        encoder: of the run; says what becomes of special tokens that messages spell.
+
+    Returns:
+        The ids of the prompt and of the completion.
+
+    Raises:
+        UserError: the line is not an example.
+    """
     messages = record.get("messages")
     if messages is not None:
         return _tokenize_chat(messages, tokenizer, encoder)

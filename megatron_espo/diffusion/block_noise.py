@@ -151,6 +151,7 @@ def block_elbo_views(
     block_size: int,
     *,
     independent_draws: bool = False,
+    lengths: Tensor | None = None,
 ) -> ElboViews:
     """Draw the masks of estimates of the block ELBO of completions.
 
@@ -170,13 +171,16 @@ def block_elbo_views(
         block_size: tokens of a block k.
         independent_draws: give each draw levels of its own; else those of a block are spread evenly
             over the draws, which leaves each of them uniform.
+        lengths: int64 ``[b]``, at most l: how many of its tokens each completion has; None: all.
 
     Returns:
         The views, on the host. The weights are those of tokens.
     """
     n = -(-(block_size - 1 + length) // block_size)
     columns = offsets[:, None] + torch.arange(length)
-    inside = torch.zeros(len(offsets), n * block_size, dtype=torch.bool).scatter_(1, columns, True)
+    there = torch.full((len(offsets), 1), length) if lengths is None else lengths[:, None]
+    inside = torch.zeros(len(offsets), n * block_size, dtype=torch.bool)
+    inside.scatter_(1, columns, torch.arange(length) < there)
     inside = inside.unflatten(1, (n, block_size))
     first = uniform(substream(key, "block"), sample_ids, n)
     masks, weights = [], []
@@ -193,6 +197,34 @@ def block_elbo_views(
     mask, weight = (torch.stack(parts, dim=1).flatten(3) for parts in (masks, weights))
     ones = torch.ones(mask.shape[:3])
     return ElboViews(mask.gather(3, picked), ones, token_weights=weight.gather(3, picked))
+
+
+def own_length_views(
+    estimator: ElboEstimator, key: Stream, sample_ids: Tensor, lengths: Tensor, num_mc: int
+) -> ElboViews:
+    """Draw the masks of ELBO estimates of completions that have lengths of their own.
+
+    Each is masked as :func:`~megatron_espo.diffusion.noise.elbo_views` masks one of its length,
+    with counts that are spread evenly over its own draws; what the others are does not matter.
+
+    Args:
+        estimator: which forward process.
+        key: random stream of this estimate.
+        sample_ids: int64 ``[b]`` on the host.
+        lengths: int64 ``[b]``, at least 1.
+        num_mc: number of draws m.
+
+    Returns:
+        The views over as many tokens as the longest has, on the host.
+    """
+    width = int(lengths.max())
+    whole = torch.zeros_like(lengths)
+    # All of a completion is one block.
+    views = block_elbo_views(
+        estimator, key, sample_ids, whole, width, num_mc, width, lengths=lengths
+    )
+    assert views.token_weights is not None
+    return ElboViews(views.mask_indices, views.token_weights[..., 0])
 
 
 def _views(

@@ -40,11 +40,13 @@ class ElboViews(NamedTuple):
             coupled pair has weight 0; an empty bernoulli view keeps 1 / p, times a sum of 0.
         token_weights: float32 ``[b, m, v, s]``, factors on the cross entropy of each position
             inside that sum, where they differ (diffusion/block_noise.py); None: all 1.
+        predicted: bool ``[b, m, v, s]``, the masked positions that are predicted; None: all.
     """
 
     mask_indices: Tensor
     weights: Tensor
     token_weights: Tensor | None = None
+    predicted: Tensor | None = None
 
 
 def random_subset(key: Stream, sample_ids: Tensor, maskable: Tensor, sizes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_espo.checkpoint.tracker import has_checkpoint
-from megatron_espo.config import EspoConfig, LaunchConfig, RolloutConfig
+from megatron_espo.config import DpoConfig, EspoConfig, LaunchConfig, RolloutConfig
 from megatron_espo.dry_run.planned import (
     entry_point,
     planned_world_size,
@@ -18,6 +18,7 @@ from megatron_espo.plan.memory import GB
 from megatron_espo.plan.parameters import count_parameters
 from megatron_espo.plan.plan import Plan, check_plan, make_plan
 from megatron_espo.plan.text import plan_report
+from megatron_espo.preference.rows import planned_pairs
 from megatron_espo.recipes import expand_recipes
 from megatron_espo.startup.arguments import config_from_args, plan_arguments
 from megatron_espo.startup.setup import pad_multiple
@@ -47,15 +48,17 @@ def dry_run(argv: Sequence[str], prepare: Prepare, module: str) -> Plan | None:
     with quiet():
         args = plan_arguments(argv, prepare, world_size)
         stages = count_parameters(args)
-        rows = planned_rows(args)
+        preferring = entry_point(module) == "dpo"
+        rows = planned_pairs(args) if preferring else planned_rows(args)
     args.dry_run_gpus_per_node = positive_number(os.environ, "GPUS_PER_NODE", 8)
     espo, rollout, task = None, None, None
     if entry_point(module) == "espo":
         espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
         task = load_task(espo.task, flag="--espo-task")
+    dpo = config_from_args(DpoConfig, args) if preferring else None
     gpu_memory = config_from_args(LaunchConfig, args).dry_run_gpu_memory * GB
-    plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args), rows)
-    print(plan_report(plan, espo, rollout))
+    plan = make_plan(args, stages, espo, rollout, gpu_memory, pad_multiple(args), rows, dpo)
+    print(plan_report(plan, espo, rollout, dpo))
     print(_files(args, task, rows is not None), flush=True)
     if is_simulation(args):
         peaks = [memory.peak for memory in plan.memory]
@@ -73,6 +76,8 @@ def _files(args: argparse.Namespace, task: Task | None, read: bool) -> str:
         "--espo-eval-data": args.espo_eval_data,
         "--sft-train-data": args.sft_train_data,
         "--sft-valid-data": args.sft_valid_data,
+        "--dpo-train-data": args.dpo_train_data,
+        "--dpo-eval-data": args.dpo_eval_data,
     }
     here = {}
     for flag, path in named.items():
@@ -89,7 +94,7 @@ def _files(args: argparse.Namespace, task: Task | None, read: bool) -> str:
     missing = [flag for flag, found in here.items() if not found]
     line = "Not checked: the contents of tokenizer, data and checkpoints"
     if read:
-        line = "Not checked: the contents of checkpoints, and of data but --sft-train-data"
+        line = "Not checked: the contents of checkpoints, and of data but the training data"
     if missing:
         line += f"; not found on this machine: {', '.join(missing)}"
     return line + "."

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from megatron_espo.errors import UserError
 from megatron_espo.recipes import expand_recipes, last_value
 
-EntryPoint = Literal["espo", "pretrain", "evaluate", "generate"]
+EntryPoint = Literal["espo", "dpo", "pretrain", "evaluate", "generate"]
 
 
 def entry_point(module: str) -> EntryPoint:

@@ -7,7 +7,7 @@ from dataclasses import fields as fields_of
 
 from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import targets_of
-from megatron_espo.config import EspoConfig
+from megatron_espo.config import DpoConfig, EspoConfig
 from megatron_espo.model.shape import ExpertShape, query_groups
 from megatron_espo.objectives import views_per_completion
 from megatron_espo.passes.block_mask import BlockAttention
@@ -82,7 +82,13 @@ def _noisy_rows(args: argparse.Namespace) -> BlockAttention | None:
     if mask in (None, "full"):
         return None
     blocks = BlockAttention(args.block_size, mask == "context-causal")
-    # Only ESPO's arguments know micro-batches of views.
+    # Only arguments of ESPO and of preference optimization know micro-batches of views.
+    views = getattr(args, "dpo_rows_per_batch", None)
+    if views is not None:
+        dpo = DpoConfig(
+            **{field.name: getattr(args, f"dpo_{field.name}") for field in fields_of(DpoConfig)}
+        )
+        return blocks.with_copies(math.gcd(views, dpo.views_per_completion))
     views = getattr(args, "espo_rows_per_batch", None)
     if views is None:
         return blocks.with_copies(1)

@@ -22,12 +22,13 @@ Rows are counted at the width that they are given, the same for all.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
-from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.config import DpoConfig, EspoConfig, RolloutConfig
 from megatron_espo.generation.remasking import DREAM_ORDERS, commit_counts, dream_commit_counts
 from megatron_espo.monitor.dimensions import ModelDimensions as ModelDimensions
 from megatron_espo.objectives import num_draws, objective_of, views_per_completion
+from megatron_espo.objectives.masks import ElboMasks
 
 
 class _Parts(NamedTuple):
@@ -313,3 +314,35 @@ def rollout_flops(
         ref_elbo=mu * ref if espo.kl_coef > 0.0 else 0.0,
         update=mu * (trained * (1.0 - left_out) + one * extra),
     )
+
+
+def preference_flops(
+    model: ModelDimensions,
+    pairs: float,
+    positions: int,
+    length: float,
+    dpo: DpoConfig,
+    mode: Literal["joint", "two_pass"],
+) -> RolloutFlops:
+    """Count an optimizer step of preference optimization.
+
+    Args:
+        model: dimensions.
+        pairs: of the step, on all ranks.
+        positions: width of a row, prompt and completion.
+        length: tokens of a completion on average.
+        dpo: estimator and number of draws.
+        mode: the way to the gradient.
+
+    Returns:
+        Operations by phase; nothing is sampled, and there is no old policy.
+    """
+    rows = 2 * pairs * dpo.views_per_completion
+    masks = ElboMasks(dpo.elbo_estimator)
+    # Linear in the length, up to a constant.
+    masked = masks.masked(0) + length * (masks.masked(1) - masks.masked(0))
+    asked = (rows, positions, 2 * pairs * dpo.num_mc * masked)
+    update = training_flops(model, *asked)
+    if mode == "two_pass":
+        update += forward_flops(model, *asked)
+    return RolloutFlops(0.0, 0.0, forward_flops(model.base, *asked), update)

@@ -103,14 +103,15 @@ def begin_events(writer: Any, step: int, samples: int | None = None) -> None:
         writer.file_writer.add_event(mark, first)
 
 
-def write_layout(writer: Any) -> None:
+def write_layout(writer: Any, layout: Mapping[str, Mapping[str, Chart]] = LAYOUT) -> None:
     """Write how the charts are grouped; the last one written counts.
 
     Args:
         writer: a SummaryWriter, or None.
+        layout: charts by group.
     """
     if writer is not None:
-        writer.add_custom_scalars(LAYOUT)
+        writer.add_custom_scalars(layout)
 
 
 def write_scalars(writer: Any, scalars: Mapping[str, float], step: int) -> None:

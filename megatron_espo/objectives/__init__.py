@@ -11,12 +11,14 @@ from megatron_espo.config import EspoConfig
 from megatron_espo.errors import UserError
 from megatron_espo.objectives.base import Given, Loss, Objective, loss_gradient, setting
 from megatron_espo.objectives.bgpo import Bgpo
+from megatron_espo.objectives.block_just_grpo import BlockJustGrpo
 from megatron_espo.objectives.bridge import Bridge
 from megatron_espo.objectives.coupled_grpo import CoupledGrpo
 from megatron_espo.objectives.diffu_grpo import DiffuGrpo
 from megatron_espo.objectives.espo import Espo
 from megatron_espo.objectives.gdpo import Gdpo
 from megatron_espo.objectives.gdsd import Gdsd
+from megatron_espo.objectives.just_grpo import JustGrpo
 from megatron_espo.objectives.mean_field import MeanField
 from megatron_espo.objectives.rspo import Rspo
 from megatron_espo.objectives.spg import Spg
@@ -54,6 +56,8 @@ BUILT_IN: Mapping[str, type[Objective]] = {
     "gdpo": Gdpo,
     "stable_drl": StableDrl,
     "bgpo": Bgpo,
+    "just_grpo": JustGrpo,
+    "block_just_grpo": BlockJustGrpo,
 }
 
 _DEFAULTS = EspoConfig()

@@ -88,6 +88,8 @@ class Objective:
         per_token: the loss takes float ``[b, m, v, l]``, the log-probability of each masked token
             and 0 for the others; else ``[b, m]``, of each draw the weighted sum over its views of
             the log-probabilities summed over masked tokens (an ELBO, with an ELBO's weights).
+        each_token_once: of an objective of tokens, that its views predict every token once between
+            them: the loss takes float ``[b, m, l]``, the log-probability of each token.
         scope: what a completion's loss depends on besides itself: nothing, the advantages of its
             group, or its group's log-probabilities, too. With ``group``, rows come whole groups at
             a time, and only with two-pass gradients.
@@ -101,6 +103,7 @@ class Objective:
     """
 
     per_token: ClassVar[bool] = False
+    each_token_once: ClassVar[bool] = False
     scope: ClassVar[Scope] = "completion"
     compares_with_old: ClassVar[bool] = True
     idle_without_advantage: ClassVar[bool] = False
@@ -110,6 +113,21 @@ class Objective:
     def masks(self, espo: EspoConfig) -> Masks:
         """Say which views of a completion the loss needs."""
         return ElboMasks(espo.elbo_estimator, espo.kl_estimator == "k2_unbiased")
+
+    def fitted(self, completion_length: int, block_size: int | None) -> tuple[str, ...]:
+        """Say which of its settings follow from a run's others.
+
+        Args:
+            completion_length: l.
+            block_size: tokens of a block of the model; None where all positions see each other.
+
+        Returns:
+            "NAME=VALUE", as in --espo-objective-args.
+
+        Raises:
+            UserError: the objective is not for such a run.
+        """
+        return ()
 
     def loss(self, logp: Tensor, given: Given) -> Loss:
         """Compute the loss of each completion.

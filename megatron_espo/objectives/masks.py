@@ -64,14 +64,16 @@ class Masks:
         per_draw: v.
         fixed: a draw masks the same number of tokens whatever is drawn.
         by_block: a block-diffusion model has such views, too: each block has its own.
+        only_blocks: no other model has.
     """
 
     per_draw: int = 1
     fixed: bool = False
     by_block: bool = False
+    only_blocks: bool = False
 
     def masked(self, length: int) -> float:
-        """Expected number of masked completion tokens of a draw's views together."""
+        """Expected number of predicted completion tokens of a draw's views together."""
         raise NotImplementedError
 
     def draw(self, ask: Ask) -> ElboViews:
@@ -300,3 +302,72 @@ class Quadrature(Masks):
             for i in range(ask.num_draws)
         ]  # fmt: skip
         return ElboViews(torch.stack(masks, dim=1), weights.expand(b, ask.num_draws, -1).clone())
+
+
+@dataclass(frozen=True)
+class Prefixes(Masks):
+    """One view for each token: it and all after it masked, it alone predicted. Weight 1.
+
+    Attributes:
+        passes: v, the completion's length.
+    """
+
+    passes: int = 0
+    fixed = True
+
+    @property
+    def per_draw(self) -> int:  # type: ignore[override]
+        """See Masks."""
+        return self.passes
+
+    def masked(self, length: int) -> float:
+        """See Masks."""
+        return length
+
+    def draw(self, ask: Ask) -> ElboViews:
+        """See Masks."""
+        assert self.passes == ask.length, "--espo-objective-args passes"
+        place = torch.arange(ask.length)
+        return _same_for_all(ask, place >= place[:, None], place == place[:, None])
+
+
+@dataclass(frozen=True)
+class BlockPrefixes(Masks):
+    """One view for each place in a block: it and all after it masked in every block. Weight 1.
+
+    Each view predicts that place of every block, so that every token is predicted once.
+
+    Attributes:
+        passes: v, the tokens of a block.
+    """
+
+    passes: int = 0
+    fixed, by_block, only_blocks = True, True, True
+
+    @property
+    def per_draw(self) -> int:  # type: ignore[override]
+        """See Masks."""
+        return self.passes
+
+    def masked(self, length: int) -> float:
+        """See Masks."""
+        return length
+
+    def draw(self, ask: Ask) -> ElboViews:
+        """See Masks."""
+        assert ask.offsets is not None
+        place = (ask.offsets[:, None] + torch.arange(ask.length)) % self.passes
+        level = torch.arange(self.passes)[None, :, None]
+        views = _same_for_all(ask, place[:, None] >= level, place[:, None] == level)
+        return views._replace(token_weights=torch.ones(views.mask_indices.shape))
+
+
+def _same_for_all(ask: Ask, masks: Tensor, predicted: Tensor) -> ElboViews:
+    """Make views ``[v, l]`` or ``[b, v, l]`` those of all draws."""
+    shape = (len(ask.sample_ids), ask.num_draws, *masks.shape[-2:])
+    if masks.dim() == 3:
+        masks, predicted = masks[:, None], predicted[:, None]
+    weights = torch.ones(shape[:3])
+    return ElboViews(
+        masks.expand(shape).clone(), weights, predicted=predicted.expand(shape).clone()
+    )

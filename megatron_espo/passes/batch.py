@@ -24,18 +24,29 @@ class Sequences:
         prompt_lengths: int64 ``[n]``.
         completion_length: l, end-of-sequence padding included.
         shapes: says how wide a micro-batch is.
+        completion_lengths: int64 ``[n]``, at most l, where each completion has a length of its own.
+        together: so many sequences, one after another, stay side by side in micro-batches.
     """
 
     tokens: Tensor
     prompt_lengths: Tensor
     completion_length: int
     shapes: Shapes
+    completion_lengths: Tensor | None = None
+    together: int = 1
 
     def __len__(self) -> int:
         return self.tokens.size(0)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt with its completion: int64 ``[n]``."""
+        own = self.completion_lengths
+        return self.prompt_lengths + (self.completion_length if own is None else own)
+
     def completions(self) -> Tensor:
-        """The completions alone: int64 ``[n, l]``."""
+        """The completions alone, all of one length: int64 ``[n, l]``."""
+        assert self.completion_lengths is None
         places = self.prompt_lengths[:, None] + torch.arange(self.completion_length)[None]
         return self.tokens.gather(1, places)
 
@@ -91,27 +102,32 @@ class ViewBatch:
 
 
 def pack_sequences(
-    prompts: Sequence[Sequence[int]], completions: Tensor, pad_token_id: int, shapes: Shapes
+    prompts: Sequence[Sequence[int]],
+    completions: Tensor | Sequence[Tensor],
+    pad_token_id: int,
+    shapes: Shapes,
+    together: int = 1,
 ) -> Sequences:
     """Join prompts and completions.
 
     Args:
         prompts: token ids per row.
-        completions: int64 ``[n, l]``.
+        completions: int64 ``[n, l]``; or n of int64 ``[l]``, each of a length of its own.
         pad_token_id: fills the right padding.
         shapes: says how wide the rows are.
+        together: see `Sequences`.
 
     Returns:
         The sequences.
     """
-    n, length = completions.shape
-    longest = max(len(prompt) for prompt in prompts) + length
-    tokens = torch.full((n, shapes.width(longest)), pad_token_id)
+    pairs = zip(prompts, completions, strict=True)
+    starts, lengths = torch.tensor([(len(one), len(other)) for one, other in pairs]).unbind(dim=1)
+    tokens = torch.full((len(starts), shapes.width(int((starts + lengths).max()))), pad_token_id)
     for row, prompt, completion in zip(tokens, prompts, completions, strict=True):
         row[: len(prompt)] = torch.tensor(prompt, dtype=torch.int64)
-        row[len(prompt) : len(prompt) + length] = completion
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    return Sequences(tokens, lengths, length, shapes)
+        row[len(prompt) : len(prompt) + len(completion)] = completion
+    own = None if isinstance(completions, Tensor) else lengths
+    return Sequences(tokens, starts, int(lengths.max()), shapes, own, together)
 
 
 def mask_rows(
@@ -122,6 +138,7 @@ def mask_rows(
     mask_token_id: int,
     vocab_size: int,
     hidden: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> RowBatch:
     """Noise rows and name the positions to predict.
 
@@ -133,11 +150,12 @@ def mask_rows(
         mask_token_id: the mask token.
         vocab_size: tokens before padding.
         hidden: bool ``[R, p]``, positions before ``starts`` that are masked and not predicted.
+        predicted: bool ``[R, c]``, masked positions that are predicted; None: all of them.
 
     Returns:
         The micro-batch, with MaskedTargets as payload.
     """
-    rows, columns = mask.nonzero(as_tuple=True)
+    rows, columns = (mask if predicted is None else predicted).nonzero(as_tuple=True)
     is_dummy = rows.numel() == 0
     if is_dummy:
         # Any position with a predecessor: a shifted model reads the state before it.
@@ -147,7 +165,11 @@ def mask_rows(
     else:
         positions = starts[rows] + columns
         noised = tokens.clone()
-        noised[rows, positions] = mask_token_id
+        if predicted is None:
+            noised[rows, positions] = mask_token_id
+        else:
+            there, masked = mask.nonzero(as_tuple=True)
+            noised[there, starts[there] + masked] = mask_token_id
     if hidden is not None:
         noised = noised.clone()
         seen = noised[:, : hidden.size(1)]
@@ -196,11 +218,12 @@ def order_of_views(
         sequence side by side; and the width of the longest sequence.
     """
     taken = torch.arange(len(sequences)) if chosen is None else chosen
-    by_length = taken[sequences.prompt_lengths[taken].argsort(descending=True, stable=True)]
+    lengths = sequences.lengths[taken].view(-1, sequences.together).amax(dim=1)
+    by_length = lengths.argsort(descending=True, stable=True)
+    by_length = taken.view(-1, sequences.together)[by_length].flatten()
     order = (by_length[:, None] * per_sequence + torch.arange(per_sequence)).flatten()
     assert len(order) % rows_per_batch == 0, (len(order), rows_per_batch)
-    longest = int(sequences.prompt_lengths[taken].max()) + sequences.completion_length
-    return order, sequences.shapes.width(longest)
+    return order, sequences.shapes.width(int(lengths.max()))
 
 
 def view_batches(
@@ -234,7 +257,8 @@ def view_batches(
         Micro-batches on the host; ``view_index`` says which views each holds.
     """
     per_sequence = views.weights[0].numel()
-    masks = views.mask_indices.flatten(0, 2)
+    masks, predicted = views.mask_indices.flatten(0, 2), views.predicted
+    predicted = None if predicted is None else predicted.flatten(0, 2)
     weights = views.weights.flatten()
     prompts = prompt_masks
     if prompts is not None:
@@ -243,8 +267,7 @@ def view_batches(
     batches = []
     for index in order.split(rows_per_batch):
         sequence = index // per_sequence
-        starts = sequences.prompt_lengths[sequence]
-        lengths = starts + sequences.completion_length
+        starts, lengths = sequences.prompt_lengths[sequence], sequences.lengths[sequence]
         if not same_width:
             width = sequences.shapes.width(int(lengths.max()))
         batch = mask_rows(
@@ -255,6 +278,7 @@ def view_batches(
             mask_token_id,
             vocab_size,
             None if prompts is None else prompts[index],
+            None if predicted is None else predicted[index],
         )
         # Policies and passes look at the same views, one after the other.
         batches.append(ViewBatch(replace(batch, sent={}), index, weights[index]))

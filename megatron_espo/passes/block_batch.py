@@ -24,6 +24,7 @@ def block_rows(
     logit_shift: bool,
     next_tokens: Tensor | None = None,
     weights: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> RowBatch:
     """Noise copies of rows, put them before the clean ones, and name the positions to predict.
 
@@ -45,13 +46,15 @@ def block_rows(
             at position 0. None: none.
         weights: float32 ``[R, K, c]``, factors on the cross entropy in sums over rows; without
             ``next_tokens``.
+        predicted: bool ``[R, K, c]``, masked positions that are predicted; None: all of them.
 
     Returns:
         The micro-batch of ``[R, (K + 1) L]`` tokens. Its payload's table has K rows for each row,
         those of the copies; with ``next_tokens`` one more, that of the clean tokens.
     """
     (count, copies, c), length = mask.shape, tokens.size(1)
-    wanted = mask if next_tokens is None else torch.cat((mask, next_tokens[:, None]), dim=1)
+    asked = mask if predicted is None else predicted
+    wanted = asked if next_tokens is None else torch.cat((asked, next_tokens[:, None]), dim=1)
     assert weights is None or next_tokens is None
     rows, copy, columns = wanted.nonzero(as_tuple=True)
     is_dummy = rows.numel() == 0
@@ -62,8 +65,8 @@ def block_rows(
         position = starts[rows] + columns
     whole = tokens[:, None].repeat(1, copies + 1, 1)
     if not is_dummy:
-        noisy = copy < copies
-        whole[rows[noisy], copy[noisy], position[noisy]] = mask_token_id
+        row, noisy, column = mask.nonzero(as_tuple=True)
+        whole[row, noisy, starts[row] + column] = mask_token_id
     from_clean = copy == copies
     before = from_clean | torch.tensor(logit_shift)
     if logit_shift:

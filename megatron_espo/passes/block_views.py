@@ -51,13 +51,13 @@ def block_view_batches(
     assert views.token_weights is not None
     per_sequence = views.weights[0].numel()
     masks, weights = views.mask_indices.flatten(0, 2), views.token_weights.flatten(0, 2)
+    predicted = None if views.predicted is None else views.predicted.flatten(0, 2)
     order, width = order_of_views(sequences, per_sequence, rows_per_batch, chosen)
     copies, batches = math.gcd(rows_per_batch, per_sequence), []
     for index in order.split(rows_per_batch):
         together = index.view(-1, copies)
         sequence = together[:, 0] // per_sequence
-        starts = sequences.prompt_lengths[sequence]
-        lengths = starts + sequences.completion_length
+        starts, lengths = sequences.prompt_lengths[sequence], sequences.lengths[sequence]
         if not same_width:
             width = sequences.shapes.width(int(lengths.max()))
         batch = block_rows(
@@ -70,6 +70,7 @@ def block_view_batches(
             blocks,
             logit_shift,
             weights=weights[together],
+            predicted=None if predicted is None else predicted[together],
         )
         # Policies and passes look at the same views, one after the other.
         whole = views.weights.flatten()[index]

@@ -3,12 +3,14 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.config import DpoConfig, EspoConfig, RolloutConfig
 from megatron_espo.errors import UserError
 from megatron_espo.monitor.flops import (
     ModelDimensions,
     RolloutFlops,
+    preference_flops,
     rollout_flops,
     training_flops,
 )
@@ -125,6 +127,7 @@ def make_plan(
     gpu_memory: float,
     pad_multiple: int = 1,
     sft_rows: PlannedRows | None = None,
+    dpo: DpoConfig | None = None,
 ) -> Plan:
     """Work a run out.
 
@@ -135,7 +138,9 @@ def make_plan(
         rollout: sampling settings; None likewise.
         gpu_memory: bytes of one GPU.
         pad_multiple: ESPO pads the positions of its rows to a multiple of this.
-        sft_rows: what fine-tuning's data is like; None plans for rows of --seq-length.
+        sft_rows: what the data of fine-tuning or preference optimization is like; None plans for
+            rows of --seq-length.
+        dpo: settings of preference optimization; None for other jobs.
 
     Returns:
         The plan.
@@ -164,6 +169,8 @@ def make_plan(
         )
         flops = rollout_flops(dimensions, args.seq_length, espo, rollout)
         step_flops = flops.total / espo.updates_per_rollout
+    elif dpo is not None:
+        passes, step_flops = _preference(args, dimensions, dpo, sft_rows, pad_multiple)
     else:
         passes, step_flops = _supervised(args, dimensions, sft_rows)
     memory = [plan_memory(args, stage, passes, index) for index, stage in enumerate(stages)]
@@ -198,6 +205,43 @@ def _supervised(
     read = mean_maskable * (0.5 + following)
     flops = sum(
         training_flops(dimensions, batch * share, width, batch * share * read)
+        for width, share in shares.items()
+    )
+    return passes, flops
+
+
+def _preference(
+    args: argparse.Namespace,
+    dimensions: ModelDimensions,
+    dpo: DpoConfig,
+    pairs: PlannedRows | None,
+    pad_multiple: int,
+) -> tuple[Passes, float]:
+    """Size the passes of preference optimization, and count the operations of a step."""
+    length = round_up(args.seq_length, pad_multiple)
+    # Not known without the data: completions of all lengths.
+    maskable, mean = length, length / 2
+    shares = {length: 1.0}
+    if pairs is not None:
+        length, maskable, mean = max(pairs.shares), pairs.longest_maskable, pairs.mean_maskable
+        shares = pairs.shares
+    if dpo.completion_length is not None:
+        maskable, mean = dpo.completion_length, float(dpo.completion_length)
+    rows = args.dpo_rows_per_batch
+    copies = 0 if dimensions.blocks is None else dimensions.blocks.copies
+    views = 2 * args.global_batch_size * dpo.views_per_completion
+    passes = Passes(
+        rows=rows // max(copies, 1),
+        positions=(copies + 1) * length,
+        # A coupled pair masks as many as there are, another view that many at most.
+        head_rows=rows * maskable // (2 if dpo.elbo_estimator == "coupled" else 1),
+        num_batches=views // args.data_parallel_size // rows,
+        copies=copies,
+        keeps_reference=args.lora_rank is None,
+    )
+    mode: Literal["joint", "two_pass"] = "joint" if dpo.gradient == "joint" else "two_pass"
+    flops = sum(
+        share * preference_flops(dimensions, args.global_batch_size, width, mean, dpo, mode).total
         for width, share in shares.items()
     )
     return passes, flops

@@ -2,20 +2,26 @@
 
 from megatron_espo.adapters.base import lora_settings
 from megatron_espo.adapters.projections import targets_of
-from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.config import DpoConfig, EspoConfig, RolloutConfig
 from megatron_espo.objectives import num_draws, objective_of, views_per_completion
 from megatron_espo.objectives.masks import ElboMasks
 from megatron_espo.plan.memory import GB
 from megatron_espo.plan.plan import PEAK_FLOPS, Plan, gpus_per_node, warnings
 
 
-def plan_report(plan: Plan, espo: EspoConfig | None, rollout: RolloutConfig | None) -> str:
+def plan_report(
+    plan: Plan,
+    espo: EspoConfig | None,
+    rollout: RolloutConfig | None,
+    dpo: DpoConfig | None = None,
+) -> str:
     """Write a plan.
 
     Args:
         plan: the plan.
-        espo: ESPO's settings; None for pre-training and fine-tuning.
+        espo: ESPO's settings; None for other jobs.
         rollout: sampling settings; None likewise.
+        dpo: settings of preference optimization; None for other jobs.
 
     Returns:
         Lines.
@@ -23,6 +29,8 @@ def plan_report(plan: Plan, espo: EspoConfig | None, rollout: RolloutConfig | No
     lines = _layout(plan) + _memory(plan)
     if espo is not None and rollout is not None:
         lines += _rollout(plan, espo, rollout)
+    elif dpo is not None:
+        lines += _pairs(plan, dpo)
     else:
         lines += _steps(plan)
     lines += [f"warning: {text}" for text in warnings(plan)]
@@ -177,6 +185,31 @@ def _masks(espo: EspoConfig) -> str:
     masks = objective_of(espo).masks(espo)
     what = masks.estimator if isinstance(masks, ElboMasks) else f"{masks.per_draw} views each"
     return what if espo.objective == "espo" else f"{what}, objective {espo.objective}"
+
+
+def _pairs(plan: Plan, dpo: DpoConfig) -> list[str]:
+    args, passes, rows = plan.args, plan.passes, plan.rows
+    pairs, views = args.global_batch_size, 2 * dpo.views_per_completion
+    described = "Rows: the data not being read, as long as --seq-length"
+    if rows is not None:
+        padding = 100 * (1 - rows.mean_length / rows.mean_width)
+        described = (
+            f"Rows: {rows.num_examples:,} pairs, rows of {rows.mean_length:.0f} tokens on average, "
+            f"the longest of {rows.longest}; {padding:.1f}% of what is computed is padding"
+        )
+    seconds = plan.step_flops / args.world_size / PEAK_FLOPS
+    run = f"{plan.num_steps} optimizer steps, {plan.num_steps * plan.step_flops:.3e} operations"
+    if dpo.epochs and rows is None:
+        run = f"{dpo.epochs:g} epochs; how many steps they are the data decides"
+    return [
+        described,
+        f"Step: {pairs} pairs x {views} views ({dpo.num_mc} draws of {dpo.elbo_estimator} for each "
+        f"completion) = {passes.num_batches} micro-batches of {passes.rows} rows on a "
+        f"data-parallel rank, {dpo.gradient}; one pass of the reference before it",
+        f"Operations of a step: {plan.step_flops:.3e}: {seconds:.1f} s at an H100's bf16 peak, "
+        "which no run reaches",
+        f"Run: {run}",
+    ]
 
 
 def _steps(plan: Plan) -> list[str]:

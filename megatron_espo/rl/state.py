@@ -28,6 +28,9 @@ from megatron_espo.rl.reference import Reference
 from megatron_espo.rl.run import RunState
 from megatron_espo.startup.setup import inference_mode
 
+ESPO, DPO = "an ESPO run", "a run of preference optimization"
+"""What a run is, as its checkpoints say."""
+
 
 class Checkpoints:
     """Saves a run: ESPO's state and the reference policy first, then Megatron's checkpoint."""
@@ -41,6 +44,7 @@ class Checkpoints:
         made_with: Settings,
         writer: Any,
         keeper: Keeper | None = None,
+        kind: str = ESPO,
     ) -> None:
         """Remember the parts.
 
@@ -52,10 +56,11 @@ class Checkpoints:
             made_with: what a rollout in hand depends on.
             writer: TensorBoard writer or None.
             keeper: decides which checkpoints stay; None keeps all.
+            kind: of the run.
         """
         self._parts = (list(chunks), optimizer, scheduler)
         self._reference, self._made_with, self._writer = reference, made_with, writer
-        self._keeper, self._saved = keeper, get_args().iteration
+        self._keeper, self._saved, self._kind = keeper, get_args().iteration, kind
 
     def is_due(self, step: int) -> bool:
         """Whether --save-interval has passed, the run is at its end, or better than ever."""
@@ -110,6 +115,7 @@ class Checkpoints:
         if dist.get_rank() == 0:
             os.makedirs(folder, exist_ok=True)
             state = {
+                "kind": self._kind,
                 "evaluation_due": position.evaluation_due,
                 "rollout": position.rollout,
                 "watch": position.watch,
@@ -124,25 +130,27 @@ class Checkpoints:
             save_checkpoint(step, *self._parts, 0)
 
 
-def read_state(root: str, step: int) -> dict[str, Any]:
+def read_state(root: str, step: int, kind: str = ESPO) -> dict[str, Any]:
     """Read ESPO's part of a checkpoint, apart from the reference policy.
 
     Args:
         root: the --load folder.
         step: the iteration.
+        kind: of the run that goes on.
 
     Returns:
         What :meth:`Checkpoints.save` wrote.
 
     Raises:
-        UserError: The checkpoint is not of an ESPO run.
+        UserError: The checkpoint is not of such a run.
     """
     path = os.path.join(espo_folder(root, step), "state.pt")
+    other = UserError(
+        f"--load {root}: iteration {step} was not written by {kind}; pass that folder "
+        "with --pretrained-checkpoint and another one with --load and --save."
+    )
     if not os.path.isfile(path):
-        raise UserError(
-            f"--load {root}: iteration {step} was not written by an ESPO run; pass that folder "
-            "with --pretrained-checkpoint and another one with --load and --save."
-        )
+        raise other
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
     # Whatever PyTorch raises of a file that was cut short means the same to the user.
@@ -151,6 +159,9 @@ def read_state(root: str, step: int) -> dict[str, Any]:
             f"{path}: cannot be read; go on from an older checkpoint with --ckpt-step, or restore "
             "the file."
         ) from error
+    # A checkpoint from before there was another kind names none.
+    if state.get("kind", ESPO) != kind:
+        raise other
     return state
 
 

@@ -67,10 +67,11 @@ def combine(cross_entropy: Tensor, weights: Tensor, objective: Objective) -> Ten
         objective: the objective.
 
     Returns:
-        float32 ``[k, m]``, or ``[k, m, v, l]``.
+        float32 ``[k, m]``, or ``[k, m, v, l]``; ``[k, m, l]`` where each token is predicted once.
     """
     if objective.per_token:
-        return -cross_entropy.view(*weights.shape, -1)
+        table = -cross_entropy.view(*weights.shape, -1)
+        return table.sum(dim=2) if objective.each_token_once else table
     return elbo_draws(cross_entropy.view_as(weights), weights)
 
 
@@ -97,7 +98,7 @@ def mean_log_probability(logp: Tensor, views: ElboViews) -> Tensor:
     """Bring what an objective takes down to one number per completion.
 
     Args:
-        logp: float32 ``[n, m]`` or ``[n, m, v, l]``.
+        logp: float32 ``[n, m]``, ``[n, m, l]`` or ``[n, m, v, l]``.
         views: its masks.
 
     Returns:
@@ -106,6 +107,8 @@ def mean_log_probability(logp: Tensor, views: ElboViews) -> Tensor:
     """
     if logp.dim() == 2:
         return logp.mean(dim=1)
+    if logp.dim() == 3:
+        return logp.sum(dim=2).mean(dim=1)
     masked = views.mask_indices.flatten(1).sum(dim=1).clamp(min=1)
     return logp.flatten(1).sum(dim=1) / masked * logp.size(-1)
 

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -51,7 +51,7 @@ class Accumulated(NamedTuple):
 
     Attributes:
         draws: float32 on the host, the current policy's log-probabilities as the objective takes
-            them: ELBO draws ``[n, m]``, or tokens ``[n, m, v, l]``.
+            them: ELBO draws ``[n, m]``, or tokens ``[n, m, v, l]`` or ``[n, m, l]``.
         again: likewise, the same as the pass with gradients computed them, where a pass without
             gradients had come before; else None.
         left_out: sequences without a backward pass, because their gradient is exactly zero.
@@ -159,8 +159,34 @@ def accumulate_gradient(
     facts = Facts(
         elbo_old, elbo_ref, advantages, views, length, config, answers, objective_of(config)
     )
+    mode = chosen_gradient(config, len(batches[0].view_index))
+    return accumulate_facts(model, batches, facts, mode, global_batch_size, recut)
+
+
+def accumulate_facts(
+    model: DiffusionModel,
+    batches: list[ViewBatch],
+    facts: Facts,
+    mode: Literal["joint", "two_pass"],
+    global_batch_size: int,
+    recut: Callable[..., list[ViewBatch]] | None = None,
+) -> Accumulated:
+    """Do what :func:`accumulate_gradient` does with an objective that is in hand.
+
+    Args:
+        model: the policy, in training mode; the caller has zeroed the buffers.
+        batches: all views of this rank's n sequences.
+        facts: what the loss is given, and the objective.
+        mode: the way to the gradient; joint only with whole groups of the objective's scope in each
+            micro-batch, side by side.
+        global_batch_size: sequences over all data-parallel ranks.
+        recut: see :func:`accumulate_gradient`.
+
+    Returns:
+        What was found out on the way.
+    """
     update = _Update(model, batches, facts, global_batch_size, recut)
-    if chosen_gradient(config, len(batches[0].view_index)) == "two_pass":
+    if mode == "two_pass":
         return _linear(update) if facts.objective.linear else _two_passes(update)
     return _joint(update)
 
@@ -168,6 +194,10 @@ def accumulate_gradient(
 def _factors(gradient: Tensor, update: _Update) -> Tensor:
     """Turn d loss / d log-probabilities into d loss / d cross entropy of the views."""
     if update.objective.per_token:
+        if update.objective.each_token_once:
+            # The views that do not predict a token do not look at its factor.
+            views = update.facts.views.weights.size(2)
+            gradient = gradient[:, :, None].expand(-1, -1, views, -1)
         return -gradient.flatten(0, 2)
     # d ELBO / d (summed cross entropy of a view) = -weight.
     return -(gradient[..., None] * update.facts.views.weights).flatten()

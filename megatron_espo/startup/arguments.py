@@ -28,6 +28,7 @@ from megatron_espo.checkpoint.tracker import (
 from megatron_espo.config import (
     CheckpointConfig,
     DiffusionConfig,
+    DpoConfig,
     EspoConfig,
     LaunchConfig,
     LoraConfig,
@@ -70,6 +71,7 @@ _PREFIXES: dict[type, str] = {
     PromptConfig: "prompt",
     LoraConfig: "lora",
     SftConfig: "sft",
+    DpoConfig: "dpo",
     RolloutConfig: "rollout",
     EspoConfig: "espo",
     CheckpointConfig: "save",

@@ -205,7 +205,9 @@ def sequence_split(args: argparse.Namespace) -> int:
 
 def pad_multiple(args: argparse.Namespace) -> int:
     """Positions per row must be a multiple of this: ranks that share them, FP8 tiles."""
-    rows = math.gcd(getattr(args, "espo_rows_per_batch", 0), args.rollout_micro_batch_size)
+    rows = getattr(args, "dpo_rows_per_batch", None)
+    if rows is None:
+        rows = math.gcd(getattr(args, "espo_rows_per_batch", 0), args.rollout_micro_batch_size)
     return fp8.sequence_multiple(
         args.fp8_recipe if args.fp8 else None,
         sequence_split(args),

@@ -116,24 +116,28 @@ def step_rows(args: argparse.Namespace) -> int:
     return int(args.global_batch_size)
 
 
-def epoch_steps(args: argparse.Namespace, num_examples: int, batch: int) -> int:
-    """Return the optimizer steps of --sft-epochs, the last one filled up with the next epoch.
+def epoch_steps(
+    args: argparse.Namespace, num_examples: int, batch: int, flag: str = "--sft-epochs"
+) -> int:
+    """Return the optimizer steps of some epochs, the last one filled up with the next epoch.
 
     Args:
         args: parsed arguments.
         num_examples: examples of an epoch.
         batch: examples of a step.
+        flag: says how many epochs.
 
     Raises:
         UserError: the batch size is to change.
     """
     for name in ("rampup_batch_size", "step_batch_size_schedule", "train_samples"):
         if getattr(args, name):
-            flag = name.replace("_", "-")
+            other = name.replace("_", "-")
             raise UserError(
-                f"--sft-epochs: --{flag} says otherwise how long the run is; leave one of them out."
+                f"{flag}: --{other} says otherwise how long the run is; leave one of them out."
             )
-    return math.ceil(args.sft_epochs * num_examples / batch)
+    epochs = getattr(args, flag[2:].replace("-", "_"))
+    return math.ceil(epochs * num_examples / batch)
 
 
 def width_multiple(args: argparse.Namespace) -> int:

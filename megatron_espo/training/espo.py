@@ -2,16 +2,9 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
-import torch
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.enums import ModelType
-from megatron.core.optimizer.optimizer import SEPARATE_GRAD_NORM_GROUPS
-from megatron.core.utils import get_model_config
-from megatron.training import get_args, get_tensorboard_writer, get_wandb_writer
-from megatron.training import training as megatron_training
+from megatron.training import get_tensorboard_writer
 
 from megatron_espo.checkpoint.tracker import resumed_iteration
 from megatron_espo.config import (
@@ -26,12 +19,7 @@ from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.experts import settle_policy
 from megatron_espo.model.fp8 import check_policy_arguments
-from megatron_espo.monitor.dashboard import Dashboard
-from megatron_espo.monitor.flops import ModelDimensions
-from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.tensorboard import begin_events, write_layout
-from megatron_espo.monitor.throughput import own_peak_tflops
-from megatron_espo.monitor.watch import Watch
 from megatron_espo.objectives import (
     check_objective,
     chosen_gradient,
@@ -50,16 +38,19 @@ from megatron_espo.startup.arguments import config_from_args
 from megatron_espo.startup.save_folder import open_keeper, own_save_folder
 from megatron_espo.startup.setup import (
     block_length,
-    build_model,
     diffusion_model,
-    inference_mode,
-    initialize_process_groups,
     pad_multiple,
     run_entry_point,
 )
 from megatron_espo.startup.stored import reading_checkpoint
 from megatron_espo.tasks.base import Task, start_line
 from megatron_espo.training import entry
+from megatron_espo.training.own_loop import (
+    build_parts,
+    close_reports,
+    open_dashboard,
+    settle_micro_batches,
+)
 
 
 def prepare_arguments(args: argparse.Namespace) -> None:
@@ -74,6 +65,10 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     _settle_mixing(args)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
+    fitted = objective_of(espo).fitted(rollout.completion_length, block_length(args))
+    if fitted:
+        args.espo_objective_args = [*(espo.objective_args or ()), *fitted]
+        espo = config_from_args(EspoConfig, args)
     args.espo_kl_coef = check_objective(espo).kl_coef
     espo = config_from_args(EspoConfig, args)
     _check_blocks(args, espo)
@@ -119,16 +114,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             f"--espo-gradient joint keeps the {views} views of a completion together; make "
             f"--micro-batch-size {args.micro_batch_size} a multiple of {views}, or use two_pass."
         )
-    batches = rows // args.micro_batch_size
-    virtual = (
-        args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
-    )
-    if virtual and batches % args.pipeline_model_parallel_size:
-        raise UserError(
-            f"virtual pipeline stages take micro-batches in rounds of "
-            f"{args.pipeline_model_parallel_size}, but an update has {batches}; change "
-            f"--micro-batch-size {args.micro_batch_size}."
-        )
+    settle_micro_batches(args, rows)
     # Megatron's schedules count samples: its global batch is the completions of one update.
     if args.global_batch_size not in (None, espo.completions_per_rollout):
         raise UserError(
@@ -164,7 +150,9 @@ def _check_blocks(args: argparse.Namespace, espo: EspoConfig) -> None:
             "fine-tuning, which ESPO does not have; leave it out."
         )
     objective = objective_of(espo)
-    by_block = objective.masks(espo).by_block and not objective.per_token
+    by_block = objective.masks(espo).by_block
+    # Of tokens, the block ELBO's views weigh each by its block.
+    by_block = by_block and (objective.each_token_once or not objective.per_token)
     if block_length(args) is not None and not by_block:
         raise UserError(
             f"--espo-objective {espo.objective} is not defined for a model whose tokens come block "
@@ -230,29 +218,15 @@ def _train(
 ) -> None:
     """Build everything, with all ranks together from here on, and run ESPO."""
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
-    # With clipping, the loop looks at the norm of the whole gradient, which the host reads anyway;
-    # Megatron waits for each bucket's.
-    check_gradient = args.check_for_nan_in_loss_and_grad
-    args.check_for_nan_in_loss_and_grad = check_gradient and not args.clip_grad
-    store = initialize_process_groups(args)
-    megatron_training.initialize_megatron(store=store)
-    with reading_checkpoint(args.load if resumed_iteration(args) else args.pretrained_checkpoint):
-        chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
-            ModelType.encoder_or_decoder, build_model, checkpointing_context={}
-        )
-    _connect_schedule(chunks, optimizer)
-    for group in SEPARATE_GRAD_NORM_GROUPS:
-        # All ranks are asked once, for which the host waits: here, not in the first step.
-        optimizer.has_grad_norm_group(group)
-    for chunk in chunks:
-        chunk.train()
+    parts = build_parts(args)
+    chunks = parts.chunks
     reference = reference_policy(chunks) if espo.kl_coef > 0.0 else None
     start = load_run_state(args.load, args.iteration, saved, reference)
     writer = get_tensorboard_writer()
     begin_events(writer, start.step)
     write_layout(writer)
     checkpoints = Checkpoints(
-        chunks, optimizer, scheduler, reference, made_with, writer, open_keeper(args)
+        chunks, parts.optimizer, parts.scheduler, reference, made_with, writer, open_keeper(args)
     )
     if start.accuracy is not None:
         checkpoints.evaluated(start.step, start.accuracy)
@@ -270,8 +244,8 @@ def _train(
         Trainer(
             model=model,
             reference=reference,
-            optimizer=optimizer,
-            scheduler=scheduler,
+            optimizer=parts.optimizer,
+            scheduler=parts.scheduler,
             tokenizer=tokenizer,
             task=task,
             train_data=train_data,
@@ -280,22 +254,9 @@ def _train(
             rollout=rollout,
             seed=args.seed,
             rows_per_batch=args.espo_rows_per_batch,
-            dashboard=Dashboard(
-                writer=writer,
-                wandb=get_wandb_writer(),
-                is_reporter=model.layout.is_reporter,
-                watch=Watch(start.watch),
-                gpu=open_gpu(),
-                dimensions=ModelDimensions.from_args(args),
-                devices=args.world_size,
-                peak=own_peak_tflops(
-                    config_from_args(MonitorConfig, args).peak_tflops,
-                    bits16=args.bf16 or args.fp16,
-                    fp8=bool(args.fp8),
-                ),
-            ),
-            check_gradient=check_gradient,
-            inference=partial(inference_mode, chunks, optimizer),
+            dashboard=open_dashboard(args, model.layout.is_reporter, start.watch),
+            check_gradient=parts.check_gradient,
+            inference=parts.inference,
             is_due=checkpoints.is_due,
             save=checkpoints.save,
             evaluated=checkpoints.evaluated,
@@ -306,26 +267,7 @@ def _train(
     )
     if isinstance(task, RewardWorkers):
         task.close()
-    if (wandb := get_wandb_writer()) is not None:
-        wandb.finish()
-    if writer is not None:
-        writer.flush()
-
-
-def _connect_schedule(chunks: Sequence[torch.nn.Module], optimizer: Any) -> None:
-    """Give Megatron's schedules what its own training loop gives them."""
-    args, config = get_args(), get_model_config(chunks[0])
-    config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
-    if args.overlap_grad_reduce:
-        functions = [chunk.no_sync for chunk in chunks]
-        config.no_sync_func = functions if len(functions) > 1 else functions[0]
-        if args.align_grad_reduce:
-            functions = [chunk.start_grad_sync for chunk in chunks]
-            config.grad_sync_func = functions if len(functions) > 1 else functions[0]
-    if args.overlap_param_gather and args.align_param_gather:
-        functions = [chunk.start_param_sync for chunk in chunks]
-        config.param_sync_func = functions if len(functions) > 1 else functions[0]
+    close_reports()
 
 
 if __name__ == "__main__":

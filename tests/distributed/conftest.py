@@ -35,7 +35,7 @@ from megatron_espo.data.tokenizer import byte_tokenizer, save_tokenizer  # noqa:
 from megatron_espo.model.handle import DiffusionModel  # noqa: E402
 from megatron_espo.startup.arguments import initialize_arguments  # noqa: E402
 from megatron_espo.startup.setup import build_model, diffusion_model  # noqa: E402
-from megatron_espo.training.espo import _connect_schedule  # noqa: E402
+from megatron_espo.training.own_loop import connect_schedule  # noqa: E402
 
 WORLD = 4
 # Four layers, grouped queries, and a vocabulary of 262 that layouts pad to 264, 272 or 288.
@@ -150,7 +150,7 @@ def build_layout(
     chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder, build_model, checkpointing_context={}
     )
-    _connect_schedule(chunks, optimizer)
+    connect_schedule(chunks, optimizer)
     model = diffusion_model(chunks)
     if solo:
         groups = [dist.new_group([rank]) for rank in range(WORLD)]

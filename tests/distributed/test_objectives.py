@@ -9,7 +9,12 @@ from test_layouts import N, dashes, gradients_of, own_rows, prompts_and_completi
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig
-from megatron_espo.objectives import num_draws, objective_of, views_per_completion
+from megatron_espo.objectives import (
+    load_objective,
+    num_draws,
+    objective_of,
+    views_per_completion,
+)
 from megatron_espo.objectives.masks import Ask
 from megatron_espo.passes.batch import pack_sequences, view_batches
 from megatron_espo.passes.shapes import Shapes
@@ -18,8 +23,9 @@ from megatron_espo.rl.terms import answers_of, log_probabilities
 from megatron_espo.rl.update import accumulate_gradient
 
 LENGTH, TOLERANCE = 8, 1e-5
-# Tokens of one pass and of three views, bounds of whole groups, draws of another weight.
-NAMES = ("diffu_grpo", "coupled_grpo", "wd1", "stable_drl", "gdsd")
+# Tokens of one pass and of three views, bounds of whole groups, draws of another weight, a pass for
+# each token.
+NAMES = ("diffu_grpo", "coupled_grpo", "wd1", "stable_drl", "gdsd", "just_grpo")
 LAYOUTS = {
     "tp 2, pp 2, sequence parallel, head in chunks": (
         2, 2, ("--sequence-parallel", "--head-chunk", "5"),
@@ -36,7 +42,8 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
     lengths = torch.tensor([7, 3, 8, 1, 5, 8, 2, 6])[rows]
     espo = EspoConfig(
         objective=name, gradient=mode, num_mc=2, prompts_per_rollout=4, group_size=2,
-        kl_coef=0.05 if "kl_coef" in objective_of(EspoConfig(objective=name)).honours else 0.0,
+        objective_args=load_objective(name).fitted(LENGTH, None) or None,
+        kl_coef=0.05 if "kl_coef" in load_objective(name).honours else 0.0,
     )  # fmt: skip
     objective, ids = objective_of(espo), torch.arange(N)[rows]
     sequences = pack_sequences(

@@ -62,7 +62,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
     from megatron_espo.model.provider import model_provider
     from megatron_espo.startup.arguments import initialize_arguments
     from megatron_espo.startup.setup import diffusion_model
-    from megatron_espo.training.espo import _connect_schedule
+    from megatron_espo.training.own_loop import connect_schedule
 
     tokenizer = str(tmp_path_factory.mktemp("tokenizer"))
     save_tokenizer(byte_tokenizer(), tokenizer)
@@ -86,7 +86,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Build]:
         chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder, model_provider, checkpointing_context={}
         )
-        _connect_schedule(chunks, optimizer)
+        connect_schedule(chunks, optimizer)
         return Built(diffusion_model(chunks), optimizer, scheduler, args)
 
     yield make

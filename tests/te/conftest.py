@@ -35,7 +35,7 @@ from megatron_espo.model.handle import DiffusionModel  # noqa: E402
 from megatron_espo.startup import arguments  # noqa: E402
 from megatron_espo.startup.arguments import initialize_arguments  # noqa: E402
 from megatron_espo.startup.setup import build_model, diffusion_model  # noqa: E402
-from megatron_espo.training.espo import _connect_schedule  # noqa: E402
+from megatron_espo.training.own_loop import connect_schedule  # noqa: E402
 
 SHAPE = (
     "--preset tiny --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4 "
@@ -108,7 +108,7 @@ def build(tokenizer: str) -> Iterator[Build]:
         chunks, optimizer, scheduler = megatron_training.setup_model_and_optimizer(
             ModelType.encoder_or_decoder, build_model, checkpointing_context={}
         )
-        _connect_schedule(chunks, optimizer)
+        connect_schedule(chunks, optimizer)
         te_fp8.calls.clear()
         return Built(diffusion_model(chunks), optimizer, scheduler, args)
 

@@ -27,7 +27,7 @@ from megatron_espo.rl.reference import ReferencePolicy
 from megatron_espo.rl.scalars import Clock
 from megatron_espo.rl.update import accumulate_gradient
 from megatron_espo.startup.arguments import initialize_arguments
-from megatron_espo.training import espo, pretrain
+from megatron_espo.training import espo, own_loop, pretrain
 
 N, LENGTH = 4, 8
 ESPO = EspoConfig(num_mc=1, prompts_per_rollout=2, group_size=2, kl_coef=0.0)
@@ -232,7 +232,7 @@ def test_espo_trains_with_fp8_in_the_chosen_phases(
     monkeypatch.setattr(dashboard, "write_scalars", write)
     # The process group is there already.
     one_rank = lambda args: mpu.initialize_model_parallel(1, 1)  # noqa: E731
-    monkeypatch.setattr(espo, "initialize_process_groups", one_rank)
+    monkeypatch.setattr(own_loop, "initialize_process_groups", one_rank)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     forget()
     espo.main(

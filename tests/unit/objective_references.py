@@ -212,8 +212,23 @@ def bgpo(now: Table, fixed: Table, i: int, group: Group) -> float:
     return loss
 
 
+def exact(table: Table, i: int, m: int) -> list[float]:
+    """Each token's log-probability, in the one view that predicts it."""
+    return [sum(view[k] for view in table[i][m]) for k in range(len(table[i][m][0]))]
+
+
+def just_grpo(now: Table, fixed: Table, i: int, group: Group) -> float:
+    return token_ratios(now, fixed, i, group, exact, range(group.length), group.length)
+
+
+def block_just_grpo(now: Table, fixed: Table, i: int, group: Group) -> float:
+    counted = range(group.answers[i])
+    return token_ratios(now, fixed, i, group, exact, counted, group.mean_answer)
+
+
 REFERENCES = {
     "espo": espo, "mean_field": espo, "gdpo": espo, "token_elbo": token_elbo,
     "diffu_grpo": diffu_grpo, "coupled_grpo": coupled_grpo, "wd1": wd1, "gdsd": gdsd, "spg": spg,
     "stable_drl": stable_drl, "rspo": rspo, "bridge": bridge, "bgpo": bgpo,
+    "just_grpo": just_grpo, "block_just_grpo": block_just_grpo,
 }  # fmt: skip

@@ -22,7 +22,7 @@ from megatron_espo.dry_run import command as dry_run
 from megatron_espo.model.provider import model_provider
 from megatron_espo.plan.memory import Memory
 from megatron_espo.plan.parameters import _fake_groups
-from megatron_espo.training import espo, pretrain
+from megatron_espo.training import dpo, espo, pretrain
 
 device.prepare()
 
@@ -35,6 +35,7 @@ def plan(
     """Plan a run; what it prints, its numbers, or why it was refused."""
     printed = io.StringIO()
     entry = pretrain if {"pretrain_8b", "sft_8b", "adapt_8b"}.intersection(recipes) else espo
+    entry = dpo if "dpo_8b" in recipes else entry
     argv = [*complete_flags(recipes, flags), "--dry-run"]
     argv = [word for word in argv if word not in without]
     try:

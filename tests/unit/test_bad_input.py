@@ -56,6 +56,17 @@ ESPO = (
         ("--rollout-block-length 5", 1, ("--rollout-completion-length 16", "block-length 5")),
         ("--rollout-denoising-steps 9", 1, ("--rollout-denoising-steps 9", "multiple of 2")),
         ("--rollout-denoising-steps 32", 1, ("--rollout-denoising-steps 32", "at least one")),
+        (
+            "--espo-objective just_grpo --rollout-completion-length 264 --seq-length 300",
+            1,
+            ("--rollout-completion-length 264", "256"),
+        ),
+        ("--espo-objective block_just_grpo", 1, ("block_just_grpo", "use just_grpo")),
+        (
+            "--espo-objective just_grpo --attention-mask block-causal --block-size 8",
+            1,
+            ("--espo-objective just_grpo", "block by block"),
+        ),
         ("--espo-group-size 1", 1, ("--espo-group-size 1", "at least 2")),
         ("--espo-num-mc 1 --espo-kl-estimator k2_unbiased", 1, ("k2_unbiased", "--espo-num-mc 2")),
         ("--micro-batch-size 3", 1, ("--micro-batch-size 3", "32 rows")),

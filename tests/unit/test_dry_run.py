@@ -1,6 +1,7 @@
 """--dry-run of every recipe, what it refuses, and its memory against Megatron's own buffers."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,10 @@ def results() -> dict[str, Any]:
     wanted["adapt"] = ["plan", [], ["adapt_8b"]]
     wanted["pretrain"] = ["plan", [], ["pretrain_8b"]]
     wanted["sft"] = ["plan", ["--recipe", "dream_7b"], ["llada_8b", "sft_8b"]]
+    wanted["dpo"] = ["plan", [], ["llada_8b", "dpo_8b"]]
+    pairs = "--dpo-completion-length 512 --dpo-num-mc 4 --dpo-gradient joint"
+    wanted["dpo-joint"] = ["plan", pairs.split(), ["llada_8b", "dpo_8b"]]
+    wanted["dpo-simulate"] = ["plan", ["--simulate"], ["llada_8b", "dpo_8b"]]
     for tp in ("1", "2"):
         wanted[f"megatron/{tp}"] = ["megatron", [*TINY, "--tensor-model-parallel-size", tp]]
     return make_plans(wanted)
@@ -216,6 +221,28 @@ def test_other_jobs_can_be_planned(results: dict[str, Any]) -> None:
         assert plan["parameters"] == PARAMETERS[model], plan
         assert plan["printed"].endswith("The plan fits.\n")
     assert "5,242,880 tokens" in results["pretrain"]["printed"]
+
+
+def test_preference_optimization_can_be_planned(results: dict[str, Any]) -> None:
+    plan, joint = results["dpo"], results["dpo-joint"]
+    assert plan["parameters"] == PARAMETERS["llada_8b"], plan
+    assert plan["printed"].endswith("The plan fits.\n")
+    # Views of a completion, and one copy of the weights on the host.
+    step = (
+        "64 pairs x 16 views (8 draws of exact_count for each completion) = 32 micro-batches of 8"
+    )
+    assert step in plan["printed"] and "two_pass; one pass of the reference" in plan["printed"]
+    assert plan["memory"]["host"] == pytest.approx(PARAMETERS["llada_8b"], rel=0.01)
+    # As many rows, of which half the positions can be read.
+    update = joint["memory"]["activations"] / plan["memory"]["activations"]
+    assert "16 micro-batches of 8 rows on a data-parallel rank, joint" in joint["printed"]
+    assert 0.5 < update < 0.95
+    operations = [
+        float(re.findall(r"Operations of a step: (\S+):", p["printed"])[0]) for p in (plan, joint)
+    ]
+    # Twice the draws, five passes in place of four, and as many tokens that are predicted.
+    assert operations[0] / operations[1] == pytest.approx(2 * 5 / 4, rel=0.01)
+    assert "--simulate: preference optimization" in results["dpo-simulate"]["refused"]
 
 
 def test_size_of_a_plan_comes_from_flag_torchrun_or_environment() -> None:

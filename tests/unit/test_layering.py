@@ -16,7 +16,7 @@ FLOORS = (
     "megatron_patches", "device",
     "diffusion", "objectives", "parallel", "data", "passes", "adapters", "model", "generation",
     "sandbox", "tasks", "rewards", "checkpoint",
-    "monitor", "evaluation", "plan", "startup", "conversion", "rl", "supervised",
+    "monitor", "evaluation", "plan", "startup", "conversion", "rl", "supervised", "preference",
     "dry_run", "training", "commands", "api", "simulate", "doctor", "__main__",
 )  # fmt: skip
 FLOOR = {part: number for number, part in enumerate(FLOORS)}
@@ -105,7 +105,7 @@ def test_global_arguments_are_read_in_few_places() -> None:
         "training/pretrain.py",
         # The entry points and what they share.
         "startup/setup.py",
-        "training/espo.py",
+        "training/own_loop.py",
         "rl/state.py",
         # Seeds Megatron's generators where its own seeding asks for CUDA.
         "megatron_patches.py",

@@ -31,7 +31,16 @@ from megatron_espo.objectives import (
     views_per_completion,
 )
 from megatron_espo.objectives.advantages import load_advantage
-from megatron_espo.objectives.masks import Ask, Blockwise, CoupledViews, Masks, OnePass, Quadrature
+from megatron_espo.objectives.masks import (
+    Ask,
+    BlockPrefixes,
+    Blockwise,
+    CoupledViews,
+    Masks,
+    OnePass,
+    Prefixes,
+    Quadrature,
+)
 from megatron_espo.random import stream
 from megatron_espo.rl.terms import combine
 
@@ -41,6 +50,8 @@ SUBSETS = torch.tensor(list(itertools.product([False, True], repeat=LENGTH)))
 B = len(SUBSETS)
 ANSWERS = torch.tensor([3, 1, 2, 3, 3, 2, 1, 3])
 ADVANTAGES = torch.tensor([1.5, -0.5, 0.0, -1.0, 0.7, 2.0, -2.0, -0.7], dtype=torch.float64)
+# What a run's shape settles.
+FITTED = {"just_grpo": [f"passes={LENGTH}"], "block_just_grpo": ["passes=2"]}
 SHIPPED = [name for name in BUILT_IN if name in REFERENCES]
 
 
@@ -49,11 +60,16 @@ def ask(n: int = B, draws: int = 2, length: int = LENGTH, answers: Tensor = ANSW
     return Ask(stream(3, "test"), ids + 10**9, ids, n, length, draws, answers, 5, 2)
 
 
+def for_masks(masks: Masks, asked: Ask) -> Ask:
+    """Of a model with blocks of two, whose completions begin at both places of a block."""
+    return asked._replace(offsets=asked.indices % 2) if masks.only_blocks else asked
+
+
 def enumerated(masks: Masks) -> ElboViews:
     """The objective's views with every subset in the place of a random one."""
-    views = masks.draw(ask())
+    views = masks.draw(for_masks(masks, ask()))
     first = torch.stack((SUBSETS, SUBSETS.roll(3, 0)), dim=1)
-    if isinstance(masks, OnePass | Quadrature):
+    if isinstance(masks, OnePass | Quadrature | Prefixes | BlockPrefixes):
         return views  # nothing of a whole mask is random; subsets of one size are
     if isinstance(masks, CoupledViews):
         sides = torch.stack((torch.ones_like(first), first, ~first), dim=2)
@@ -70,10 +86,14 @@ def enumerated(masks: Masks) -> ElboViews:
 
 
 def tables(views: ElboViews, seed: int) -> Tensor:
-    """Log-probabilities of masked tokens, 0 of others."""
+    """Log-probabilities of predicted tokens, 0 of others."""
     generator = torch.Generator().manual_seed(seed)
     values = -3 * torch.rand(views.mask_indices.shape, generator=generator, dtype=torch.float64)
-    return torch.where(views.mask_indices, values, 0.0)
+    return torch.where(predicted(views), values, 0.0)
+
+
+def predicted(views: ElboViews) -> Tensor:
+    return views.mask_indices if views.predicted is None else views.predicted
 
 
 def taken(objective: Objective, table: Tensor, views: ElboViews) -> Tensor:
@@ -126,7 +146,10 @@ def cases(name: str) -> list[Any]:
 
 @pytest.mark.parametrize(("name", "kl"), [case for name in SHIPPED for case in cases(name)])
 def test_loss_and_gradient_are_those_of_the_written_out_objective(name: str, kl) -> None:
-    espo = EspoConfig(objective=name, clip_eps_low=0.2, clip_eps_high=0.3, kl_coef=0.07)
+    espo = EspoConfig(
+        objective=name, objective_args=FITTED.get(name), clip_eps_low=0.2, clip_eps_high=0.3,
+        kl_coef=0.07,
+    )  # fmt: skip
     espo = replace(espo, kl_estimator=kl or "k2")
     objective = objective_of(espo)
     views = enumerated(objective.masks(espo))
@@ -141,7 +164,7 @@ def test_loss_and_gradient_are_those_of_the_written_out_objective(name: str, kl)
     assert found.loss.tolist() == pytest.approx(losses, rel=1e-11, abs=1e-12)
     (gradient,) = torch.autograd.grad(found.loss.sum(), leaf)
     step = 1e-6
-    for place in views.mask_indices.nonzero().tolist():
+    for place in predicted(views).nonzero().tolist():
         moved = torch.zeros_like(now)
         moved[tuple(place)] = step
         up, down = (
@@ -156,7 +179,9 @@ def test_loss_and_gradient_are_those_of_the_written_out_objective(name: str, kl)
     if objective.idle_without_advantage and ref is None:
         assert idle[ADVANTAGES == 0].all()
     two_pass, again = loss_gradient(objective, taken(objective, now, views), given)
-    if objective.per_token:
+    if objective.each_token_once:
+        assert torch.equal(two_pass, torch.where(predicted(views), gradient, 0).sum(dim=2))
+    elif objective.per_token:
         assert torch.equal(two_pass, gradient)
     assert torch.equal(again.loss, found.loss) and not again.loss.requires_grad
     assert all(not values.requires_grad for values in found.statistics.values())
@@ -169,13 +194,14 @@ def test_every_objective_has_a_reference() -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_an_objective_says_what_its_loss_is(name: str) -> None:
     """A linear one's gradient does not depend on the values; the counts are those drawn."""
-    espo = EspoConfig(objective=name, num_mc=2)
+    espo = EspoConfig(objective=name, num_mc=2, objective_args=FITTED.get(name))
     objective = objective_of(espo)
     masks = objective.masks(espo)
-    views = masks.draw(ask(draws=num_draws(espo)))
+    views = masks.draw(for_masks(masks, ask(draws=num_draws(espo))))
     assert views.weights[0].numel() == views_per_completion(espo)
     assert views.mask_indices.shape == (*views.weights.shape, LENGTH)
-    drawn = views.mask_indices.flatten(2).sum(dim=-1)
+    drawn = predicted(views).flatten(2).sum(dim=-1)
+    assert not (predicted(views) & ~views.mask_indices).any()
     if masks.fixed:
         assert (drawn == masks.masked(LENGTH)).all()
     given = [given_of(objective, views, tables(views, seed), None, espo) for seed in (2, 4)]
@@ -191,12 +217,20 @@ def test_an_objective_says_what_its_loss_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_masks_do_not_depend_on_how_completions_are_split(name: str) -> None:
-    espo = EspoConfig(objective=name, num_mc=2)
-    masks, whole = objective_of(espo).masks(espo), ask(length=8, answers=2 * ANSWERS + 1)
+    fitted = ["passes=8"] if name == "just_grpo" else FITTED.get(name)
+    espo = EspoConfig(objective=name, num_mc=2, objective_args=fitted)
+    masks = objective_of(espo).masks(espo)
+    whole = for_masks(masks, ask(length=8, answers=2 * ANSWERS + 1))
     views = masks.draw(whole)
     rows = torch.tensor([1, 5, 6])
-    part = whole._replace(
-        sample_ids=whole.sample_ids[rows], indices=rows, answers=whole.answers[rows], prompt_width=3
+    part = for_masks(
+        masks,
+        whole._replace(
+            sample_ids=whole.sample_ids[rows],
+            indices=rows,
+            answers=whole.answers[rows],
+            prompt_width=3,
+        ),
     )
     alone = masks.draw(part)
     assert torch.equal(alone.mask_indices, views.mask_indices[rows])
@@ -335,9 +369,10 @@ def test_the_arithmetic_of_a_run_knows_the_passes_of_its_objective() -> None:
 
     for name, views, masked, old in (
         ("espo", 2, 16, 2), ("diffu_grpo", 1, 16, 2), ("coupled_grpo", 3, 32, 2),
-        ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2),
+        ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2), ("just_grpo", 16, 16, 2),
     ):  # fmt: skip
-        found = flops(name)
+        fitted = load_objective(name).fitted(16, None) or None
+        found = flops(name, objective_args=fitted)
         assert found.ref_elbo == pytest.approx(3 * evaluation(views, masked)), name
         assert found.old_elbo == pytest.approx(old * evaluation(views, masked)), name
     alone, two = (flops("wd1", kl_coef=0.0, gradient=way) for way in ("joint", "two_pass"))
