@@ -334,6 +334,10 @@ def test_qkv_is_packed_by_group_and_unpacked(
         ("illada", "resid_pdrop", 0.1),
         ("illada", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("illada", "eos_token_id", None),
+        # LLaDA2.2, which goes by the name of LLaDA2.0.
+        ("llada2", "expert_capacity", 48),
+        ("llada2", "delete_token_id", 156930),
+        ("llada2", "split_token_id", 156931),
         ("sdar", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
         ("sdar", "attention_bias", True),
         ("qwen3", "head_dim", 0),
