@@ -3,17 +3,20 @@
 # that spends ESPO's compute on more fine-tuning, and accuracy on a held-out test split.
 #
 #   examples/run_espo_tiny.sh [sudoku|countdown] [--seed N] [--out DIR] [--base DIR] [--no-control]
-#     [--base-only] [--positions rotary|learned] [--lora] [--blocks N] [-- flags for the ESPO run]
+#     [--base-only] [--positions rotary|learned] [--lora] [--blocks N] [--experts N]
+#     [-- flags for the ESPO run]
 #
 # --base-only ends with the fine-tuned model. --base DIR starts from the data and the fine-tuned model of an earlier run in DIR. A model with
 # rotary positions is a LLaDA and is written as one at the end; learned ones suit so small a model
 # better, but fit no Hugging Face folder. With --lora ESPO trains adapters of rank 8 on the base. With
-# --blocks N the model is a block-diffusion model of N tokens a block, which is no LLaDA either.
+# --blocks N the model is a block-diffusion model of N tokens a block, which is no LLaDA either. With
+# --experts N all layers but the first are mixtures as LLaDA2's: N experts and a shared one, of which a
+# token passes two and the shared one, as many weights as without; the ranks share the experts.
 # Environment: PYTHON (python3), RANKS (2), SMOKE=1 for a run of two minutes that learns nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-task=sudoku seed=1 out="" base="" control=1 base_only=0 positions=rotary lora=() blocks=0 sampled=()
+task=sudoku seed=1 out="" base="" control=1 base_only=0 positions=rotary lora=() blocks=0 experts=0 sampled=()
 while (($#)); do
   case $1 in
     sudoku | countdown) task=$1; shift ;;
@@ -24,6 +27,7 @@ while (($#)); do
     --base-only) base_only=1; shift ;;
     --positions) positions=$2; shift 2 ;;
     --blocks) blocks=$2; shift 2 ;;
+    --experts) experts=$2; shift 2 ;;
     --lora) lora=(--lora-rank 8 --lora-alpha 16); shift ;;
     --) shift; break ;;
     *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
@@ -89,6 +93,13 @@ if ((blocks)); then
   control_iters=$((rollouts * passes / (3 * 128 * 2)))
 fi
 
+if ((experts)); then
+  shape+=(--num-experts "$experts" --moe-layer-freq "[0,1,1]" --moe-ffn-hidden-size 64
+    --moe-shared-expert-intermediate-size 64 --moe-router-topk 2 --moe-router-score-function sigmoid
+    --moe-router-num-groups 1 --moe-router-group-topk 1 --moe-router-enable-expert-bias
+    --expert-model-parallel-size "$ranks")
+fi
+
 if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it runs
   sft_iters=6 rollouts=2 control_iters=6
   data=(--train 40 --validation 20 --test 20 --demonstrations 64 --noise 0.5)
@@ -128,7 +139,7 @@ ranks espo -m megatron_espo.training.espo "${model[@]}" "${sampling[@]}" --espo-
   --pretrained-checkpoint "$out/base" --load "$out/espo" --save "$out/espo" --tensorboard-dir "$out/tensorboard/espo" "$@"
 
 tested=(base espo)
-if [[ $positions == rotary && $blocks == 0 ]]; then
+if [[ $positions == rotary && $blocks == 0 && $experts == 0 ]]; then
   say "Writing the model as a LLaDA folder for Hugging Face, $out/hf"
   "$python" tools/convert_hf.py to-hf --megatron "$out/espo" --family llada --out "$out/hf" 2>&1 |
     grep -aE "^error|^$out/hf"

@@ -71,6 +71,15 @@ class RolloutConfig:
     """End a completion with the first block that holds a stop token; what follows is filled with
     end-of-sequence tokens instead of being sampled."""
 
+    editing_threshold: float | None = None
+    """Editing (LLaDA2.1, arXiv 2602.08676): beside what --rollout-threshold commits, a step
+    replaces every committed token of the open block for which it draws another one with more than
+    this probability; 0.5 and 0.0 are published. Default: off."""
+
+    max_post_steps: int = 16
+    """With --rollout-editing-threshold: steps that edit a block once nothing in it is masked, at
+    most; one that changes nothing is the last."""
+
     def validate(
         self,
         logit_shift: bool = False,
@@ -116,6 +125,7 @@ class RolloutConfig:
             raise UserError("--rollout-micro-batch-size must be at least 1.")
         self._validate_parallel_decoding()
         self._validate_model_blocks(model_blocks)
+        self._validate_editing(model_blocks)
         self._validate_cache(logit_shift, window_multiple)
 
     def _validate_model_blocks(self, size: int | None) -> None:
@@ -188,6 +198,37 @@ class RolloutConfig:
                 f"{self.remasking} does not rank; use low_confidence or maskgit_plus."
             )
 
+    def _validate_editing(self, model_blocks: int | None) -> None:
+        value = self.editing_threshold
+        if value is None:
+            if self.max_post_steps != RolloutConfig.max_post_steps:
+                raise UserError(
+                    f"--rollout-max-post-steps {self.max_post_steps} has no effect without "
+                    "--rollout-editing-threshold."
+                )
+            return
+        if not 0.0 <= value < 1.0:
+            raise UserError(
+                f"--rollout-editing-threshold {value} must be at least 0 and below 1, a "
+                "probability that an edit exceeds; leave it out for none."
+            )
+        if self.max_post_steps < 0:
+            raise UserError(
+                f"--rollout-max-post-steps {self.max_post_steps} must be 0 (a block ends with its "
+                "last mask) or positive."
+            )
+        if self.threshold is None:
+            raise UserError(
+                f"--rollout-editing-threshold {value} goes with --rollout-threshold alone: pass "
+                "one (0.7 and 0.5 are published)."
+            )
+        if model_blocks is None:
+            raise UserError(
+                f"--rollout-editing-threshold {value} edits the open block of a model whose "
+                "tokens come block by block (--attention-mask block-causal or context-causal); "
+                "leave it out."
+            )
+
     def _validate_cache(self, logit_shift: bool, window_multiple: int) -> None:
         if self.cache_refresh_steps < 0:
             raise UserError(
@@ -242,8 +283,13 @@ class RolloutConfig:
         return self.threshold is not None or self.factor is not None
 
     @property
+    def is_editing(self) -> bool:
+        """Whether steps replace committed tokens."""
+        return self.editing_threshold is not None
+
+    @property
     def steps_per_block(self) -> int:
-        """Denoising steps of one block, at most."""
+        """Denoising steps of one block, at most; those that edit alone are left out."""
         if self.is_parallel:
             return self.block_length
         return self.denoising_steps // (self.completion_length // self.block_length)

@@ -118,6 +118,10 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 }
 
 
+# LLaDA2.2 goes by the same architecture's name; these its config.json has, and no earlier one.
+_LLADA2_2 = ("expert_capacity", "delete_token_id", "split_token_id")
+
+
 def read_config(config: Config) -> ModelShape:
     """Read the shape of a LLaDA2.0 or 2.1 model.
 
@@ -130,6 +134,13 @@ def read_config(config: Config) -> ModelShape:
     Raises:
         UserError: naming the field that is missing, broken or not supported.
     """
+    later = [f'"{name}"' for name in _LLADA2_2 if config.fields.get(name) is not None]
+    if later:
+        raise UserError(
+            f"{config.source}: {', '.join(later)}: this is a LLaDA2.2, whose blocks choose experts "
+            "together and which inserts and deletes tokens; no such pass was written, use a "
+            "LLaDA2.0 or 2.1."
+        )
     padding = config.fields.get("pad_token_id", DEFAULTS["pad_token_id"])
     config = config.with_defaults({**DEFAULTS, "eos_token_id": padding})
     for name, allowed in _REQUIRED.items():

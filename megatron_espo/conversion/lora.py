@@ -112,6 +112,7 @@ class Adapter:
         targets: the names of layers that were to be adapted; empty where a pattern said which.
         alpha: the update is scaled by alpha / rank,
         rank_stabilized: or by alpha / sqrt(rank).
+        alphas: pattern of paths -> an alpha of their own.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -126,6 +127,7 @@ class Adapter:
         _require_plain_lora(config)
         self.alpha = config.number("lora_alpha", float)
         self.rank_stabilized = bool(config.fields.get("use_rslora", False))
+        self.alphas = dict(config.fields.get("alpha_pattern") or {})
         targets = config.fields.get("target_modules") or []
         self.targets = [] if isinstance(targets, str) else list(targets)
         self._file = folder / WEIGHTS
@@ -161,18 +163,22 @@ class Adapter:
         if module not in self.modules:
             return None
         a, b = (read_tensor(self._file, side.name).float() for side in self.modules[module])
-        rank = a.size(0)
-        return torch.mm(b, a).mul_(self.alpha / (rank**0.5 if self.rank_stabilized else rank))
+        rank, alpha = a.size(0), self.alpha
+        for pattern, own in self.alphas.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):  # the first one, as in PEFT
+                alpha = own
+                break
+        return torch.mm(b, a).mul_(alpha / (rank**0.5 if self.rank_stabilized else rank))
 
 
 # Fields of adapter_config.json that change nothing of what an adapter computes, or are read here.
-# Which layers it adapts is read from its file.
+# Which layers it adapts, and with which ranks, is read from its file.
 _HARMLESS = frozenset(
     """
-    auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode
-    layers_pattern layers_to_transform lora_alpha lora_dropout lora_ga_config megatron_config
-    megatron_core peft_version qalora_group_size r revision runtime_config target_modules task_type
-    use_rslora velora_config
+    alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules
+    inference_mode layers_pattern layers_to_transform lora_alpha lora_dropout lora_ga_config
+    megatron_config megatron_core peft_version qalora_group_size r rank_pattern revision
+    runtime_config target_modules task_type use_rslora velora_config
     """.split()
 )
 # What must be switched off, in each way that PEFT's versions write this.

@@ -12,15 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_espo.adapters.base import lora_settings
-from megatron_espo.adapters.projections import HEAD, targets_of
+from megatron_espo.adapters.projections import targets_of
 from megatron_espo.checkpoint.tracker import TRACKER, checkpoint_folder, has_checkpoint
 from megatron_espo.checkpoint.weights_mark import fingerprint
 from megatron_espo.conversion.adapters import (
     PREFIX,
     CheckpointAdapters,
-    adapter_blocks,
+    adapted_places,
     peft_config,
-    shape_of,
     targets_in,
 )
 from megatron_espo.conversion.families import FAMILIES, Family
@@ -105,7 +104,11 @@ def convert_to_peft(
         assert family is not None
         chosen = FAMILIES[family]
     adapters = CheckpointAdapters.of(reader, args, shape, chosen.names)
-    tensors = {name: adapters.read(name).contiguous() for name in adapters.blocks}
+    tensors = {
+        f"{PREFIX}{path}.lora_{letter}.weight": side.contiguous()
+        for path in adapters.modules
+        for letter, side in zip("AB", adapters.read(path), strict=True)
+    }
     config = peft_config(lora, shape, chosen.names, base_name or template)
     with atomic_folder(out, needed=sum(t.nbytes for t in tensors.values())) as partial:
         save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
@@ -133,10 +136,14 @@ def convert_from_peft(lora: str, base: str, out: str) -> None:
     shape = ModelShape.of(args, args.stop_token_ids[0])
     family, targets = _family(adapter, lora, shape)
     ranks = {a.shape[0] for a, _ in adapter.modules.values()}
-    if len(ranks) != 1:
-        raise UserError(f"--lora {lora}: its layers have ranks {sorted(ranks)}; one is needed.")
+    if len(ranks) != 1 or adapter.alphas:
+        raise UserError(
+            f"--lora {lora}: its layers have ranks {sorted(ranks)} or alphas of their own; one is "
+            "needed."
+        )
     (rank,) = ranks
-    blocks = adapter_blocks(shape, family.names, targets, rank)
+    places = adapted_places(shape, family.names, targets)
+    blocks = [block for place in places for block in place.blocks(rank)]
     stored = _stored_names(adapter)
     for block in blocks:
         ((name, size),) = block.sources.items()
@@ -145,7 +152,7 @@ def convert_from_peft(lora: str, base: str, out: str) -> None:
                 f"--lora {lora}: {name} is {list(stored[name][1])}, --base {base} asks for "
                 f"{list(size)}; the adapter was made for another model."
             )
-    of_head = shape_of(shape, HEAD)
+    of_head = (shape.vocab_size, shape.hidden_size)
     # PEFT saves no other weight of the base than that of an adapted head.
     adapter.check_copies(
         lambda _: CheckpointReader(Path(folder)).read("output_layer.weight", (0, 0), of_head), base
@@ -176,7 +183,7 @@ def convert_from_peft(lora: str, base: str, out: str) -> None:
 def _family(adapter: Adapter, lora: str, shape: ModelShape) -> tuple[Family, tuple[str, ...]]:
     """Find the family whose layers an adapter names, and the projections that it adapts."""
     for family in FAMILIES.values():
-        targets = targets_in(list(adapter.modules), family.names, shape.num_layers)
+        targets = targets_in(list(adapter.modules), family.names, shape)
         if targets:
             return family, targets_of(targets)
     raise UserError(

@@ -120,7 +120,7 @@ def _limits(model: DiffusionModel, rows: Rows, index: Tensor, positions: Tensor)
     assert isinstance(blocks, BlockAttention)
     starts = rows.starts(index)
     ends = torch.minimum(starts + blocks.size, torch.tensor(rows.widths)[index])
-    # A block without a masked position is finished.
+    # A block that is final is finished, not one that is still edited.
     opened = torch.where(rows.complete[index], ends, starts)
     return blocks.key_limits(positions, opened, ends)
 

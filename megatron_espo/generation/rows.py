@@ -40,7 +40,10 @@ class Rows:
         masked: bool ``[n, k]``, masked positions of each row's block.
         block: int64 ``[n]``, the block that the row is in.
         step: int64 ``[n]``, the denoising step of that block.
-        complete: bool ``[n]``, whether nothing in that block is masked.
+        complete: bool ``[n]``, whether that block is final: nothing is masked, or will be edited.
+        edited: bool ``[n]``, whether the last step of the row replaced a token.
+        post_steps: int64 ``[n]``, steps in that block that began without a mask.
+        likelihood: float64 ``[n, k]``, probabilities of that block's committed tokens.
         undecided: bool ``[n]``, whether the last step of the row committed nothing.
         numbers: float64 ``[n, d, 2, k]``, the uniform numbers of d steps of each row.
         num_evaluations: int64 ``[n]``.
@@ -60,6 +63,9 @@ class Rows:
     block: Tensor
     step: Tensor
     complete: Tensor
+    edited: Tensor
+    post_steps: Tensor
+    likelihood: Tensor
     undecided: Tensor
     numbers: Tensor
     num_evaluations: Tensor
@@ -84,6 +90,16 @@ class Rows:
         """
         k = self.masked.size(1)
         return (self.block[index] * k - self.offsets[index])[:, None] + torch.arange(k)
+
+    def places(self, index: Tensor) -> Tensor:
+        """Say which places of some rows' blocks belong to the completion: bool ``[a, k]``."""
+        columns = self._completion_columns(index)
+        return (columns >= 0) & (columns < self.completions.size(1))
+
+    def block_tokens(self, index: Tensor) -> Tensor:
+        """Give the tokens that some rows' blocks have: int64 ``[a, k]``, padding after the end."""
+        columns = self.starts(index)[:, None] + torch.arange(self.masked.size(1))
+        return self.tokens[index].gather(1, columns.clamp(max=self.tokens.size(1) - 1))
 
     def noise(self, index: Tensor, seed: int, purpose: str) -> Tensor:
         """Give the uniform numbers of a step for some rows; asked for at each of their steps.
@@ -117,17 +133,22 @@ class Rows:
             chosen: int64 ``[a, k]``, tokens for places of the block, or -1.
             confidence: float64 ``[a, k]``, their probabilities; read where a token was chosen.
         """
-        committed = chosen >= 0
+        committed, masked = chosen >= 0, self.masked[index]
         row, column = committed.nonzero(as_tuple=True)
         rows, tokens = index[row], chosen[row, column]
         self.tokens[rows, self.starts(rows) + column] = tokens
         columns = self.block[rows] * chosen.size(1) + column - self.offsets[rows]
         self.completions[self.order[rows], columns] = tokens
-        self.masked[index] &= ~committed
-        self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
-        number = committed.sum(1)
+        # A token that is replaced takes its probability along.
+        before = self.likelihood[index]
+        self.confidence[index] += torch.where(committed, confidence - before, 0.0).sum(1)
+        self.likelihood[index] = torch.where(committed, confidence, before)
+        number = (committed & masked).sum(1)
         self.num_committed[index] += number
         self.undecided[index] = number == 0
+        self.edited[index] = (committed & ~masked).any(1)
+        self.post_steps[index] += ~masked.any(1)
+        self.masked[index] &= ~committed
 
     def want_whole_passes(self, index: Tensor, refresh_steps: int) -> Tensor:
         """Say which rows' next pass is over all their positions, not over a window.
@@ -157,19 +178,24 @@ class Rows:
         passed = torch.full_like(head_rows, positions)
         self.work[index] += torch.stack((passed, passed * keys, head_rows, head_rows * keys), dim=1)
 
-    def end_step(self, index: Tensor, stops: Tensor | None, fill: int) -> Tensor:
+    def end_step(
+        self, index: Tensor, stops: Tensor | None, fill: int, most_post_steps: int = 0
+    ) -> Tensor:
         """Count a step of some rows and find those that are final.
 
         Args:
             index: int64 ``[a]``, rows whose block was not complete.
             stops: int64, tokens that end a completion with the block that holds them; None: none.
             fill: what follows such a block.
+            most_post_steps: steps that a block makes at most once nothing in it is masked.
 
         Returns:
             int64 ``[f]``.
         """
         self.step[index] += 1
-        self.complete[index] = ~self.masked[index].any(1)
+        made = self.post_steps[index]
+        edited_out = (made >= most_post_steps) | ((made > 0) & ~self.edited[index])
+        self.complete[index] = ~self.masked[index].any(1) & edited_out
         done = index[self.complete[index]]
         final = self.block[done] == self.last_blocks(done)
         if stops is not None and len(done):
@@ -188,8 +214,9 @@ class Rows:
         self.block[index] += 1
         self.step[index] = 0
         self.complete[index] = False
-        columns = self._completion_columns(index)
-        self.masked[index] = (columns >= 0) & (columns < self.completions.size(1))
+        self.post_steps[index] = 0
+        self.likelihood[index] = 0.0
+        self.masked[index] = self.places(index)
 
 
 def lay_out_rows(
@@ -238,6 +265,9 @@ def lay_out_rows(
         block=torch.full((n,), -1),
         step=torch.zeros(n, dtype=torch.int64),
         complete=torch.zeros(n, dtype=torch.bool),
+        edited=torch.zeros(n, dtype=torch.bool),
+        post_steps=torch.zeros(n, dtype=torch.int64),
+        likelihood=torch.zeros(n, k, dtype=torch.float64),
         undecided=torch.zeros(n, dtype=torch.bool),
         numbers=torch.empty(n, drawn, 2, k, dtype=torch.float64),
         num_evaluations=torch.zeros(n, dtype=torch.int64),

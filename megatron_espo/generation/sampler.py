@@ -22,6 +22,7 @@ from torch import Tensor
 from megatron_espo.config import RolloutConfig
 from megatron_espo.device import no_interception
 from megatron_espo.generation.block_steps import evaluate_blocks
+from megatron_espo.generation.editing import select_edits
 from megatron_espo.generation.remasking import (
     dream_commit_shares,
     rank_by,
@@ -52,7 +53,8 @@ class Generation(NamedTuple):
         num_committed: int64 ``[n]``, tokens that the model decided; what is left of ``l`` was
             filled in after the end of the sequence.
         mean_confidence: float32 ``[n]``, mean probability of these tokens when they were
-            committed, before temperature (with guidance: under the guided distribution).
+            committed, the last time, before temperature (with guidance: under the guided
+            distribution).
         work: float64 ``[n, 4]``, what passed through the model for each completion: positions,
             positions times the keys that they attended to, hidden states that reached the output
             head, and these times their keys (``monitor.flops.passed_flops`` makes operations of
@@ -181,16 +183,20 @@ def _denoise(
     finished = index[rows.complete[index]]
     counts = scheduler.schedule[step.clamp(max=len(scheduler.schedule) - 1)]
     picked = _candidates(rows.masked[index], noise[:, 1], step, config, counts)
+    if config.is_editing:
+        # Committed tokens, too: all of the completion in blocks that are not final.
+        picked = rows.places(index) & ~rows.complete[index, None]
     evaluated = picked.any(1)
     if evaluated.any() or len(finished):
         draws = _evaluate(model, rows, scheduler, index, picked, noise[:, 0])
         scheduler.passes += 1
-        rows.commit(index, *_choose(draws, picked, scheduler, counts))
+        rows.commit(index, *_choose(draws, picked, rows, index, scheduler, counts))
         rows.num_evaluations[index] += evaluated
     rows.enter_next_block(finished)
     stops = torch.tensor(model.stop_token_ids) if config.early_stop else None
     open_rows = index[~torch.isin(index, finished)]
-    return rows.end_step(open_rows, stops, model.eos_token_id)
+    most = config.max_post_steps if config.is_editing else 0
+    return rows.end_step(open_rows, stops, model.eos_token_id, most)
 
 
 def _candidates(
@@ -402,13 +408,15 @@ def _draw(
 
 
 def _choose(
-    draws: Tensor, picked: Tensor, scheduler: Scheduler, counts: Tensor
+    draws: Tensor, picked: Tensor, rows: Rows, index: Tensor, scheduler: Scheduler, counts: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Decide which candidates are committed.
 
     Args:
         draws: float64 ``[4, a, k]``, from :func:`_evaluate`.
         picked: bool ``[a, k]``, the candidates.
+        rows: the rows.
+        index: int64 ``[a]``, those of this step.
         scheduler: says whether the draws come from windows of cached rows.
         counts: int64 ``[a]``, tokens that the schedule commits.
 
@@ -418,11 +426,20 @@ def _choose(
     """
     config, kept = scheduler.config, picked
     tokens, scores, likelihood, confidence = draws
+    masked = rows.masked[index] & picked
     if config.remasking not in ("random", "origin"):
-        scores = scores.masked_fill(~picked, -torch.inf)
+        scores = scores.masked_fill(~masked, -torch.inf)
         if config.is_parallel:
             least = 0 if scheduler.windows and config.cache_unsure == "refresh" else 1
             kept = select_confident(scores, likelihood, config.threshold, config.factor, least)
         else:
             kept = picked & select_highest(scores, counts)
+    if config.editing_threshold is not None:
+        kept = kept | select_edits(
+            tokens.long(),
+            likelihood,
+            rows.block_tokens(index),
+            picked & ~masked,
+            config.editing_threshold,
+        )
     return torch.where(kept, tokens, -1.0).long(), confidence

@@ -37,7 +37,7 @@ class Frame:
     Attributes:
         step: the step, from 0 (all masked).
         tokens: ids, the mask token where nothing is committed yet.
-        steps: for each token the step that committed it, 0 where it is masked.
+        steps: for each token the step that put it there, 0 where it is masked.
     """
 
     step: int
@@ -75,8 +75,8 @@ class Recorder:
             last = frames[-1]
             step = last.step + 1
             steps = tuple(
-                0 if token == self._mask else before or step
-                for token, before in zip(row, last.steps, strict=True)
+                0 if token == self._mask else before if token == stood else step
+                for token, stood, before in zip(row, last.tokens, last.steps, strict=True)
             )
             frames.append(Frame(step, tuple(row), steps))
 

@@ -3,6 +3,11 @@
 There is no second configuration language. A recipe holds ordinary flags, any number to a line, and
 comments from ``#`` on; it may name other recipes. Where a flag is given twice the later one holds:
 a recipe's flags come in its place, so that what follows ``--recipe`` on the command line wins.
+
+``--defaults NAME`` in a recipe stands for the flags of another one that hold where nobody says
+anything else: they come before all others, wherever they are named. What several recipes assume and
+another kind of recipe decides (the layout of an 8B model, which a mixture's recipe changes) is
+named so: then recipes of different kinds may be given in any order.
 """
 
 import shlex
@@ -14,39 +19,48 @@ from megatron_espo.errors import UserError
 RECIPES = Path(__file__).resolve().parent
 
 
-def expand_recipes(argv: Sequence[str], parents: tuple[Path, ...] = ()) -> list[str]:
-    """Put the flags of recipes in the place of ``--recipe NAME``.
+def expand_recipes(argv: Sequence[str]) -> list[str]:
+    """Put the flags of recipes in the place of ``--recipe NAME``, and those of defaults in front.
 
     Args:
         argv: command-line arguments without the program name.
-        parents: the files that led here, for recipes that name recipes.
 
     Returns:
-        The arguments; ``--recipe`` is gone.
+        The arguments; ``--recipe`` and ``--defaults`` are gone.
 
     Raises:
         UserError: naming the recipe or its file and line.
     """
-    expanded: list[str] = []
+    defaults, flags = _expand(argv, ())
+    return defaults + flags
+
+
+def _expand(argv: Sequence[str], parents: tuple[Path, ...]) -> tuple[list[str], list[str]]:
+    """Expand arguments; ``parents`` are the files that led here. Defaults, and other flags."""
+    defaults: list[str] = []
+    flags: list[str] = []
     arguments = iter(argv)
     for argument in arguments:
         flag, equals, value = argument.partition("=")
-        if flag != "--recipe":
-            expanded.append(argument)
+        if flag not in ("--recipe", "--defaults"):
+            flags.append(argument)
             continue
         name = value if equals else next(arguments, "")
-        path = find_recipe(name)
+        path = find_recipe(name, flag)
         if path in parents:
-            raise UserError(f"--recipe {name}: {path} names itself; take it out.")
-        expanded += expand_recipes(read_flags(path), (*parents, path))
-    return expanded
+            raise UserError(f"{flag} {name}: {path} names itself; take it out.")
+        assumed, said = _expand(read_flags(path), (*parents, path))
+        defaults += assumed
+        (flags if flag == "--recipe" else defaults).extend(said)
+    return defaults, flags
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, flag: str = "--recipe") -> Path:
     """Find a recipe's file.
 
     Args:
         name: name of a recipe that comes with the project, or path of a file.
+        flag: what named it.
 
     Returns:
         The file.
@@ -58,7 +72,7 @@ def find_recipe(name: str) -> Path:
         if name and path.is_file():
             return path.resolve()
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.flags")))
-    raise UserError(f"--recipe {name}: no such recipe or file; choose a file or one of {known}.")
+    raise UserError(f"{flag} {name}: no such recipe or file; choose a file or one of {known}.")
 
 
 def read_flags(path: Path) -> list[str]:

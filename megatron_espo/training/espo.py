@@ -42,7 +42,6 @@ from megatron_espo.startup.setup import (
     pad_multiple,
     run_entry_point,
 )
-from megatron_espo.startup.stored import reading_checkpoint
 from megatron_espo.tasks.base import Task, start_line
 from megatron_espo.training import entry
 from megatron_espo.training.own_loop import (

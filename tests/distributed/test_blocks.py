@@ -49,6 +49,15 @@ BY_BLOCKS = {
     "threshold": RolloutConfig(
         16, 8, threshold=0.5, early_stop=True, cache="exact", micro_batch_size=2
     ),
+    "editing": RolloutConfig(
+        16,
+        8,
+        threshold=0.5,
+        editing_threshold=0.2,
+        max_post_steps=4,
+        cache="exact",
+        micro_batch_size=3,
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""LLaDA's layers under their published names, in plain PyTorch: what PEFT puts adapters on.
+"""Layers under their published names, in plain PyTorch: what PEFT puts adapters on.
 
 Written from the model's description, for tests alone; transformers has no such class.
 """
@@ -63,3 +63,29 @@ class LLaDALike(nn.Module):
         for block in parts["blocks"]:
             x = block(x)
         return parts["ff_out"](parts["ln_f"](x))
+
+
+class LinearTree(nn.Module):
+    """The weights of a model folder as modules under their names; nothing passes through it."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            *path, last, kind = name.split(".")
+            parent: nn.Module = self
+            for part in path:
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            if kind != "weight" or weight.dim() != 2:
+                held = nn.Module()
+                held.register_parameter(kind, nn.Parameter(weight))
+            elif "embed" in last:
+                held = nn.Embedding.from_pretrained(weight)
+            else:
+                held = nn.Linear(weight.size(1), weight.size(0), bias=False)
+                held.weight = nn.Parameter(weight)
+            if last in dict(parent.named_children()):  # a router's weight and its biases
+                parent.get_submodule(last).register_parameter(kind, nn.Parameter(weight))
+            else:
+                parent.add_module(last, held)

@@ -60,7 +60,8 @@ def test_pipeline_stages_pass_rows_twice_as_wide(folder: Path, start: tuple[str,
 
 
 SAMPLING = (
-    "--rollout-completion-length 8 --rollout-denoising-steps 8 --rollout-temperature 0 --prompt abc"
+    "--rollout-completion-length 8 --rollout-threshold 0.5 --rollout-editing-threshold 0.1 "
+    "--rollout-temperature 0 --prompt abc"
 ).split()
 
 

@@ -1,5 +1,6 @@
 """Sampling block by block against its rules, written out for one row at a time, without a cache."""
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +30,12 @@ CONFIGS = {
     "top-p": RolloutConfig(12, SIZE, 6, top_p=0.6),
     "threshold": RolloutConfig(12, SIZE, threshold=0.4),
     "factor": RolloutConfig(12, SIZE, factor=1.2),
+    "editing": RolloutConfig(
+        12, SIZE, temperature=0.7, threshold=0.4, editing_threshold=0.2, max_post_steps=3
+    ),
+    "greedy editing": RolloutConfig(
+        12, SIZE, temperature=0.0, threshold=0.3, editing_threshold=0.0
+    ),
 }
 
 
@@ -63,24 +70,32 @@ def block_logits(
 def sample_by_the_rules(
     chunk: Any, prompt: list[int], row: int, config: RolloutConfig, kind: str, shift: bool,
     stop: int = -1,
-) -> tuple[list[int], int]:  # fmt: skip
-    """SDAR's sampler for one row: blocks counted from position 0, the last one cut short."""
-    k, evaluations = SIZE, 0
+) -> tuple[list[int], int, float]:  # fmt: skip
+    """SDAR's sampler for one row: blocks counted from position 0, the last one cut short.
+
+    With an editing threshold LLaDA2.1's, which goes on in a block once nothing in it is masked.
+    Returns the completion, the evaluations and the mean probability of its tokens.
+    """
+    sure: dict[int, float] = {}
+    k, evaluations, editing = SIZE, 0, config.editing_threshold
     x = torch.tensor(prompt + [MASK] * config.completion_length)
-    steps = 2 * k if config.is_parallel else config.steps_per_block
+    steps = 2 * k + 16 if config.is_parallel else config.steps_per_block
     first = len(prompt) // k
     for block in range(first, -(-len(x) // k)):
         start, end = block * k, min((block + 1) * k, len(x))
         noise = uniform(stream(17, "token/test", block - first), torch.tensor([row]), 2 * steps * k)
         noise = noise.view(steps, 2, k)
+        post_steps = 0
         for step in range(steps):
-            if not (x[start:end] == MASK).any():
+            is_masked = bool((x[start:end] == MASK).any())
+            post_steps += not is_masked
+            if not is_masked and (editing is None or post_steps > config.max_post_steps):
                 break
             predicted = block_logits(chunk, x, start, end, kind, shift)
             evaluations += 1
-            candidates = {}
+            candidates, edits = {}, {}
             for place, logits in predicted.items():
-                if x[place] != MASK:
+                if x[place] != MASK and (editing is None or place < len(prompt)):
                     continue
                 allowed = logits[:262].clone()
                 allowed[MASK] = -torch.inf
@@ -92,15 +107,21 @@ def sample_by_the_rules(
                     token = int((cdf <= noise[step, 0, i]).sum())
                 random = config.remasking == "random"
                 score = float(noise[step, 1, i]) if random else log_probability(logits[:262], token)
-                candidates[place] = (score, token)
+                if x[place] == MASK:
+                    candidates[place] = (score, token)
+                elif token != x[place] and math.exp(score) > editing:
+                    edits[place] = (score, token)
             best = sorted(candidates, key=lambda place: -candidates[place][0])
             count = number_to_commit([candidates[p][0] for p in best], step, config, 1)
-            for place in best[:count]:
-                x[place] = candidates[place][1]
+            for place, (_, token) in ({p: candidates[p] for p in best[:count]} | edits).items():
+                x[place] = token
+                sure[place] = math.exp(log_probability(predicted[place][:262], token))
+            if not is_masked and not edits:
+                break
         if config.early_stop and stop in x[max(start, len(prompt)) : end]:
             x[end:] = 261
             break
-    return x[len(prompt) :].tolist(), evaluations
+    return x[len(prompt) :].tolist(), evaluations, sum(sure.values()) / len(sure)
 
 
 def sampled(model: DiffusionModel, config: RolloutConfig) -> Generation:
@@ -118,12 +139,18 @@ def test_tokens_are_those_of_the_written_rules(
     config = replace(CONFIGS[name], cache=cache, micro_batch_size=3)
     result = sampled(of_kind(model, kind, shift), config)
     for row, prompt in enumerate(PROMPTS):
-        expected, evaluations = sample_by_the_rules(
+        expected, evaluations, confidence = sample_by_the_rules(
             model.chunks[0], prompt, row, config, kind, shift
         )
         assert result.completions[row].tolist() == expected, row
         assert int(result.num_evaluations[row]) == evaluations
+        assert float(result.mean_confidence[row]) == pytest.approx(confidence, rel=1e-4)
     assert MASK not in result.completions
+    if config.is_editing:
+        unedited = sampled(
+            of_kind(model, kind, shift), replace(config, editing_threshold=None, max_post_steps=16)
+        )
+        assert not torch.equal(result.completions, unedited.completions)
 
 
 @pytest.mark.parametrize("cache", ["none", "exact"])
@@ -136,7 +163,7 @@ def test_a_stop_token_ends_a_completion_with_its_block(model: DiffusionModel, ca
         config = replace(plain, early_stop=True, cache=cache, micro_batch_size=size)
         result = sampled(stopping, config)
         for row, prompt in enumerate(PROMPTS):
-            expected, evaluations = sample_by_the_rules(
+            expected, evaluations, _ = sample_by_the_rules(
                 model.chunks[0], prompt, row, config, "block-causal", False, stop
             )
             assert result.completions[row].tolist() == expected
@@ -173,6 +200,15 @@ def test_with_the_cache_only_open_and_finished_blocks_pass(
         ({"cache": "dual"}, 32, "--rollout-cache dual is for models with full attention; use ex"),
         ({}, 4, "--rollout-block-length 32: the model's blocks have 4 tokens; use 4"),
         ({"guidance_scale": 1.0}, 32, "--rollout-guidance-scale 1.0: no such pass"),
+        ({"threshold": 0.7, "editing_threshold": 0.5}, None, "0.5 edits the open block of a model"),
+        ({"editing_threshold": 0.5}, 32, "0.5 goes with --rollout-threshold alone"),
+        ({"threshold": 0.7, "editing_threshold": 1.0}, 32, "1.0 must be at least 0 and below 1"),
+        ({"max_post_steps": 4}, 32, "--rollout-max-post-steps 4 has no effect"),
+        (
+            {"threshold": 0.7, "editing_threshold": 0.5, "max_post_steps": -1},
+            32,
+            "--rollout-max-post-steps -1 must be 0",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(

@@ -193,6 +193,46 @@ def test_published_config_gives_the_published_tensors_and_parameters(family: str
     assert {name: tuple(p.shape) for name, p in theirs.named_parameters()} == dict(sources)
 
 
+def published_llada2(layers: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of LLaDA2.0-mini's tensors, as its index and config.json have them."""
+
+    def gated(path: str, inner: int) -> dict[str, tuple[int, ...]]:
+        sizes = {"gate_proj": (inner, 2048), "up_proj": (inner, 2048), "down_proj": (2048, inner)}
+        return {f"{path}.{name}.weight": size for name, size in sizes.items()}
+
+    found: dict[str, tuple[int, ...]] = {
+        "model.word_embeddings.weight": (157184, 2048), "lm_head.weight": (157184, 2048),
+        "model.norm.weight": (2048,),
+    }  # fmt: skip
+    for layer in range(layers):
+        path = f"model.layers.{layer}"
+        found |= {
+            f"{path}.{name}_layernorm.weight": (2048,) for name in ("input", "post_attention")
+        }
+        found[f"{path}.attention.query_key_value.weight"] = ((16 + 4 + 4) * 128, 2048)
+        found[f"{path}.attention.dense.weight"] = (2048, 16 * 128)
+        found |= {f"{path}.attention.{name}_layernorm.weight": (128,) for name in ("query", "key")}
+        if layer == 0:
+            found |= gated(f"{path}.mlp", 5120)
+            continue
+        found |= {f"{path}.mlp.gate.weight": (256, 2048), f"{path}.mlp.gate.expert_bias": (256,)}
+        for expert in range(256):
+            found |= gated(f"{path}.mlp.experts.{expert}", 512)
+        found |= gated(f"{path}.mlp.shared_experts", 512)
+    return found
+
+
+def test_all_layers_of_llada2_map_both_ways() -> None:
+    """On the meta device: names and shapes alone."""
+    published, back = published_llada2(20), {}
+    for block in model_blocks(llada2.PUBLISHED, llada2.NAMES):
+        tensors = [torch.empty(published[name], device="meta") for name in block.sources]
+        packed = block.pack(tensors)
+        assert tuple(packed.shape) == block.shape
+        back |= {name: tuple(tensor.shape) for name, tensor in block.unpack(packed).items()}
+    assert back == published
+
+
 def test_heads_of_their_own_size_have_the_published_parameters() -> None:
     """Qwen3-0.6B: 16 heads of 128 channels on a hidden size of 1,024, tied."""
     small = {
@@ -334,6 +374,10 @@ def test_qkv_is_packed_by_group_and_unpacked(
         ("illada", "resid_pdrop", 0.1),
         ("illada", "rope_scaling", {"type": "linear", "factor": 2.0}),
         ("illada", "eos_token_id", None),
+        # LLaDA2.2, which goes by the name of LLaDA2.0.
+        ("llada2", "expert_capacity", 48),
+        ("llada2", "delete_token_id", 156930),
+        ("llada2", "split_token_id", 156931),
         ("sdar", "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
         ("sdar", "attention_bias", True),
         ("qwen3", "head_dim", 0),

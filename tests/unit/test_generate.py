@@ -39,6 +39,8 @@ def test_frames_tell_the_step_that_committed_each_token() -> None:
     assert [frame.steps for frame in frames] == [(0, 0, 0), (0, 1, 0), (2, 1, 0), (2, 1, 3)]
     assert [frame.num_committed for frame in frames] == [0, 1, 2, 3]
     assert frames[2].tokens == (66, 65, M)
+    # Of a token that is edited, the last one.
+    assert recorded([M, 65], [66, 65], [66, 68])[-1].steps == (2, 3)
 
 
 def test_pieces_are_masks_text_by_step_and_the_end() -> None:

@@ -288,7 +288,8 @@ def write_adapter(
 def test_merged_weights_compute_what_layer_and_adapter_do(
     made: Path, tmp_path: Path, infix: str, stabilized: bool, scale: float
 ) -> None:
-    adapter = write_adapter(tmp_path / "lora", infix, use_rslora=stabilized)
+    alphas = {r"blocks\.1\.q_proj": 12, "q_proj": 3}
+    adapter = write_adapter(tmp_path / "lora", infix, use_rslora=stabilized, alpha_pattern=alphas)
     plain, merged = HuggingFaceWeights(made), MergedWeights(made, adapter)
     matrices = load_file(adapter / "adapter_model.safetensors")
     assert merged.num_merged == 6 and merged.unused_targets() == ["gate_proj", "o_proj"]
@@ -301,7 +302,8 @@ def test_merged_weights_compute_what_layer_and_adapter_do(
             assert torch.equal(before, after)
             continue
         a, b = (matrices[f"base_model.model.{path}.lora_{s}{infix}.weight"].double() for s in "AB")
-        expected = x @ before.double().T + scale * (x @ a.T) @ b.T
+        own = 0.5 if path.endswith("0.q_proj") else 2.0 if path.endswith("1.q_proj") else 1.0
+        expected = x @ before.double().T + own * scale * (x @ a.T) @ b.T
         torch.testing.assert_close(x @ after.double().T, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -333,7 +335,6 @@ def drop(tensors: dict[str, Any], part: str) -> None:
         (id, {"use_dora": True}, '"use_dora"'),
         (id, {"bias": "all"}, '"bias"'),
         (id, {"modules_to_save": ["ff_out"]}, '"modules_to_save"'),
-        (id, {"rank_pattern": {"q_proj": 8}}, '"rank_pattern"'),
         (id, {"init_lora_weights": "pissa"}, '"init_lora_weights"'),
         (id, {"lora_alpha": None}, '"lora_alpha"'),
         # Variants of plain LoRA, and one that PEFT does not have yet.
@@ -347,7 +348,6 @@ def drop(tensors: dict[str, Any], part: str) -> None:
         (id, {"target_parameters": ["q"]}, '"target_parameters"'),
         (id, {"lora_bias": True}, '"lora_bias"'),
         (id, {"use_qalora": True}, '"use_qalora"'),
-        (id, {"alpha_pattern": {"q_proj": 8}}, '"alpha_pattern"'),
         (id, {"loftq_config": {"loftq_bits": 4}}, '"loftq_config"'),
         (id, {"use_variant_of_2027": 0.5}, '"use_variant_of_2027"'),
     ],

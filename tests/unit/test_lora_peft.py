@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from llada_like import LLaDALike
+from llada_like import LinearTree, LLaDALike
 from megatron.core import mpu
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.training.checkpointing import save_checkpoint
 from megatron_state import new_groups
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_conversion import SHAPES as MIXTURE_SHAPES
 from test_conversion import TINY
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from megatron_espo.conversion.families import FAMILIES
 from megatron_espo.conversion.hf_oracle import _MODELS, _llama_config
 from megatron_espo.conversion.hugging_face import HuggingFaceWeights, read_json
 from megatron_espo.conversion.lora import CONFIG, WEIGHTS
+from megatron_espo.conversion.mixture_oracle import MixtureOracle
 from megatron_espo.conversion.peft import convert_from_peft, convert_to_peft
 from megatron_espo.conversion.random_model import write_random_model
 from megatron_espo.data.tokenizer import byte_tokenizer
@@ -37,6 +40,7 @@ SHAPES = {
     # Heads of their own size.
     "qwen3": dataclasses.replace(qwen3.PUBLISHED, **TINY, kv_channels=12),
 }
+MIXED = {name: MIXTURE_SHAPES[name] for name in ("llada2", "llada_moe")}
 SEVEN = {
     "llada": ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "blocks.0.ff_out"],
     "dream": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -112,14 +116,14 @@ def case(request: Any, bases: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return family, folder, started, model
 
 
-def with_adapters(bases: Path, family: str, started: Path) -> Any:
+def with_adapters(bases: Path, family: str, started: Path, *flags: str) -> Any:
     """Megatron's model, as a run builds it that starts from the adapters."""
     fresh()
     initialize_arguments(
         [
             "--use-checkpoint-args", "--pretrained-checkpoint", str(started),
             "--tokenizer-model", str(bases / f"{family}-megatron/tokenizer"),
-            *"--micro-batch-size 1 --train-iters 1 --lr 0 --seq-length 32".split(),
+            *"--micro-batch-size 1 --train-iters 1 --lr 0 --seq-length 32".split(), *flags,
         ],
         lambda args: None,
     )  # fmt: skip
@@ -266,3 +270,70 @@ def test_adapters_that_would_not_be_themselves_are_refused(
             str(started), str(tmp_path / "out"), template=str(bases / family), base=other
         )
     assert not (tmp_path / "out").exists()
+
+
+# Rank-stabilized with q, k and v in one layer of the folder; a part of them; and without one.
+MIXTURES = {
+    "llada2, seven and the head": ("llada2", ["all-linear", "lm_head"], ["--lora-rslora"]),
+    "llada2, two": ("llada2", ["q_proj", "v_proj"], []),
+    "llada_moe": ("llada_moe", ["all-linear"], []),
+}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_adapters_of_mixtures_are_pefts_of_the_published_layers(
+    name: str, tokenizer: str, tmp_path: Path
+) -> None:
+    """Attention, dense layers and shared experts, never experts or routers; there and merged."""
+    family, targets, flags = MIXTURES[name]
+    write_random_model(
+        tmp_path / family, FAMILIES[family], MIXED[family], torch.float32, byte_tokenizer(), std=0.2
+    )
+    fresh()
+    base, saved, out = (tmp_path / part for part in (f"{family}-megatron", "saved", "adapter"))
+    convert_to_megatron(str(tmp_path / family), str(base))
+    ours = with_adapters(
+        tmp_path, family, base, "--lora-rank", str(RANK), "--lora-alpha", str(ALPHA),
+        "--lora-targets", *targets, "--save", str(saved), "--no-save-optim", "--no-save-rng",
+        *flags,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(3)
+    for parameter in ours.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(0.0, 0.1, generator=generator)
+    save_checkpoint(1, [ours], None, None, 0)
+    convert_to_peft(str(saved), str(out), template=str(tmp_path / family))
+    fields, weights = (
+        read_json(tmp_path / family / "config.json"),
+        HuggingFaceWeights(tmp_path / family),
+    )
+    tree = LinearTree({name: weights.read(name) for name in weights.tensors})
+    loaded = PeftModel.from_pretrained(tree, out)
+    adapted_layers = {n.split(".lora_A")[0] for n in load_file(out / WEIGHTS) if ".lora_A" in n}
+    assert adapted_layers == {
+        n.split(".lora_A")[0] for n, _ in loaded.named_modules() if n.endswith("lora_A")
+    }
+    merged = loaded.merge_and_unload().state_dict()
+    tokens = torch.randint(256, (2, 12), generator=generator)
+    lengths = torch.full((2,), 12)
+    expected, plain = (
+        MixtureOracle(fields, read, torch.float32).logits(tokens, lengths)[:, 1:]
+        for read in (merged.__getitem__, weights.read)
+    )
+    with torch.no_grad():
+        actual = megatron_logits(ours, tokens, False)
+    scale = expected.abs().max()
+    assert (actual - expected).abs().max() < 1e-5 * scale
+    assert (plain - expected).abs().max() > 1e-2 * scale
+    convert_to_hugging_face(str(saved), str(tmp_path / "ours"), template=str(tmp_path / family))
+    fresh()
+    convert_to_megatron(str(tmp_path / family), str(tmp_path / "read"), lora=str(out))
+    convert_to_hugging_face(
+        str(tmp_path / "read"), str(tmp_path / "again"), template=str(tmp_path / family)
+    )
+    for written in ("ours", "again"):
+        found = HuggingFaceWeights(tmp_path / written)
+        assert all(torch.equal(found.read(name), merged[name]) for name in weights.tensors)
+    if family == "llada2":
+        with pytest.raises(UserError, match=r"query_key_value.*merge it instead"):
+            convert_from_peft(str(out), str(base), str(tmp_path / "wrong"))

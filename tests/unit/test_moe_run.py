@@ -111,11 +111,12 @@ def test_a_run_goes_on_in_another_layout_but_not_without_expert_parallelism(
 
 
 def test_a_mixture_in_blocks_learns_by_espo(folder: Path) -> None:
-    """As LLaDA2.0: views of a sequence share its clean tokens, and rollouts have an exact cache."""
+    """As LLaDA2.1: views of a sequence share its clean tokens, rollouts cache and edit blocks."""
     fine_tune(folder, "block-base", *MODEL, *EP, "--attention-mask", "block-causal",
               "--block-size", "8")  # fmt: skip
     espo(folder, "in-blocks", *EP, "--pretrained-checkpoint", str(folder / "block-base"),
-         "--rollout-cache", "exact")  # fmt: skip
+         "--rollout-cache", "exact", "--rollout-threshold", "0.7", "--rollout-editing-threshold",
+         "0.0", "--rollout-max-post-steps", "2")  # fmt: skip
     found = scalars(folder, "in-blocks")
     assert found["policy/ratio_first_update/max_deviation"][1] == [0.0, 0.0]
     assert all(0.0 <= share < 0.9 for share in found["policy/rerouted_from_old"][1])

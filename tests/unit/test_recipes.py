@@ -1,6 +1,8 @@
 """Recipes: flag files that the command line overrides, with the published settings."""
 
 import argparse
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from megatron_espo.startup.arguments import add_arguments, config_from_args
 
 TASKS = ("gsm8k", "math", "countdown", "sudoku", "code")
 MODELS = ("llada_8b", "dream_7b")
+MIXTURES = ("llada2_mini", "llada_moe_7b")
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +161,33 @@ def test_a_recipe_replaces_another_of_its_kind_completely(names: tuple[str, ...]
     assert len({frozenset(flags_of(name)) for name in names}) == 1
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mixtures_recipe_replaces_the_scripts_default_model(name: str) -> None:
+    assert flags_of("llada_8b") < flags_of(name)
+
+
+def settled(names: Sequence[str]) -> dict[str, list[str]]:
+    """What holds where recipes are named in this order, by flag."""
+    found: dict[str, list[str]] = {}
+    for word in expand_recipes([word for name in names for word in ("--recipe", name)]):
+        if word.startswith("--"):
+            found[flag := word] = []
+        else:
+            found[flag].append(word)
+    return found
+
+
+@pytest.mark.parametrize("job", ["gsm8k", "sudoku", "sft_8b"])
+def test_recipes_of_different_kinds_may_be_named_in_any_order(job: str) -> None:
+    for kinds in itertools.product(
+        (*MODELS, *MIXTURES), ("", "lora", "lora_dream", "lora_80gb", "lora_24gb")
+    ):
+        orders = [settled(order) for order in itertools.permutations(filter(None, (job, *kinds)))]
+        assert all(order == orders[0] for order in orders), kinds
+    assert settled(["llada2_mini", job])["--tensor-model-parallel-size"] == ["1"]
+    assert settled(["llada_8b", job])["--tensor-model-parallel-size"] == ["2"]
+
+
 def test_a_models_recipe_samples_as_its_published_runs_in_any_order(
     parser: argparse.ArgumentParser,
 ) -> None:
@@ -194,6 +224,15 @@ def test_recipes_hold_flags_that_exist_and_are_given_once(
     parser.parse_args(expand_preset(expand_recipes(["--recipe", str(path)])))
 
 
+def test_defaults_of_a_recipe_give_way_to_whatever_else_is_said(tmp_path: Path) -> None:
+    (tmp_path / "base.flags").write_text("--lr 1 --seed 1")
+    (tmp_path / "middle.flags").write_text(f"--defaults {tmp_path}/base.flags\n--seed 2 --bf16")
+    outer = tmp_path / "outer.flags"
+    outer.write_text(f"--defaults={tmp_path}/middle.flags\n--save a")
+    argv = expand_recipes(["--seed", "3", "--recipe", str(outer), "--load", "b"])
+    assert argv == [*"--lr 1 --seed 1 --seed 2 --bf16 --seed 3 --save a --load b".split()]
+
+
 def test_recipe_files_take_comments_quotes_and_other_recipes(tmp_path: Path) -> None:
     (tmp_path / "inner.flags").write_text("--lr 1 # a rate\n\n# --seed 4\n")
     outer = tmp_path / "outer.flags"
@@ -211,6 +250,7 @@ def test_recipe_files_take_comments_quotes_and_other_recipes(tmp_path: Path) -> 
         ("--bf16\n--save 'a", "line 2: No closing quotation"),
         ("--recipe gsm9k", r"gsm9k: no such recipe or file; .* gsm8k"),
         ("--recipe", "no such recipe or file"),
+        ("--defaults gsm9k", "--defaults gsm9k: no such recipe or file"),
     ],
 )
 def test_wrong_recipes_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
