@@ -33,9 +33,9 @@ from megatron_espo.preference.report import (
 from megatron_espo.preference.rows import PairBatch, Places, pair_batch, pairs_at
 from megatron_espo.random import stream
 from megatron_espo.rl.reference import Reference
+from megatron_espo.rl.run import RunState
 from megatron_espo.rl.scalars import Clock
 from megatron_espo.rl.terms import Facts, log_probabilities
-from megatron_espo.rl.trainer import RunState
 from megatron_espo.rl.update import accumulate_facts, check_gradient
 
 # A completion's group is its pair.

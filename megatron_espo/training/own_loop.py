@@ -22,8 +22,9 @@ from megatron_espo.monitor.flops import ModelDimensions
 from megatron_espo.monitor.hardware import open_gpu
 from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.watch import Watch, WatchState
-from megatron_espo.startup.arguments import config_from_args, reading_checkpoint
+from megatron_espo.startup.arguments import config_from_args
 from megatron_espo.startup.setup import build_model, inference_mode, initialize_process_groups
+from megatron_espo.startup.stored import reading_checkpoint
 
 
 class Parts(NamedTuple):
