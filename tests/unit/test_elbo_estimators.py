@@ -150,7 +150,7 @@ def test_bernoulli_estimator_is_unbiased(length: int, monkeypatch: pytest.Monkey
     rows, probabilities = quadrature_rows(length, 0.0)
     monkeypatch.setattr(noise, "uniform", lambda key, ids, count: rows.clone())
     ids = torch.arange(len(rows))
-    masks, weights, _ = elbo_views("bernoulli", KEY, ids, ids, len(rows), length, 2)
+    masks, weights, *_ = elbo_views("bernoulli", KEY, ids, ids, len(rows), length, 2)
     assert (masks.flatten(0, 2).unique(dim=0).size(0), masks.size(1)) == (2**length, 2)
     draws = elbo_draws(look_up(table, masks), weights)
     mean = (draws * probabilities[:, None]).sum(0)

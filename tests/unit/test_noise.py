@@ -163,7 +163,7 @@ def test_stratified_counts_of_a_row_do_not_depend_on_the_rows_beside_it() -> Non
 def test_coupled_views_are_complements_that_mask_each_position_once(independent: bool) -> None:
     total, num_mc, length = 8, 3, 5
     ids = torch.arange(total)
-    masks, weights, _ = elbo_views(
+    masks, weights, *_ = elbo_views(
         "coupled", KEY, ids, ids, total, length, num_mc, independent_draws=independent
     )
     assert masks.shape == (total, num_mc, 2, length)
@@ -176,7 +176,7 @@ def test_coupled_views_are_complements_that_mask_each_position_once(independent:
 
 
 def test_exact_count_views_mask_at_least_one_position_with_weight_length_over_l() -> None:
-    masks, weights, _ = elbo_views("exact_count", KEY, torch.arange(8), torch.arange(8), 8, 5, 2)
+    masks, weights, *_ = elbo_views("exact_count", KEY, torch.arange(8), torch.arange(8), 8, 5, 2)
     assert masks.shape == (8, 2, 1, 5)
     assert set(masks.sum(-1).flatten().tolist()) == {1, 2, 3, 4, 5}
     expected = [5 / count for count in masks.sum(-1).flatten().tolist()]
