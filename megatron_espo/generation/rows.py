@@ -23,6 +23,46 @@ _STEPS_DRAWN = 16
 
 
 @dataclass
+class Edits:
+    """How far the editing of each row's block has come (generation.editing).
+
+    Attributes:
+        changed: bool ``[n]``, whether the last step of the row replaced a token.
+        post_steps: int64 ``[n]``, steps in that block that began without a mask.
+        likelihood: float64 ``[n, k]``, probabilities of that block's committed tokens.
+        most_post_steps: steps that a block makes at most once nothing in it is masked.
+    """
+
+    changed: Tensor
+    post_steps: Tensor
+    likelihood: Tensor
+    most_post_steps: int
+
+    def commit(
+        self, index: Tensor, committed: Tensor, masked: Tensor, confidence: Tensor
+    ) -> Tensor:
+        """Note a step of some rows; returns what it adds to probabilities, float64 ``[a, k]``.
+
+        A token that is replaced takes its probability along.
+        """
+        before = self.likelihood[index]
+        self.likelihood[index] = torch.where(committed, confidence, before)
+        self.changed[index] = (committed & ~masked).any(1)
+        self.post_steps[index] += ~masked.any(1)
+        return confidence - before
+
+    def are_over(self, index: Tensor) -> Tensor:
+        """Say which rows' blocks are not edited again once nothing is masked: bool ``[a]``."""
+        made = self.post_steps[index]
+        return (made >= self.most_post_steps) | ((made > 0) & ~self.changed[index])
+
+    def forget(self, index: Tensor) -> None:
+        """Let some rows begin another block."""
+        self.post_steps[index] = 0
+        self.likelihood[index] = 0.0
+
+
+@dataclass
 class Rows:
     """Rows in the order of their prompts' lengths, longest first; on the host.
 
@@ -41,9 +81,7 @@ class Rows:
         block: int64 ``[n]``, the block that the row is in.
         step: int64 ``[n]``, the denoising step of that block.
         complete: bool ``[n]``, whether that block is final: nothing is masked, or will be edited.
-        edited: bool ``[n]``, whether the last step of the row replaced a token.
-        post_steps: int64 ``[n]``, steps in that block that began without a mask.
-        likelihood: float64 ``[n, k]``, probabilities of that block's committed tokens.
+        edits: of that block's committed tokens; None where they stay.
         undecided: bool ``[n]``, whether the last step of the row committed nothing.
         numbers: float64 ``[n, d, 2, k]``, the uniform numbers of d steps of each row.
         num_evaluations: int64 ``[n]``.
@@ -63,9 +101,7 @@ class Rows:
     block: Tensor
     step: Tensor
     complete: Tensor
-    edited: Tensor
-    post_steps: Tensor
-    likelihood: Tensor
+    edits: Edits | None
     undecided: Tensor
     numbers: Tensor
     num_evaluations: Tensor
@@ -139,15 +175,12 @@ class Rows:
         self.tokens[rows, self.starts(rows) + column] = tokens
         columns = self.block[rows] * chosen.size(1) + column - self.offsets[rows]
         self.completions[self.order[rows], columns] = tokens
-        # A token that is replaced takes its probability along.
-        before = self.likelihood[index]
-        self.confidence[index] += torch.where(committed, confidence - before, 0.0).sum(1)
-        self.likelihood[index] = torch.where(committed, confidence, before)
+        if self.edits is not None:
+            confidence = self.edits.commit(index, committed, masked, confidence)
+        self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
         number = (committed & masked).sum(1)
         self.num_committed[index] += number
         self.undecided[index] = number == 0
-        self.edited[index] = (committed & ~masked).any(1)
-        self.post_steps[index] += ~masked.any(1)
         self.masked[index] &= ~committed
 
     def want_whole_passes(self, index: Tensor, refresh_steps: int) -> Tensor:
@@ -178,31 +211,28 @@ class Rows:
         passed = torch.full_like(head_rows, positions)
         self.work[index] += torch.stack((passed, passed * keys, head_rows, head_rows * keys), dim=1)
 
-    def end_step(
-        self, index: Tensor, stops: Tensor | None, fill: int, most_post_steps: int = 0
-    ) -> Tensor:
+    def end_step(self, index: Tensor, stops: Tensor | None, fill: int) -> Tensor:
         """Count a step of some rows and find those that are final.
 
         Args:
             index: int64 ``[a]``, rows whose block was not complete.
             stops: int64, tokens that end a completion with the block that holds them; None: none.
             fill: what follows such a block.
-            most_post_steps: steps that a block makes at most once nothing in it is masked.
 
         Returns:
             int64 ``[f]``.
         """
         self.step[index] += 1
-        made = self.post_steps[index]
-        edited_out = (made >= most_post_steps) | ((made > 0) & ~self.edited[index])
-        self.complete[index] = ~self.masked[index].any(1) & edited_out
+        complete = ~self.masked[index].any(1)
+        if self.edits is not None:
+            complete &= self.edits.are_over(index)
+        self.complete[index] = complete
         done = index[self.complete[index]]
         final = self.block[done] == self.last_blocks(done)
         if stops is not None and len(done):
             columns, length = self._completion_columns(done), self.completions.size(1)
-            inside = (columns >= 0) & (columns < length)
             tokens = self.completions[self.order[done, None], columns.clamp(0, length - 1)]
-            stopped = (torch.isin(tokens, stops) & inside).any(1)
+            stopped = (torch.isin(tokens, stops) & self.places(done)).any(1)
             ends = columns[:, -1] + 1
             for row, end in zip(done[stopped].tolist(), ends[stopped].tolist(), strict=True):
                 self.completions[self.order[row], end:] = fill  # no pass will read its tokens
@@ -214,8 +244,8 @@ class Rows:
         self.block[index] += 1
         self.step[index] = 0
         self.complete[index] = False
-        self.post_steps[index] = 0
-        self.likelihood[index] = 0.0
+        if self.edits is not None:
+            self.edits.forget(index)
         self.masked[index] = self.places(index)
 
 
@@ -265,9 +295,7 @@ def lay_out_rows(
         block=torch.full((n,), -1),
         step=torch.zeros(n, dtype=torch.int64),
         complete=torch.zeros(n, dtype=torch.bool),
-        edited=torch.zeros(n, dtype=torch.bool),
-        post_steps=torch.zeros(n, dtype=torch.int64),
-        likelihood=torch.zeros(n, k, dtype=torch.float64),
+        edits=_no_edits(n, config) if config.is_editing else None,
         undecided=torch.zeros(n, dtype=torch.bool),
         numbers=torch.empty(n, drawn, 2, k, dtype=torch.float64),
         num_evaluations=torch.zeros(n, dtype=torch.int64),
@@ -277,3 +305,13 @@ def lay_out_rows(
     )
     rows.enter_next_block(torch.arange(n))
     return rows
+
+
+def _no_edits(n: int, config: RolloutConfig) -> Edits:
+    """The state before the first edit."""
+    return Edits(
+        changed=torch.zeros(n, dtype=torch.bool),
+        post_steps=torch.zeros(n, dtype=torch.int64),
+        likelihood=torch.zeros(n, config.block_length, dtype=torch.float64),
+        most_post_steps=config.max_post_steps,
+    )

@@ -195,8 +195,7 @@ def _denoise(
     rows.enter_next_block(finished)
     stops = torch.tensor(model.stop_token_ids) if config.early_stop else None
     open_rows = index[~torch.isin(index, finished)]
-    most = config.max_post_steps if config.is_editing else 0
-    return rows.end_step(open_rows, stops, model.eos_token_id, most)
+    return rows.end_step(open_rows, stops, model.eos_token_id)
 
 
 def _candidates(
