@@ -9,6 +9,7 @@ from megatron_espo.monitor.tensorboard import LAYOUT, Chart
 from megatron_espo.objectives import Loss
 from megatron_espo.parallel.layout import Layout
 from megatron_espo.passes.batch import Sequences
+from megatron_espo.rl.scalars import Made, optimizer_scalars
 
 CHARTS: dict[str, dict[str, Chart]] = {
     "Preference": {
@@ -56,25 +57,19 @@ def pair_columns(terms: Loss, draws: Tensor, sequences: Sequences, layout: Layou
     return gather_columns({name: part.tolist() for name, part in columns.items()}, layout)
 
 
-def step_scalars(
-    columns: Columns, grad_norm: float | None, succeeded: bool, learning_rate: float
-) -> dict[str, float]:
+def step_scalars(columns: Columns, made: Made) -> dict[str, float]:
     """Summarise an optimizer step.
 
     Args:
         columns: from :func:`pair_columns`.
-        grad_norm: norm before clipping, or None where Megatron gives none.
-        succeeded: whether the optimizer made the step.
-        learning_rate: of the step.
+        made: the step.
 
     Returns:
         Named numbers, equal on all ranks.
     """
     return {
         "policy/loss": float(columns["loss"].mean()),
-        "policy/grad_norm": float(grad_norm if grad_norm is not None else 0.0),
-        "policy/learning_rate": learning_rate,
-        "policy/skipped_step": float(not succeeded),
+        **optimizer_scalars(made),
         "preference/accuracy": float(columns["correct"].mean()),
         **statistics(columns, "margin", "preference/margin"),
         "preference/reward_chosen": float(columns["reward_chosen"].mean()),

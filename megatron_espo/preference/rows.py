@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -25,7 +24,8 @@ from megatron_espo.plan.plan import PlannedRows
 from megatron_espo.random import Stream
 from megatron_espo.rl.elbo import block_offsets, cut_views
 from megatron_espo.startup.arguments import config_from_args
-from megatron_espo.startup.setup import keeps_graphs, pad_multiple
+from megatron_espo.startup.setup import keeps_graphs, pad_multiple, would_keep_graphs
+from megatron_espo.supervised.rows import is_readable
 
 Places = NDArray[np.int64]
 
@@ -80,17 +80,6 @@ def _read(
         spelled=spelled,
         shortest_prompt=shortest_prompt,
     )
-
-
-def is_readable(args: argparse.Namespace) -> bool:
-    """Whether a run's pairs and its tokenizer are on this machine.
-
-    Args:
-        args: parsed arguments.
-    """
-    data, tokenizer = args.dpo_train_data, args.tokenizer_model
-    here = data is not None and os.path.isfile(data)
-    return here and tokenizer is not None and os.path.isdir(tokenizer)
 
 
 def pairs_at(places: Places, num_pairs: int, seed: int) -> Places:
@@ -210,13 +199,12 @@ def planned_pairs(args: argparse.Namespace) -> PlannedRows | None:
     Raises:
         UserError: naming file and line.
     """
-    if not is_readable(args):
+    if not is_readable(args, args.dpo_train_data):
         return None
     rows, multiple = pairs_of(args, args.dpo_train_data), pad_multiple(args)
     steps = min(args.train_iters, _PLANNED_STEPS)
     pairs = pairs_at(np.arange(steps * args.global_batch_size), len(rows), args.seed)
-    few = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
-    shapes = Shapes(multiple, _few([rows], multiple) if few else ())
+    shapes = Shapes(multiple, _few([rows], multiple) if would_keep_graphs(args) else ())
     lengths, maskable = row_lengths(rows), rows.completion_lengths()
     widths = Counter(_widths(lengths[pairs], args, shapes))
     total = sum(widths.values())

@@ -4,10 +4,9 @@ Masks are functions of the seed and of a pair's place in the run, so that policy
 at the same ones, and so does a run that is resumed.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor
 from megatron_espo.config import DpoConfig, EspoConfig
 from megatron_espo.console import say
 from megatron_espo.data.pairs import PairRows
-from megatron_espo.model.handle import DiffusionModel
-from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.flops import preference_flops
 from megatron_espo.monitor.metrics import Columns
 from megatron_espo.monitor.progress import Heartbeat, Progress
@@ -33,24 +30,21 @@ from megatron_espo.preference.report import (
 from megatron_espo.preference.rows import PairBatch, Places, pair_batch, pairs_at
 from megatron_espo.random import stream
 from megatron_espo.rl.reference import Reference
-from megatron_espo.rl.run import RunState
+from megatron_espo.rl.run import Loop, RunState
 from megatron_espo.rl.scalars import Clock
 from megatron_espo.rl.terms import Facts, log_probabilities
-from megatron_espo.rl.update import accumulate_facts, check_gradient
+from megatron_espo.rl.update import accumulate_facts
 
 # A completion's group is its pair.
 _SETTINGS = EspoConfig(group_size=2)
 
 
 @dataclass(frozen=True)
-class PreferenceTrainer:
-    """Everything the loop works with, and what it asks of Megatron.
+class PreferenceTrainer(Loop):
+    """Everything the loop works with.
 
     Attributes:
-        model: the policy.
         reference: the reference policy.
-        optimizer: Megatron's optimizer.
-        scheduler: Megatron's learning-rate scheduler.
         train_data: pairs to train on.
         held_out: held-out pairs, or None.
         dpo: settings.
@@ -59,22 +53,9 @@ class PreferenceTrainer:
         num_steps: optimizer steps of the run.
         eval_interval: steps between evaluations of the held-out pairs.
         log_interval: steps between lines on the console.
-        seed: the run's seed.
-        rows_per_batch: views of a micro-batch.
-        dashboard: where reports go.
-        check_gradient: whether a gradient that is not finite ends the run.
-        inference: context in which the model is evaluated without gradients.
-        is_due: asked after every optimizer step whether it is time to save.
-        save: saves the run at a position.
-        evaluated: gets the held-out accuracy of a step, before ``is_due`` is asked for it.
-        should_stop: asked with the number of steps after each, and with None while held-out pairs
-            are evaluated; True ends the run, saved. All ranks ask together and get one answer.
     """
 
-    model: DiffusionModel
     reference: Reference
-    optimizer: Any
-    scheduler: Any
     train_data: PairRows
     held_out: PairRows | None
     dpo: DpoConfig
@@ -83,15 +64,6 @@ class PreferenceTrainer:
     num_steps: int
     eval_interval: int
     log_interval: int
-    seed: int
-    rows_per_batch: int
-    dashboard: Dashboard
-    check_gradient: bool
-    inference: Callable[[], AbstractContextManager[None]]
-    is_due: Callable[[int], bool]
-    save: Callable[[RunState], None]
-    evaluated: Callable[[int, float], None]
-    should_stop: Callable[[int | None], bool]
 
 
 def train(trainer: PreferenceTrainer, start: RunState) -> None:
@@ -128,22 +100,14 @@ def _step(trainer: PreferenceTrainer, step: int, progress: Progress) -> None:
     batch = _share(trainer, trainer.train_data, pairs, places, "dpo")
     reference = _reference_draws(trainer, [batch], clock)[0]
     with clock("update"):
-        for chunk in model.chunks:
-            chunk.zero_grad_buffer()
-        trainer.optimizer.zero_grad()
+        trainer.clear_gradients()
         facts = _facts(trainer, batch, reference)
         draws, _, _ = accumulate_facts(
             model, batch.batches, facts, trainer.mode, 2 * trainer.batch_size
         )
-        succeeded, norm, _ = trainer.optimizer.step()
-        grad_norm = None if norm is None else float(norm)  # waits until the gradient is there
-        if trainer.check_gradient:
-            check_gradient(grad_norm, bool(succeeded), step)
-        if succeeded:
-            trainer.scheduler.step(increment=trainer.batch_size)
-    rate = float(trainer.optimizer.param_groups[0]["lr"])
+        made = trainer.make_step(step, trainer.batch_size)
     columns = pair_columns(_terms(facts, draws), draws, batch.sequences, model.layout)
-    scalars = step_scalars(columns, grad_norm, bool(succeeded), rate)
+    scalars = step_scalars(columns, made)
     scalars |= _performance(trainer, batch, clock)
     scalars |= {f"time/{name}": spent for name, spent in clock.seconds.items()}
     shown = step % trainer.log_interval == 0 or step in (1, trainer.num_steps)

@@ -18,6 +18,8 @@ from megatron_espo.monitor.progress import Heartbeat
 from megatron_espo.monitor.watch import WatchState
 from megatron_espo.rl.reference import Reference
 from megatron_espo.rl.resume import RolloutRecord
+from megatron_espo.rl.scalars import Made
+from megatron_espo.rl.update import check_gradient
 from megatron_espo.tasks.base import Task
 
 # Denoising steps between looks at whether the run was told to stop: a look costs a collective.
@@ -44,43 +46,28 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class Trainer:
-    """Everything the loop works with, and what it asks of Megatron.
+class Loop:
+    """What any loop works with, and what it asks of Megatron.
 
     Attributes:
         model: the policy.
-        reference: the reference policy, or None without a KL penalty.
         optimizer: Megatron's optimizer.
         scheduler: Megatron's learning-rate scheduler.
-        tokenizer: the tokenizer.
-        task: the task.
-        train_data: problems to train on.
-        eval_data: held-out problems, or None.
-        espo: ESPO settings.
-        rollout: sampling settings.
         seed: the run's seed.
-        rows_per_batch: views per model pass.
+        rows_per_batch: views of a micro-batch.
         dashboard: where reports go.
         check_gradient: whether a gradient that is not finite ends the run.
         inference: context in which the policy is evaluated without gradients.
         is_due: asked after every optimizer step whether it is time to save.
         save: saves the run at a position.
         evaluated: gets the held-out accuracy of a step, before ``is_due`` is asked for it.
-        should_stop: asked with the number of steps after each, and with None after sampling; True
-            ends the run, saved. All ranks ask together and get the same answer.
-        interrupted: whether a signal asks to stop; the ranks of one copy of the model ask together.
+        should_stop: asked with the number of steps after each, and with None in between; True ends
+            the run, saved. All ranks ask together and get the same answer.
     """
 
     model: DiffusionModel
-    reference: Reference | None
     optimizer: Any
     scheduler: Any
-    tokenizer: FastTokenizer
-    task: Task
-    train_data: TaskData
-    eval_data: TaskData | None
-    espo: EspoConfig
-    rollout: RolloutConfig
     seed: int
     rows_per_batch: int
     dashboard: Dashboard
@@ -90,6 +77,54 @@ class Trainer:
     save: Callable[[RunState], None]
     evaluated: Callable[[int, float], None]
     should_stop: Callable[[int | None], bool]
+
+    def clear_gradients(self) -> None:
+        """Begin an optimizer step."""
+        for chunk in self.model.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    def make_step(self, step: int, samples: int) -> Made:
+        """Let the optimizer make a step with the gradients that are there.
+
+        Args:
+            step: its number.
+            samples: rows of it, which Megatron's schedule counts.
+
+        Raises:
+            UserError: the gradient is not finite.
+        """
+        succeeded, norm, _ = self.optimizer.step()
+        grad_norm = None if norm is None else float(norm)  # waits until the gradient is there
+        if self.check_gradient:
+            check_gradient(grad_norm, bool(succeeded), step)
+        if succeeded:
+            self.scheduler.step(increment=samples)
+        return Made(bool(succeeded), grad_norm, float(self.optimizer.param_groups[0]["lr"]))
+
+
+@dataclass(frozen=True)
+class Trainer(Loop):
+    """Everything ESPO's loop works with.
+
+    Attributes:
+        reference: the reference policy, or None without a KL penalty.
+        tokenizer: the tokenizer.
+        task: the task.
+        train_data: problems to train on.
+        eval_data: held-out problems, or None.
+        espo: ESPO settings.
+        rollout: sampling settings.
+        interrupted: whether a signal asks to stop; the ranks of one copy of the model ask together.
+    """
+
+    reference: Reference | None
+    tokenizer: FastTokenizer
+    task: Task
+    train_data: TaskData
+    eval_data: TaskData | None
+    espo: EspoConfig
+    rollout: RolloutConfig
     interrupted: Callable[[], bool]
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,16 +67,26 @@ def update_columns(
     )
 
 
-def update_scalars(
-    columns: Columns, grad_norm: float | None, succeeded: bool, learning_rate: float
-) -> dict[str, float]:
+class Made(NamedTuple):
+    """An optimizer step.
+
+    Attributes:
+        succeeded: whether the optimizer made it.
+        grad_norm: norm before clipping, or None where Megatron gives none.
+        learning_rate: the next step's, once the scheduler has moved.
+    """
+
+    succeeded: bool
+    grad_norm: float | None
+    learning_rate: float
+
+
+def update_scalars(columns: Columns, made: Made) -> dict[str, float]:
     """Summarise an optimizer step.
 
     Args:
         columns: from :func:`update_columns`.
-        grad_norm: norm before clipping, or None where Megatron gives none.
-        succeeded: whether the optimizer made the step.
-        learning_rate: of the step.
+        made: the step.
 
     Returns:
         Named numbers, equal on all ranks.
@@ -95,10 +106,17 @@ def update_scalars(
         "policy/loss": float(columns["loss"].mean()),
         **own,
         "policy/without_backward": float(columns["left_out"].sum()) / len(columns["loss"]),
-        "policy/grad_norm": float(grad_norm if grad_norm is not None else 0.0),
-        "policy/learning_rate": learning_rate,
-        "policy/skipped_step": float(not succeeded),
+        **optimizer_scalars(made),
         **statistics(columns, "elbo", "elbo/per_token"),
+    }
+
+
+def optimizer_scalars(made: Made) -> dict[str, float]:
+    """Name what an optimizer step was like."""
+    return {
+        "policy/grad_norm": float(made.grad_norm if made.grad_norm is not None else 0.0),
+        "policy/learning_rate": made.learning_rate,
+        "policy/skipped_step": float(not made.succeeded),
     }
 
 

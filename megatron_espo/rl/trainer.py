@@ -60,7 +60,7 @@ from megatron_espo.rl.types import (
     SampledRollout,
     Sampling,
 )
-from megatron_espo.rl.update import accumulate_gradient, check_gradient
+from megatron_espo.rl.update import accumulate_gradient
 from megatron_espo.tasks.base import Score
 
 
@@ -304,9 +304,7 @@ def _update(
     objective, length = objective_of(espo), rollout.sequences.completion_length
     step = number * espo.updates_per_rollout + place + 1
     with clock("update"):
-        for chunk in model.chunks:
-            chunk.zero_grad_buffer()
-        trainer.optimizer.zero_grad()
+        trainer.clear_gradients()
         elbo_ref = prepared.elbo_ref[place]
         with precision(trainer, "elbo"), noted_as("current", [noise.batches]):
             draws, again, left_out = accumulate_gradient(
@@ -322,13 +320,7 @@ def _update(
                 noise.recut,
                 noise.answers,
             )
-        succeeded, norm, _ = trainer.optimizer.step()
-        grad_norm = None if norm is None else float(norm)  # waits until the gradient is there
-        if trainer.check_gradient:
-            check_gradient(grad_norm, bool(succeeded), step)
-        if succeeded:
-            # Megatron's schedule counts samples: the rows of one update.
-            trainer.scheduler.step(increment=espo.completions_per_rollout)
+        made = trainer.make_step(step, espo.completions_per_rollout)
         if place == 0 and objective.compares_with_old:
             prepared = replace(prepared, elbo_old=(draws, *prepared.elbo_old[1:]))
         facts = Facts(
@@ -336,10 +328,9 @@ def _update(
             noise.answers, objective,
         )  # fmt: skip
         terms = objective.loss(draws, facts.given(draws, facts.tensors()))
-    rate = float(trainer.optimizer.param_groups[0]["lr"])
     elbo = mean_log_probability(draws, noise.views)
     columns = update_columns(terms, elbo, left_out, length, model.layout)
-    scalars = update_scalars(columns, grad_norm, bool(succeeded), rate)
+    scalars = update_scalars(columns, made)
     if place == 0:
         # The ratio of a rollout's first update must be 1.
         scalars |= first_ratio_scalars(draws, again, length, model.layout)

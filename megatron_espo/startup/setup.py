@@ -265,8 +265,12 @@ def keeps_graphs(args: argparse.Namespace) -> bool:
         False on a CPU, and where PyTorch's kernels attend (plain layers, context parallelism; see
         model/attention.py).
     """
-    with_te = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
-    return with_te and device.has_cuda()
+    return would_keep_graphs(args) and device.has_cuda()
+
+
+def would_keep_graphs(args: argparse.Namespace) -> bool:
+    """Whether attention would keep a graph for every shape on GPUs, which a plan is for."""
+    return bool(args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1)
 
 
 def few_shapes(

@@ -19,7 +19,7 @@ from megatron_espo.model import fp8
 from megatron_espo.passes.shapes import Shapes, few_widths, round_up
 from megatron_espo.plan.plan import PlannedRows
 from megatron_espo.startup.arguments import config_from_args
-from megatron_espo.startup.setup import keeps_graphs, sequence_split
+from megatron_espo.startup.setup import keeps_graphs, sequence_split, would_keep_graphs
 
 # Most widths of micro-batches where each has its graph: rows differ by a factor of 30 and more.
 _WIDTHS = 32
@@ -149,13 +149,14 @@ def width_multiple(args: argparse.Namespace) -> int:
     return sequence_split(args) * (fp8.alignment(args.fp8_recipe) if args.fp8 else 1)
 
 
-def is_readable(args: argparse.Namespace) -> bool:
-    """Whether a run's fine-tuning data and its tokenizer are on this machine.
+def is_readable(args: argparse.Namespace, data: str | None) -> bool:
+    """Whether a file to train on and the run's tokenizer are on this machine.
 
     Args:
         args: parsed arguments.
+        data: the file.
     """
-    data, tokenizer = args.sft_train_data, args.tokenizer_model
+    tokenizer = args.tokenizer_model
     return (
         data is not None
         and os.path.isfile(data)
@@ -176,13 +177,13 @@ def planned_rows(args: argparse.Namespace) -> PlannedRows | None:
     Raises:
         UserError: naming file and line.
     """
-    if not is_readable(args):
+    if not is_readable(args, args.sft_train_data):
         return None
     steps = min(args.train_iters or _PLANNED_STEPS, _PLANNED_STEPS)
     batch = step_rows(args)
     data = sft_dataset(args, args.sft_train_data, steps * batch, Split.train)
-    kept = args.transformer_impl == "transformer_engine" and args.context_parallel_size == 1
-    shapes = _shapes(width_multiple(args), [data.length_range()], few=kept)
+    few = would_keep_graphs(args)
+    shapes = _shapes(width_multiple(args), [data.length_range()], few)
     lengths = data.lengths(np.arange(len(data)))
     rows = -np.sort(-lengths.reshape(-1, batch), axis=1).reshape(-1, args.micro_batch_size)
     widths = [shapes.width(int(longest)) for longest in rows[:, 0]]

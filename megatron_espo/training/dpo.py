@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from megatron.training import get_tensorboard_writer
-
 from megatron_espo.checkpoint.tracker import resumed_iteration
 from megatron_espo.config import DpoConfig, MonitorConfig
 from megatron_espo.console import say
@@ -18,22 +16,25 @@ from megatron_espo.data.pairs import PairRows
 from megatron_espo.data.tokenizer import load_tokenizer, vocabulary_digest
 from megatron_espo.errors import UserError
 from megatron_espo.model.fp8 import check_policy_arguments
-from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.preference.report import CHARTS
-from megatron_espo.preference.rows import is_readable, pairs_of, widths_of
+from megatron_espo.preference.rows import pairs_of, widths_of
 from megatron_espo.preference.trainer import PreferenceTrainer, train
 from megatron_espo.rl.provenance import Settings
 from megatron_espo.rl.reference import reference_policy
-from megatron_espo.rl.state import DPO, Checkpoints, StopRequest, load_run_state, read_state
+from megatron_espo.rl.state import DPO, StopRequest, read_state
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args
-from megatron_espo.startup.save_folder import open_keeper, own_save_folder
+from megatron_espo.startup.save_folder import own_save_folder
 from megatron_espo.startup.setup import diffusion_model, run_entry_point
-from megatron_espo.supervised.rows import epoch_steps
+from megatron_espo.supervised.rows import epoch_steps, is_readable
 from megatron_espo.training import entry
 from megatron_espo.training.own_loop import (
+    Views,
     build_parts,
+    check_gradient_mode,
     close_reports,
+    data_parallel_ranks,
+    open_checkpoints,
     open_dashboard,
     settle_micro_batches,
 )
@@ -112,31 +113,18 @@ def _refuse_what_has_no_part(args: argparse.Namespace, dpo: DpoConfig) -> None:
 
 def _settle_batches(args: argparse.Namespace, dpo: DpoConfig) -> None:
     """Cut a step into micro-batches of views, and choose the way to the gradient."""
-    model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    dp = max(args.world_size // (model_size * args.context_parallel_size), 1)
+    dp = data_parallel_ranks(args)
     if args.global_batch_size % dp:
         raise UserError(
             f"--global-batch-size {args.global_batch_size} pairs cannot be split over {dp} "
             f"data-parallel ranks; use a multiple of {dp}."
         )
-    per_pair = 2 * dpo.views_per_completion
-    rows = args.global_batch_size // dp * per_pair
-    if args.micro_batch_size is None:
-        args.micro_batch_size = per_pair
-    if rows % args.micro_batch_size:
-        raise UserError(
-            f"--micro-batch-size {args.micro_batch_size} does not divide the {rows} rows of a "
-            f"rank's update ({args.global_batch_size // dp} pairs x {per_pair} views)."
-        )
-    whole = args.micro_batch_size % per_pair == 0
-    if dpo.gradient == "joint" and not whole:
-        raise UserError(
-            f"--dpo-gradient joint keeps the {per_pair} views of a pair together; make "
-            f"--micro-batch-size {args.micro_batch_size} a multiple of {per_pair}, or use two_pass."
-        )
+    views = Views(args.global_batch_size // dp, 2 * dpo.views_per_completion, "pair")
+    settle_micro_batches(args, views)
     if dpo.gradient == "auto":
+        whole = args.micro_batch_size % views.each == 0
         args.dpo_gradient = "joint" if whole else "two_pass"
-    settle_micro_batches(args, rows)
+    check_gradient_mode(args, args.dpo_gradient, views, "--dpo-gradient")
     # Megatron's schedules count samples, which are pairs.
     args.dpo_rows_per_batch, args.micro_batch_size = args.micro_batch_size, 1
 
@@ -147,7 +135,9 @@ def _settle_steps(args: argparse.Namespace, dpo: DpoConfig) -> None:
         if not args.train_iters:
             raise UserError("--train-iters is missing: how many steps to train; or --dpo-epochs.")
         return
-    pairs = len(pairs_of(args, args.dpo_train_data)) if is_readable(args) else None
+    pairs = (
+        len(pairs_of(args, args.dpo_train_data)) if is_readable(args, args.dpo_train_data) else None
+    )
     batch = args.global_batch_size
     args.train_iters = epoch_steps(args, pairs or batch, batch, "--dpo-epochs")
     if pairs is not None and int(os.environ.get("RANK", "0")) == 0:
@@ -214,16 +204,7 @@ def _train(
     """Build everything, with all ranks together from here on, and train."""
     dpo, parts = config_from_args(DpoConfig, args), build_parts(args)
     reference = reference_policy(parts.chunks)
-    start = load_run_state(args.load, args.iteration, saved, reference)
-    writer = get_tensorboard_writer()
-    begin_events(writer, start.step)
-    write_layout(writer, CHARTS)
-    checkpoints = Checkpoints(
-        parts.chunks, parts.optimizer, parts.scheduler, reference, made_with, writer,
-        open_keeper(args), DPO,
-    )  # fmt: skip
-    if start.accuracy is not None:
-        checkpoints.evaluated(start.step, start.accuracy)
+    start, checkpoints = open_checkpoints(args, parts, reference, made_with, saved, DPO, CHARTS)
     files = [rows for rows in (train_data, held_out) if rows is not None]
     model = replace(diffusion_model(parts.chunks), widths=widths_of(args, files))
     mode: Literal["joint", "two_pass"] = "joint" if dpo.gradient == "joint" else "two_pass"

@@ -4,8 +4,6 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron.training import get_tensorboard_writer
-
 from megatron_espo.checkpoint.tracker import resumed_iteration
 from megatron_espo.config import (
     REFERENCE_MIX_INTERVAL,
@@ -19,7 +17,6 @@ from megatron_espo.errors import UserError
 from megatron_espo.evaluation.problems import TaskData, load_task_data, load_workers
 from megatron_espo.model.experts import settle_policy
 from megatron_espo.model.fp8 import check_policy_arguments
-from megatron_espo.monitor.tensorboard import begin_events, write_layout
 from megatron_espo.objectives import (
     check_objective,
     chosen_gradient,
@@ -31,11 +28,11 @@ from megatron_espo.rewards.workers import RewardWorkers
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.run import Trainer
-from megatron_espo.rl.state import Checkpoints, StopRequest, load_run_state, read_state
+from megatron_espo.rl.state import StopRequest, read_state
 from megatron_espo.rl.trainer import train
 from megatron_espo.startup.argument_checks import check_schedule
 from megatron_espo.startup.arguments import config_from_args
-from megatron_espo.startup.save_folder import open_keeper, own_save_folder
+from megatron_espo.startup.save_folder import own_save_folder
 from megatron_espo.startup.setup import (
     block_length,
     diffusion_model,
@@ -45,8 +42,12 @@ from megatron_espo.startup.setup import (
 from megatron_espo.tasks.base import Task, start_line
 from megatron_espo.training import entry
 from megatron_espo.training.own_loop import (
+    Views,
     build_parts,
+    check_gradient_mode,
     close_reports,
+    data_parallel_ranks,
+    open_checkpoints,
     open_dashboard,
     settle_micro_batches,
 )
@@ -90,30 +91,17 @@ def prepare_arguments(args: argparse.Namespace) -> None:
         )
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
-    model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
-    model_size *= args.context_parallel_size
-    dp = max(args.world_size // model_size, 1)
+    dp = data_parallel_ranks(args)
     if espo.prompts_per_rollout % dp:
         raise UserError(
             f"--espo-prompts-per-rollout {espo.prompts_per_rollout} cannot be split over {dp} "
             f"data-parallel ranks; use a multiple of {dp}."
         )
-    views = views_per_completion(espo)
-    rows = espo.completions_per_rollout // dp * views
-    if args.micro_batch_size is None:
-        args.micro_batch_size = views
-    if rows % args.micro_batch_size:
-        raise UserError(
-            f"--micro-batch-size {args.micro_batch_size} does not divide the {rows} rows of a "
-            f"rank's update ({espo.completions_per_rollout // dp} completions x {views} views)."
-        )
+    each = views_per_completion(espo)
+    views = Views(espo.completions_per_rollout // dp, each, "completion")
+    settle_micro_batches(args, views)
     args.espo_gradient = chosen_gradient(espo, args.micro_batch_size)
-    if args.espo_gradient == "joint" and args.micro_batch_size % views:
-        raise UserError(
-            f"--espo-gradient joint keeps the {views} views of a completion together; make "
-            f"--micro-batch-size {args.micro_batch_size} a multiple of {views}, or use two_pass."
-        )
-    settle_micro_batches(args, rows)
+    check_gradient_mode(args, args.espo_gradient, views, "--espo-gradient")
     # Megatron's schedules count samples: its global batch is the completions of one update.
     if args.global_batch_size not in (None, espo.completions_per_rollout):
         raise UserError(
@@ -218,19 +206,10 @@ def _train(
     """Build everything, with all ranks together from here on, and run ESPO."""
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     parts = build_parts(args)
-    chunks = parts.chunks
-    reference = reference_policy(chunks) if espo.kl_coef > 0.0 else None
-    start = load_run_state(args.load, args.iteration, saved, reference)
-    writer = get_tensorboard_writer()
-    begin_events(writer, start.step)
-    write_layout(writer)
-    checkpoints = Checkpoints(
-        chunks, parts.optimizer, parts.scheduler, reference, made_with, writer, open_keeper(args)
-    )
-    if start.accuracy is not None:
-        checkpoints.evaluated(start.step, start.accuracy)
+    reference = reference_policy(parts.chunks) if espo.kl_coef > 0.0 else None
+    start, checkpoints = open_checkpoints(args, parts, reference, made_with, saved)
     held_out = eval_data.encoded if eval_data else ()
-    model = diffusion_model(chunks, [*train_data.encoded, *held_out])
+    model = diffusion_model(parts.chunks, [*train_data.encoded, *held_out])
     if model.layout.is_reporter:
         say(
             f"Gradients: {espo.gradient}, in micro-batches of {args.espo_rows_per_batch} views "

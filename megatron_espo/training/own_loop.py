@@ -1,7 +1,7 @@
 """What trainings with a loop of their own set up: ESPO and preference optimization."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,9 +20,15 @@ from megatron_espo.errors import UserError
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.flops import ModelDimensions
 from megatron_espo.monitor.hardware import open_gpu
+from megatron_espo.monitor.tensorboard import LAYOUT, Chart, begin_events, write_layout
 from megatron_espo.monitor.throughput import own_peak_tflops
 from megatron_espo.monitor.watch import Watch, WatchState
+from megatron_espo.rl.provenance import Settings
+from megatron_espo.rl.reference import Reference
+from megatron_espo.rl.run import RunState
+from megatron_espo.rl.state import ESPO, Checkpoints, load_run_state
 from megatron_espo.startup.arguments import config_from_args
+from megatron_espo.startup.save_folder import open_keeper
 from megatron_espo.startup.setup import build_model, inference_mode, initialize_process_groups
 from megatron_espo.startup.stored import reading_checkpoint
 
@@ -74,6 +80,44 @@ def build_parts(args: argparse.Namespace) -> Parts:
     return Parts(chunks, optimizer, scheduler, check_gradient, inference)
 
 
+def open_checkpoints(
+    args: argparse.Namespace,
+    parts: Parts,
+    reference: Reference | None,
+    made_with: Settings,
+    saved: Mapping[str, Any] | None,
+    kind: str = ESPO,
+    charts: Mapping[str, Mapping[str, Chart]] = LAYOUT,
+) -> tuple[RunState, Checkpoints]:
+    """Take up where a run is, let its event files begin there, and say how it is saved.
+
+    Args:
+        args: Megatron's arguments.
+        parts: the model with its optimizer.
+        reference: the reference policy, or None.
+        made_with: settings that checkpoints hold.
+        saved: the state of the checkpoint that was loaded, if any.
+        kind: of the run, see `rl.state`.
+        charts: how TensorBoard groups them.
+
+    Returns:
+        Where the run goes on, and what saves it.
+    """
+    start, writer = (
+        load_run_state(args.load, args.iteration, saved, reference),
+        get_tensorboard_writer(),
+    )
+    begin_events(writer, start.step)
+    write_layout(writer, charts)
+    checkpoints = Checkpoints(
+        parts.chunks, parts.optimizer, parts.scheduler, reference, made_with, writer,
+        open_keeper(args), kind,
+    )  # fmt: skip
+    if start.accuracy is not None:
+        checkpoints.evaluated(start.step, start.accuracy)
+    return start, checkpoints
+
+
 def open_dashboard(
     args: argparse.Namespace, is_reporter: bool, watch: WatchState | None
 ) -> Dashboard:
@@ -111,17 +155,65 @@ def close_reports() -> None:
         writer.flush()
 
 
-def settle_micro_batches(args: argparse.Namespace, rows: int) -> None:
-    """Check how the views of an update are cut into micro-batches.
+class Views(NamedTuple):
+    """What an update of a data-parallel rank is made of.
+
+    Attributes:
+        number: completions, or pairs.
+        each: views of one of them, which stay together where there is one pass.
+        what: what one of them is called.
+    """
+
+    number: int
+    each: int
+    what: str
+
+
+def data_parallel_ranks(args: argparse.Namespace) -> int:
+    """Return the copies of the model, before Megatron has worked them out."""
+    model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size
+    return max(args.world_size // (model_size * args.context_parallel_size), 1)
+
+
+def settle_micro_batches(args: argparse.Namespace, views: Views) -> None:
+    """Cut the views of an update into micro-batches: by default one for each completion or pair.
 
     Args:
-        args: parsed arguments, with the views of a micro-batch, which divide ``rows``.
-        rows: views of a data-parallel rank's update.
+        args: parsed arguments.
+        views: of the update.
 
     Raises:
-        UserError: virtual stages want another number of micro-batches.
+        UserError: they cannot be cut so.
     """
-    batches = rows // args.micro_batch_size
+    rows = views.number * views.each
+    if args.micro_batch_size is None:
+        args.micro_batch_size = views.each
+    if rows % args.micro_batch_size:
+        raise UserError(
+            f"--micro-batch-size {args.micro_batch_size} does not divide the {rows} rows of a "
+            f"rank's update ({views.number} {views.what}s x {views.each} views)."
+        )
+
+
+def check_gradient_mode(args: argparse.Namespace, mode: str, views: Views, flag: str) -> None:
+    """Check that micro-batches suit the way to the gradient, and virtual stages.
+
+    Args:
+        args: parsed arguments, with the views of a micro-batch.
+        mode: joint or two_pass.
+        views: of the update.
+        flag: says the mode.
+
+    Raises:
+        UserError: they do not.
+    """
+    if mode == "joint" and args.micro_batch_size % views.each:
+        raise UserError(
+            f"{flag} joint keeps the {views.each} views of a {views.what} together; make "
+            f"--micro-batch-size {args.micro_batch_size} a multiple of {views.each}, or use "
+            "two_pass."
+        )
+    batches = views.number * views.each // args.micro_batch_size
     virtual = (
         args.num_layers_per_virtual_pipeline_stage or args.num_virtual_stages_per_pipeline_rank
     )

@@ -110,7 +110,9 @@ def prepare_arguments(args: argparse.Namespace) -> None:
 def _settle_epochs(args: argparse.Namespace, batch: int) -> None:
     """Set the number of steps from --sft-epochs; a plan does without the data."""
     # Where a file is missing, a plan says so, and the start of a run refuses.
-    examples = len(rows_of(args, args.sft_train_data)) if is_readable(args) else None
+    examples = (
+        len(rows_of(args, args.sft_train_data)) if is_readable(args, args.sft_train_data) else None
+    )
     args.train_iters = epoch_steps(args, examples or batch, batch)
     if examples is not None and int(os.environ.get("RANK", "0")) == 0:
         say(
