@@ -169,6 +169,38 @@ def run_without_cuda() -> None:
     _replace(training, "set_jit_fusion_options", _nothing)
     _count_on_the_host()
     _exchange_uneven_parts()
+    _share_groups()
+
+
+def _share_groups() -> None:
+    """Let groups of the same ranks be one.
+
+    Megatron makes some forty groups, of a process alone as well as of all. With gloo each of them
+    has three threads, one of which wakes up a hundred times a second for as long as the process
+    lives. What NCCL gains from groups of their own, streams that overlap, gloo does not have.
+    """
+    module = "megatron.core.parallel_state"
+    create = _part(module, "create_group")
+    # By ranks and time-out, of the default group that they belong to.
+    made: dict[Any, Any] = {}
+
+    @functools.wraps(create)
+    def create_or_share(
+        ranks: Any = None, timeout: Any = None, backend: Any = None, *rest: Any, **named: Any
+    ) -> Any:
+        if ranks is None or backend is not None:
+            # Megatron ends groups of another backend one by one.
+            return create(ranks, timeout, backend, *rest, **named)
+        world = torch.distributed.group.WORLD
+        if made.get("world") is not world:
+            made.clear()
+            made["world"] = world
+        key = (*ranks, timeout)
+        if key not in made:
+            made[key] = create(ranks, timeout, backend, *rest, **named)
+        return made[key]
+
+    _replace(module, "create_group", create_or_share)
 
 
 def _exchange_uneven_parts() -> None:

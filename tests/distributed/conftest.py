@@ -121,10 +121,6 @@ def build_layout(
     destroy_rerun_state_machine()
     if mpu.model_parallel_is_initialized():
         mpu.destroy_model_parallel()
-        # Megatron only forgets its groups; their threads would go on and slow the next layout.
-        for group in list(dist.distributed_c10d._world.pg_map):
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
         # The objects that hold the last references refer to each other.
         gc.collect()
     argv = [
@@ -153,7 +149,7 @@ def build_layout(
     connect_schedule(chunks, optimizer)
     model = diffusion_model(chunks)
     if solo:
-        groups = [dist.new_group([rank]) for rank in range(WORLD)]
+        groups = [mpu.create_group([rank]) for rank in range(WORLD)]
         own = groups[dist.get_rank()]
         model = replace(model, layout=replace(model.layout, dp=own))
     return Built(model, optimizer, scheduler, args)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from conftest import WORLD, Built, build_layout
 from layouts import CASES, Case, record
+from megatron.core import mpu
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config, unwrap_model
 from megatron.training import training as megatron_training
@@ -71,6 +72,8 @@ class Compared:
         """Settings that this layout is compared with."""
         multiple = self.built.model.pad_multiple
         every = samplers(self.case.shift, self.case.few_samplers, multiple)
+        if self.case.tp == 1:
+            every = {n: c for n, c in every.items() if n not in OF_THE_VOCABULARY}
         # With context parallelism refused: a cache holds all positions of its rows.
         return {n: c for n, c in every.items() if self.case.cp == 1 or c.cache == "none"}
 
@@ -240,6 +243,16 @@ SAMPLERS = {
 
 # Where a layout samples as another one does (only what trains differs), these two say enough.
 FEW_SAMPLERS = ("low_confidence", "greedy")
+# And these ask the whole vocabulary: that it is in parts is tensor parallelism's alone.
+OF_THE_VOCABULARY = (
+    "origin",
+    "entropy",
+    "topk_margin",
+    "entropy, top-p",
+    "topk_margin, top-k",
+    "guidance, top-p",
+    "maskgit_plus",
+)
 
 
 def samplers(shift: bool, few: bool = False, multiple: int = 1) -> dict[str, RolloutConfig]:
@@ -261,6 +274,30 @@ def samplers(shift: bool, few: bool = False, multiple: int = 1) -> dict[str, Rol
         for name, config in SAMPLERS.items()
         if allowed(config) and (not few or name in FEW_SAMPLERS)
     }
+
+
+@pytest.mark.parametrize(
+    "compared", ["tp 2, pp 2", "cp 2, dp 2"], ids=dashes, indirect=True, scope="module"
+)
+def test_groups_of_the_same_ranks_are_one(compared: Compared) -> None:
+    """And each is of the ranks that the layout's sizes say."""
+    case, rank = compared.case, dist.get_rank()
+    groups = {
+        "tp": mpu.get_tensor_model_parallel_group(),
+        "pp": mpu.get_pipeline_model_parallel_group(),
+        "cp": mpu.get_context_parallel_group(),
+        "dp": mpu.get_data_parallel_group(),
+        "dp, cp": mpu.get_data_parallel_group(with_context_parallel=True),
+        "tp, pp": mpu.get_model_parallel_group(),
+        "experts": mpu.get_expert_model_parallel_group(),
+    }
+    ranks = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
+    sizes = {name: len(members) for name, members in ranks.items()}
+    dp = WORLD // (case.tp * case.pp * case.cp)
+    alone = {"tp": case.tp, "pp": case.pp, "cp": case.cp, "dp": dp}
+    assert sizes == {**alone, "dp, cp": dp * case.cp, "tp, pp": case.tp * case.pp, "experts": 1}
+    assert all(rank in members for members in ranks.values())
+    assert len({id(group) for group in groups.values()}) == len(set(ranks.values()))
 
 
 def test_tokens_do_not_depend_on_layout(compared: Compared) -> None:
