@@ -175,9 +175,10 @@ def run_without_cuda() -> None:
 def _share_groups() -> None:
     """Let groups of the same ranks be one.
 
-    Megatron makes some forty groups, of a process alone as well as of all. With gloo each of them
-    has three threads, one of which wakes up a hundred times a second for as long as the process
-    lives. What NCCL gains from groups of their own, streams that overlap, gloo does not have.
+    Megatron makes some two dozen groups a start-up, of a process alone as well as of all. With gloo
+    each has three threads, one of which wakes up a hundred times a second for as long as the group
+    lives (findings/gloo_threads_of_groups.sh). What NCCL gains from groups of their own, streams
+    that overlap, gloo does not have.
     """
     module = "megatron.core.parallel_state"
     create = _part(module, "create_group")
