@@ -31,7 +31,7 @@ class StepViews(Masks):
     none. A completion with fewer steps than the run allows has views that predict nothing.
 
     Attributes:
-        passes: v.
+        passes: v; a setting of the objective, which :func:`step_passes` settles.
         merged: neighbouring steps that share a view.
         by_block: whether a block-diffusion model has such views, too.
     """
