@@ -71,6 +71,8 @@ class Rows:
         tokens: int64 ``[n, s]``: [prompt][completion][padding].
         completions: int64 ``[n, l]``, in the caller's order; the mask token where nothing is
             committed yet.
+        commit_steps: int32 ``[n, l]``, likewise in the caller's order, see Generation; None where
+            they are not recorded.
         prompt_lengths: int64 ``[n]``.
         offsets: int64 ``[n]``, prompt tokens that lie in the first block: 0 where blocks begin with
             the completion, the rest of the prompt's last block where they are counted from
@@ -93,6 +95,7 @@ class Rows:
     order: Tensor
     tokens: Tensor
     completions: Tensor
+    commit_steps: Tensor | None
     prompt_lengths: Tensor
     offsets: Tensor
     widths: list[int]
@@ -175,6 +178,10 @@ class Rows:
         self.tokens[rows, self.starts(rows) + column] = tokens
         columns = self.block[rows] * chosen.size(1) + column - self.offsets[rows]
         self.completions[self.order[rows], columns] = tokens
+        if self.commit_steps is not None:
+            # A token that is committed once more was decided by the last of these steps.
+            steps = self.num_evaluations[rows].int()
+            self.commit_steps[self.order[rows], columns] = steps
         if self.edits is not None:
             confidence = self.edits.commit(index, committed, masked, confidence)
         self.confidence[index] += torch.where(committed, confidence, 0.0).sum(1)
@@ -255,6 +262,7 @@ def lay_out_rows(
     sample_ids: Tensor,
     config: RolloutConfig,
     num_steps: int,
+    record_steps: bool = False,
 ) -> Rows:
     """Lay out [prompt][masks][padding] rows, longest first.
 
@@ -264,6 +272,7 @@ def lay_out_rows(
         sample_ids: int64 ``[n]`` on the host.
         config: sampling settings.
         num_steps: denoising steps of a block at most.
+        record_steps: whether to note at which step each token is committed.
 
     Returns:
         The rows, before their first step.
@@ -287,6 +296,7 @@ def lay_out_rows(
         order=torch.tensor(order),
         tokens=tokens,
         completions=torch.full((n, length), model.mask_token_id),
+        commit_steps=torch.full((n, length), -1, dtype=torch.int32) if record_steps else None,
         prompt_lengths=lengths,
         offsets=offsets,
         widths=(lengths + length).tolist(),

@@ -59,6 +59,9 @@ class Generation(NamedTuple):
             positions times the keys that they attended to, hidden states that reached the output
             head, and these times their keys (``monitor.flops.passed_flops`` makes operations of
             them). Padding is counted, copies of rows that fill up a micro-batch are not.
+        commit_steps: int32 ``[n, l]``, the step map: which of its completion's model evaluations,
+            counted from 0 through all blocks, committed each token, the last time; -1 for tokens
+            that were filled in. ``[n, 0]`` where it was not asked for.
     """
 
     completions: Tensor
@@ -66,6 +69,7 @@ class Generation(NamedTuple):
     num_committed: Tensor
     mean_confidence: Tensor
     work: Tensor
+    commit_steps: Tensor
 
     @property
     def tokens_per_step(self) -> Tensor:
@@ -82,6 +86,7 @@ def generate(
     purpose: str,
     on_step: Callable[[Tensor], None] | None = None,
     on_finished: Callable[[Tensor, Tensor], None] | None = None,
+    record_steps: bool = False,
 ) -> Generation:
     """Sample one completion per prompt.
 
@@ -101,12 +106,15 @@ def generate(
         on_finished: called as soon as some rows are final, with their numbers, int64 ``[f]``, and
             their completions, int64 ``[f, l]``, both on the host, while others are still to be
             sampled. Each row is reported once, on every rank of the model-parallel group.
+        record_steps: keep the step map.
 
     Returns:
         The completions in the order of the prompts.
     """
     try:
-        found = _generate(model, prompts, sample_ids, config, seed, purpose, on_step, on_finished)
+        found = _generate(
+            model, prompts, sample_ids, config, seed, purpose, on_step, on_finished, record_steps
+        )
     except Interrupted:
         keep_company(model.chunks, model.layout)
         raise
@@ -125,15 +133,17 @@ def _generate(
     purpose: str,
     on_step: Callable[[Tensor], None] | None,
     on_finished: Callable[[Tensor, Tensor], None] | None,
+    record_steps: bool,
 ) -> Generation:
     """Sample this rank's completions; see :func:`generate`."""
     length, n = config.completion_length, len(prompts)
     if n == 0:
         nothing = torch.empty(0, dtype=torch.int64)
         work = torch.empty(0, 4, dtype=torch.float64)
-        return Generation(nothing.view(0, length), nothing, nothing, torch.empty(0), work)
+        steps = torch.empty(0, length if record_steps else 0, dtype=torch.int32)
+        return Generation(nothing.view(0, length), nothing, nothing, torch.empty(0), work, steps)
     scheduler = Scheduler.of(n, config, model.layout.pp_size)
-    rows = lay_out_rows(model, prompts, sample_ids, config, len(scheduler.schedule))
+    rows = lay_out_rows(model, prompts, sample_ids, config, len(scheduler.schedule), record_steps)
     while scheduler.admit():
         # Megatron's pipeline schedules name the device "cuda".
         with no_interception() if model.layout.pp_size == 1 else nullcontext():
@@ -152,6 +162,7 @@ def _generate(
         rows.num_committed[back],
         (rows.confidence[back] / rows.num_committed[back]).float(),
         rows.work[back],
+        torch.empty(n, 0, dtype=torch.int32) if rows.commit_steps is None else rows.commit_steps,
     )
 
 

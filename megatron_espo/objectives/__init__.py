@@ -13,6 +13,7 @@ from megatron_espo.objectives.base import Given, Loss, Objective, loss_gradient,
 from megatron_espo.objectives.bgpo import Bgpo
 from megatron_espo.objectives.block_just_grpo import BlockJustGrpo
 from megatron_espo.objectives.bridge import Bridge
+from megatron_espo.objectives.cj_grpo import CjGrpo
 from megatron_espo.objectives.coupled_grpo import CoupledGrpo
 from megatron_espo.objectives.diffu_grpo import DiffuGrpo
 from megatron_espo.objectives.espo import Espo
@@ -24,6 +25,7 @@ from megatron_espo.objectives.rspo import Rspo
 from megatron_espo.objectives.spg import Spg
 from megatron_espo.objectives.stable_drl import StableDrl
 from megatron_espo.objectives.token_elbo import TokenElbo
+from megatron_espo.objectives.trace_rl import TraceRl
 from megatron_espo.objectives.wd1 import Wd1
 from megatron_espo.own_code import load_own
 
@@ -58,6 +60,8 @@ BUILT_IN: Mapping[str, type[Objective]] = {
     "bgpo": Bgpo,
     "just_grpo": JustGrpo,
     "block_just_grpo": BlockJustGrpo,
+    "cj_grpo": CjGrpo,
+    "trace_rl": TraceRl,
 }
 
 _DEFAULTS = EspoConfig()

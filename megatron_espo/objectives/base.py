@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_espo.config import EspoConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.objectives.masks import ElboMasks, Masks
 
 Scope = Literal["completion", "advantages", "group"]
@@ -45,6 +45,8 @@ class Given:
         weights: float ``[b, m, v]``, as drawn with the masks.
         length: l.
         espo: the run's settings: clip range, KL penalty.
+        predicted: bool ``[b, m, v, l]``, the masked tokens that each view predicts; None for
+            objectives of whole completions, and where every view predicts all that it masks.
     """
 
     old: Tensor
@@ -57,6 +59,7 @@ class Given:
     weights: Tensor
     length: int
     espo: EspoConfig
+    predicted: Tensor | None = None
 
     def tokens(self) -> Tensor:
         """The masks, in an objective of tokens."""
@@ -89,7 +92,8 @@ class Objective:
             and 0 for the others; else ``[b, m]``, of each draw the weighted sum over its views of
             the log-probabilities summed over masked tokens (an ELBO, with an ELBO's weights).
         each_token_once: of an objective of tokens, that its views predict every token once between
-            them: the loss takes float ``[b, m, l]``, the log-probability of each token.
+            them: the loss takes float ``[b, m, l]``, the log-probability of each token (0 of one
+            that none predicts).
         scope: what a completion's loss depends on besides itself: nothing, the advantages of its
             group, or its group's log-probabilities, too. With ``group``, rows come whole groups at
             a time, and only with two-pass gradients.
@@ -114,11 +118,11 @@ class Objective:
         """Say which views of a completion the loss needs."""
         return ElboMasks(espo.elbo_estimator, espo.kl_estimator == "k2_unbiased")
 
-    def fitted(self, completion_length: int, block_size: int | None) -> tuple[str, ...]:
+    def fitted(self, rollout: RolloutConfig, block_size: int | None) -> tuple[str, ...]:
         """Say which of its settings follow from a run's others.
 
         Args:
-            completion_length: l.
+            rollout: how completions are sampled, checked.
             block_size: tokens of a block of the model; None where all positions see each other.
 
         Returns:

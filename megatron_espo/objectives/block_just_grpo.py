@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_espo.config import EspoConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.errors import UserError
 from megatron_espo.objectives.base import Given, Loss, Objective, setting
 from megatron_espo.objectives.just_grpo import exact_passes
@@ -41,7 +41,7 @@ class BlockJustGrpo(Objective):
         """Mask a place and all after it in every block."""
         return BlockPrefixes(self.passes)
 
-    def fitted(self, completion_length: int, block_size: int | None) -> tuple[str, ...]:
+    def fitted(self, rollout: RolloutConfig, block_size: int | None) -> tuple[str, ...]:
         """Take as many passes as a block has tokens."""
         if block_size is None:
             raise UserError(

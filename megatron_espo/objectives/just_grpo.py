@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_espo.config import EspoConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.errors import UserError
 from megatron_espo.objectives.base import Given, Loss, Objective, setting
 from megatron_espo.objectives.masks import Prefixes
@@ -39,15 +39,15 @@ class JustGrpo(Objective):
         """Mask a token and all after it."""
         return Prefixes(self.passes)
 
-    def fitted(self, completion_length: int, block_size: int | None) -> tuple[str, ...]:
+    def fitted(self, rollout: RolloutConfig, block_size: int | None) -> tuple[str, ...]:
         """Take as many passes as a completion has tokens."""
-        if completion_length > MOST_PASSES:
+        if rollout.completion_length > MOST_PASSES:
             raise UserError(
                 "--espo-objective just_grpo passes a completion once for every token: "
-                f"--rollout-completion-length {completion_length} exceeds the {MOST_PASSES} of the "
-                "published runs; shorten it or use another objective."
+                f"--rollout-completion-length {rollout.completion_length} exceeds the "
+                f"{MOST_PASSES} of the published runs; shorten it or use another objective."
             )
-        return exact_passes("just_grpo", self.passes, completion_length)
+        return exact_passes("just_grpo", self.passes, rollout.completion_length)
 
     def loss(self, logp: Tensor, given: Given) -> Loss:
         """Compute the clipped loss of tokens ``[b, 1, l]``."""

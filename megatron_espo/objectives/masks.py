@@ -32,6 +32,8 @@ class Ask(NamedTuple):
         block_length: tokens of a block of the sampler (--rollout-block-length).
         offsets: of a block-diffusion model int64 ``[b]``, places of the completion's first block
             that the prompt takes; None of another model.
+        commit_steps: int32 ``[b, l]``, the sampler's step map (generation.sampler.Generation); None
+            where the masks are not cut out of one.
     """
 
     key: Stream
@@ -44,6 +46,7 @@ class Ask(NamedTuple):
     prompt_width: int
     block_length: int
     offsets: Tensor | None = None
+    commit_steps: Tensor | None = None
 
     def uniform(self, purpose: str, draw: int, count: int) -> Tensor:
         """Draw float64 ``[b, count]`` for one of the draws."""
@@ -65,12 +68,14 @@ class Masks:
         fixed: a draw masks the same number of tokens whatever is drawn.
         by_block: a block-diffusion model has such views, too: each block has its own.
         only_blocks: no other model has.
+        of_steps: they are cut out of step maps, which the sampler then records.
     """
 
     per_draw: int = 1
     fixed: bool = False
     by_block: bool = False
     only_blocks: bool = False
+    of_steps: bool = False
 
     def masked(self, length: int) -> float:
         """Expected number of predicted completion tokens of a draw's views together."""
@@ -328,7 +333,7 @@ class Prefixes(Masks):
         """See Masks."""
         assert self.passes == ask.length, "--espo-objective-args passes"
         place = torch.arange(ask.length)
-        return _same_for_all(ask, place >= place[:, None], place == place[:, None])
+        return repeat_for_draws(ask, place >= place[:, None], place == place[:, None])
 
 
 @dataclass(frozen=True)
@@ -358,12 +363,21 @@ class BlockPrefixes(Masks):
         assert ask.offsets is not None
         place = (ask.offsets[:, None] + torch.arange(ask.length)) % self.passes
         level = torch.arange(self.passes)[None, :, None]
-        views = _same_for_all(ask, place[:, None] >= level, place[:, None] == level)
+        views = repeat_for_draws(ask, place[:, None] >= level, place[:, None] == level)
         return views._replace(token_weights=torch.ones(views.mask_indices.shape))
 
 
-def _same_for_all(ask: Ask, masks: Tensor, predicted: Tensor) -> ElboViews:
-    """Make views ``[v, l]`` or ``[b, v, l]`` those of all draws."""
+def repeat_for_draws(ask: Ask, masks: Tensor, predicted: Tensor) -> ElboViews:
+    """Make views the same for all draws, with weights 1.
+
+    Args:
+        ask: says whose views.
+        masks: bool ``[v, l]``, or ``[b, v, l]``, the masked tokens.
+        predicted: likewise, those of them that are predicted.
+
+    Returns:
+        The views ``[b, m, v, l]``.
+    """
     shape = (len(ask.sample_ids), ask.num_draws, *masks.shape[-2:])
     if masks.dim() == 3:
         masks, predicted = masks[:, None], predicted[:, None]

@@ -71,7 +71,7 @@ def token_loss(
         old: of the sampling policy.
         reference: of the reference policy, or None.
         given: advantages and settings.
-        counted: bool ``[b, l]``, the tokens that count.
+        counted: bool ``[b, l]``, the tokens that count; or float, how much each does.
         total: what their sum is divided by: the mean of their number over the global batch.
 
     Returns:
@@ -95,6 +95,6 @@ def token_loss(
     statistics["effective_sample_size"] = (sums.square() / (number * squares)).mean(dim=1)
     idle = None
     if reference is None:
-        idle = (clipped.low | clipped.high | ~counted[:, None]).flatten(1).all(dim=1)
+        idle = (clipped.low | clipped.high | (share == 0)).flatten(1).all(dim=1)
         idle = idle | (given.advantages == 0)
     return Loss((per_token * share).sum(dim=-1).mean(dim=1) / total, statistics, idle)

@@ -46,6 +46,7 @@ def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> R
     rollout = prepared.rollout
     share = {
         "completions": rollout.sequences.completions(),
+        "commit_steps": rollout.commit_steps,
         **{name: getattr(rollout, name) for name in _SAMPLING},
         **_columns(rollout.scores),
         "elbo_old": _stack(prepared.elbo_old),
@@ -59,7 +60,7 @@ def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> R
         shares = [None] * layout.dp_size
         dist.all_gather_object(shares, share, group=layout.dp)
     record: RolloutRecord = {"prompts": prompts, "refills": [list(r) for r in rollout.refills]}
-    record |= _join(shares, ("completions", *_SAMPLING))
+    record |= _join(shares, ("completions", "commit_steps", *_SAMPLING))
     if "discarded" in share:
         record["discarded"] = _join([part["discarded"] for part in shares], _DISCARDED)
     for name in ("elbo_old", "elbo_ref"):
@@ -90,7 +91,10 @@ def restore_rollout(
     n = len(prompts) * espo.group_size
     rows = slice(model.layout.dp_rank * n, (model.layout.dp_rank + 1) * n)
     completions = record["completions"][rows]
-    generation = Generation(completions, *(record[name][rows] for name in _SAMPLING))
+    # A record from before there were step maps has none.
+    steps = record.get("commit_steps", record["completions"][:, :0].int())[rows]
+    columns = [*(record[name][rows] for name in _SAMPLING), steps]
+    generation = Generation(completions, *columns)
     rollout = with_scores(
         place_completions(model, prompts, generation, espo.group_size),
         decode_completions(completions, tokenizer, model.stop_token_ids),

@@ -40,6 +40,7 @@ def sample(
     seed: int,
     on_step: Callable[[Tensor], None] | None = None,
     on_finished: Callable[[Tensor, Tensor], None] | None = None,
+    record_steps: bool = False,
 ) -> Generation:
     """Sample a group of completions for each prompt.
 
@@ -51,13 +52,14 @@ def sample(
         seed: the run's seed.
         on_step: see generation.sampler.
         on_finished: see generation.sampler; rows are numbered group by group.
+        record_steps: see generation.sampler.
 
     Returns:
         The completions, group by group.
     """
     rows = [prompt.token_ids for prompt in prompts for _ in range(group_size)]
     ids = sample_ids(prompts, group_size)
-    return generate(model, rows, ids, config, seed, "rollout", on_step, on_finished)
+    return generate(model, rows, ids, config, seed, "rollout", on_step, on_finished, record_steps)
 
 
 class ScoringAhead:
@@ -148,6 +150,7 @@ def place_completions(
         num_committed=generation.num_committed,
         mean_confidence=generation.mean_confidence,
         work=generation.work,
+        commit_steps=generation.commit_steps,
     )
 
 

@@ -146,6 +146,7 @@ class Facts:
             self._groups(),
             None if self.answers is None else self.answers.tokens,
             self.views.mask_indices if self.objective.per_token else None,
+            self.views.predicted if self.objective.per_token else None,
             self.views.weights,
         )
         if rows is None:
@@ -159,7 +160,7 @@ class Facts:
             logp: the policy's, which stand for the old ones where there are none.
             tensors: from :meth:`tensors`, on the device of ``logp``.
         """
-        old, reference, advantages, group, answer, masks, weights = tensors
+        old, reference, advantages, group, answer, masks, predicted, weights = tensors
         assert advantages is not None and weights is not None
         if answer is None:
             shape = (len(advantages), self.length)
@@ -175,6 +176,7 @@ class Facts:
             weights=weights,
             length=self.length,
             espo=self.espo,
+            predicted=predicted,
         )
 
     def _groups(self) -> Tensor | None:

@@ -194,6 +194,7 @@ def _complete(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Unsc
             trainer.seed,
             look_out(trainer, "sampling a rollout"),
             ahead,
+            objective_of(espo).masks(espo).of_steps,
         )
     # One copy of the model may have seen the signal while another finished: they agree here.
     if trainer.should_stop(None) or generation is None:
@@ -245,6 +246,7 @@ def _draw_noise(trainer: Trainer, number: int, rollout: SampledRollout) -> list[
             prompt_width=int(rollout.sequences.prompt_lengths.max()),
             block_length=trainer.rollout.block_length,
             offsets=offsets,
+            commit_steps=rollout.commit_steps if masks.of_steps else None,
         )
         views, prompts = masks.draw(ask), masks.prompt_masks(ask)
         if trainer.model.logit_shift and prompts is not None:

@@ -78,6 +78,7 @@ class SampledRollout:
         num_committed: int64 ``[n]``, tokens that the model decided.
         mean_confidence: float32 ``[n]``, their mean probability when they were committed.
         work: float64 ``[n, 4]``, see generation.sampler.Generation.
+        commit_steps: int32 ``[n, l]``, the step map, likewise; ``[n, 0]`` without one.
     """
 
     sequences: Sequences
@@ -88,6 +89,7 @@ class SampledRollout:
     num_committed: Tensor
     mean_confidence: Tensor
     work: Tensor
+    commit_steps: Tensor
 
 
 @dataclass(frozen=True)

@@ -174,6 +174,7 @@ class _Hooks:
         purpose: str,
         on_step: Callable[[Tensor], None] | None = None,
         on_finished: Callable[[Tensor, Tensor], None] | None = None,
+        record_steps: bool = False,
     ) -> Any:
         """Make the first denoising steps of a rollout; the rest of it is made up."""
         ledger, is_rollout = self.ledger, purpose == "rollout"
@@ -192,6 +193,7 @@ class _Hooks:
                 # Prompts are taken in at the first step; each block but the last one after its own.
                 facts["whole_passes"] = 1
                 facts["denoising_steps"] += blocks - 1
+        asked = config
         if not config.is_parallel:
             # So that the steps that are run reach the next block.
             config = dataclasses.replace(
@@ -218,12 +220,18 @@ class _Hooks:
         try:
             with phase:
                 return self._real_generate(
-                    model, prompts, sample_ids, config, seed, purpose, watch, on_finished
-                )
+                    model, prompts, sample_ids, config, seed, purpose, watch, on_finished,
+                    record_steps,
+                )  # fmt: skip
         except _Enough:
-            return self._made_up(model, len(prompts), config, on_finished)
+            known = torch.empty(0)
+            if record_steps:
+                known = stand_ins.step_map(asked, model.blocks is not None)
+            return self._made_up(model, len(prompts), config, on_finished, known)
 
-    def _made_up(self, model: Any, n: int, config: Any, on_finished: Any) -> Any:
+    def _made_up(
+        self, model: Any, n: int, config: Any, on_finished: Any, commit_steps: Tensor
+    ) -> Any:
         length, owner = config.completion_length, model.layout.dp_rank
         self._draws += 1
         completions = stand_ins.draw("completion", owner, self._draws, n * length, 0, 200)
@@ -236,7 +244,10 @@ class _Hooks:
         each = torch.full((n,), config.denoising_steps)
         work = torch.ones(n, 4, dtype=torch.float64)
         committed = torch.full((n,), length)
-        return sampler.Generation(completions, each, committed, torch.full((n,), 0.5), work)
+        return sampler.Generation(
+            completions, each, committed, torch.full((n,), 0.5), work,
+            commit_steps.int().expand(n, -1),
+        )  # fmt: skip
 
     # ---- ESPO
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megatron_espo.checkpoint.weights_mark import fingerprint as real_fingerprint
+from megatron_espo.config import RolloutConfig
 from megatron_espo.dry_run.job import SIMULATED_BASE
 from megatron_espo.errors import UserError
 from megatron_espo.random import randint, stream
@@ -43,6 +44,22 @@ def draw(purpose: str, owner: int, number: int, count: int, low: int, high: int)
     """
     key = stream(_SEED, f"simulate/{purpose}", owner, number)
     return randint(key, torch.zeros(1, dtype=torch.int64), count, low, high)[0]
+
+
+def step_map(config: RolloutConfig, by_block: bool) -> Tensor:
+    """Make up when tokens were committed: from left to right, by as many steps as there may be.
+
+    Args:
+        config: sampling settings.
+        by_block: whether a block may begin inside the prompt: then all of them take the same steps.
+
+    Returns:
+        int64 ``[l]``, see `generation.sampler.Generation`.
+    """
+    places, steps = torch.arange(config.completion_length), config.steps_per_block
+    if by_block:
+        places = places % config.block_length
+    return places * steps // config.block_length
 
 
 class StandInTask:

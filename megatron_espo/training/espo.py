@@ -65,7 +65,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     _settle_mixing(args)
     espo, rollout = config_from_args(EspoConfig, args), config_from_args(RolloutConfig, args)
     espo.validate()
-    fitted = objective_of(espo).fitted(rollout.completion_length, block_length(args))
+    rollout.validate(args.logit_shift, pad_multiple(args), block_length(args))
+    fitted = objective_of(espo).fitted(rollout, block_length(args))
     if fitted:
         args.espo_objective_args = [*(espo.objective_args or ()), *fitted]
         espo = config_from_args(EspoConfig, args)
@@ -74,7 +75,6 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     _check_blocks(args, espo)
     load_advantage(espo.advantage)
     config_from_args(MonitorConfig, args).validate()
-    rollout.validate(args.logit_shift, pad_multiple(args), block_length(args))
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(
             "dropout would make the ratio of unchanged weights differ from 1; pass "

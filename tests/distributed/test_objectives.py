@@ -8,7 +8,7 @@ from conftest import Built, build_layout
 from test_layouts import N, dashes, gradients_of, own_rows, prompts_and_completions
 from torch import Tensor
 
-from megatron_espo.config import EspoConfig
+from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.objectives import (
     load_objective,
     num_draws,
@@ -24,8 +24,12 @@ from megatron_espo.rl.update import accumulate_gradient
 
 LENGTH, TOLERANCE = 8, 1e-5
 # Tokens of one pass and of three views, bounds of whole groups, draws of another weight, a pass for
-# each token.
-NAMES = ("diffu_grpo", "coupled_grpo", "wd1", "stable_drl", "gdsd", "just_grpo")
+# each token, one for each step and for two of them.
+NAMES = (
+    "diffu_grpo", "coupled_grpo", "wd1", "stable_drl", "gdsd", "just_grpo", "cj_grpo", "trace_rl",
+)  # fmt: skip
+# Five steps of eight tokens.
+ROLLOUT = RolloutConfig(LENGTH, LENGTH, 5)
 LAYOUTS = {
     "tp 2, pp 2, sequence parallel, head in chunks": (
         2, 2, ("--sequence-parallel", "--head-chunk", "5"),
@@ -40,9 +44,11 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
     prompts, completions = prompts_and_completions()
     rows, model = own_rows(built), built.model
     lengths = torch.tensor([7, 3, 8, 1, 5, 8, 2, 6])[rows]
+    settings = ("merged=2",) if name == "trace_rl" else ()
+    fitted = load_objective(name, settings).fitted(ROLLOUT, None)
     espo = EspoConfig(
         objective=name, gradient=mode, num_mc=2, prompts_per_rollout=4, group_size=2,
-        objective_args=load_objective(name).fitted(LENGTH, None) or None,
+        objective_args=[*settings, *fitted] or None,
         kl_coef=0.05 if "kl_coef" in load_objective(name).honours else 0.0,
     )  # fmt: skip
     objective, ids = objective_of(espo), torch.arange(N)[rows]
@@ -54,6 +60,7 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
         key=stream(5, "elbo"), sample_ids=ids, indices=ids, total=N, length=LENGTH,
         num_draws=num_draws(espo), answers=(lengths + 1).clamp(max=LENGTH),
         prompt_width=int(sequences.prompt_lengths.max()), block_length=4,
+        commit_steps=((ids[:, None] + 3 * torch.arange(LENGTH)) % (2 + ids[:, None] % 4)).int(),
     )  # fmt: skip
     views = masks.draw(ask)
     per_batch = views_per_completion(espo) * (1 if mode == "joint" else 2)

@@ -26,6 +26,7 @@ class Group:
     high: float
     beta: float
     estimator: str
+    steps: list[list[int]]
 
     @property
     def draws(self) -> range:
@@ -226,9 +227,44 @@ def block_just_grpo(now: Table, fixed: Table, i: int, group: Group) -> float:
     return token_ratios(now, fixed, i, group, exact, counted, group.mean_answer)
 
 
+def at_steps(table: Table, i: int, m: int, group: Group, merged: int) -> list[float]:
+    """Each token's log-probability in the view of its step, 0 of those of no step."""
+    known = sorted({s for s in group.steps[i] if s >= 0})
+    return [
+        table[i][m][known.index(s) // merged][k] if s >= 0 else 0.0
+        for k, s in enumerate(group.steps[i])
+    ]
+
+
+def cj_grpo(now: Table, fixed: Table, i: int, group: Group) -> float:
+    def proxy(table, i, m):
+        return at_steps(table, i, m, group, 1)
+
+    steps = {s for s in group.steps[i] if s >= 0}
+    loss = 0.0
+    for step in steps:
+        tokens = [k for k, s in enumerate(group.steps[i]) if s == step]
+        loss += token_ratios(now, fixed, i, group, proxy, tokens, len(tokens))
+    return loss / len(steps)
+
+
+def trace_rl(now: Table, fixed: Table, i: int, group: Group) -> float:
+    def proxy(table, i, m):
+        return at_steps(table, i, m, group, 2)
+
+    counted = range(group.answers[i])
+    loss = token_ratios(now, fixed, i, group, proxy, counted, group.mean_answer)
+    changes = [
+        proxy(now, i, m)[k] - proxy(group.old, i, m)[k] for k in counted for m in group.draws
+    ]
+    penalty = sum(kl(d, d, "k3") for d in changes) / len(group.draws)
+    return loss + 0.01 * penalty / group.mean_answer
+
+
 REFERENCES = {
     "espo": espo, "mean_field": espo, "gdpo": espo, "token_elbo": token_elbo,
     "diffu_grpo": diffu_grpo, "coupled_grpo": coupled_grpo, "wd1": wd1, "gdsd": gdsd, "spg": spg,
     "stable_drl": stable_drl, "rspo": rspo, "bridge": bridge, "bgpo": bgpo,
-    "just_grpo": just_grpo, "block_just_grpo": block_just_grpo,
+    "just_grpo": just_grpo, "block_just_grpo": block_just_grpo, "cj_grpo": cj_grpo,
+    "trace_rl": trace_rl,
 }  # fmt: skip

@@ -57,7 +57,8 @@ ESPO = (
         ("--rollout-denoising-steps 9", 1, ("--rollout-denoising-steps 9", "multiple of 2")),
         ("--rollout-denoising-steps 32", 1, ("--rollout-denoising-steps 32", "at least one")),
         (
-            "--espo-objective just_grpo --rollout-completion-length 264 --seq-length 300",
+            "--espo-objective just_grpo --rollout-completion-length 264 --seq-length 300 "
+            "--rollout-denoising-steps 264",
             1,
             ("--rollout-completion-length 264", "256"),
         ),
@@ -66,6 +67,17 @@ ESPO = (
             "--espo-objective just_grpo --attention-mask block-causal --block-size 8",
             1,
             ("--espo-objective just_grpo", "block by block"),
+        ),
+        (
+            "--espo-objective cj_grpo --attention-mask block-causal --block-size 8",
+            1,
+            ("--espo-objective cj_grpo", "block by block"),
+        ),
+        (
+            "--espo-objective trace_rl --attention-mask block-causal --block-size 8 "
+            "--rollout-threshold 0.9 --rollout-editing-threshold 0.5",
+            1,
+            ("--rollout-editing-threshold 0.5", "--espo-objective trace_rl", "leave it out"),
         ),
         ("--espo-group-size 1", 1, ("--espo-group-size 1", "at least 2")),
         ("--espo-num-mc 1 --espo-kl-estimator k2_unbiased", 1, ("k2_unbiased", "--espo-num-mc 2")),

@@ -210,25 +210,32 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
 
 
 def test_an_objective_of_tokens_resumes_inside_a_rollout_bit_for_bit(folder: Path) -> None:
-    """Three views, a penalty of tokens, and a rollout in hand with the old and reference tokens."""
-    flags = ["--espo-objective", "coupled_grpo", "--espo-num-mc", "1", "--espo-num-rollouts", "2",
-             "--micro-batch-size", "6", "--espo-kl-estimator", "k3"]  # fmt: skip
+    """Views of eight steps, a penalty of tokens, and a rollout in hand with its step map."""
+    flags = ["--espo-objective", "cj_grpo", "--espo-num-rollouts", "2", "--micro-batch-size", "8",
+             "--espo-kl-estimator", "k3"]  # fmt: skip
     espo(folder, "tokens", *flags)
     espo(folder, "tokens-parts", *flags, "--exit-interval", "3")
     state = torch.load(folder / "tokens-parts/iter_0000003/espo/state.pt", weights_only=True)
-    # Two updates of all ranks' completions: draws, views, tokens.
-    assert state["rollout"]["elbo_old"].shape == (2, 16, 1, 3, 16)
-    assert state["rollout"]["elbo_ref"].shape == (2, 16, 1, 3, 16)
+    # Two updates of all ranks' completions: draws, tokens.
+    assert state["rollout"]["elbo_old"].shape == (2, 16, 1, 16)
+    assert state["rollout"]["elbo_ref"].shape == (2, 16, 1, 16)
+    # Two tokens at each of eight steps.
+    steps = state["rollout"]["commit_steps"].sort(dim=1).values
+    assert steps.tolist() == [[step for step in range(8) for _ in range(2)]] * 16
     other = ["--espo-objective", "espo", "--micro-batch-size", "8"]
     printed = espo(folder, "tokens-parts", *flags, *other, fails=True)
-    assert "--espo-objective coupled_grpo, here it is espo" in printed
+    assert "--espo-objective cj_grpo, here it is espo" in printed
     espo(folder, "tokens-parts", *flags)
     runs = [folder / name for name in ("tokens", "tokens-parts")]
     whole, parts = (checkpoint_tensors(str(path)) for path in runs)
     assert not unequal_tensors(whole, parts)
     curves = scalars(folder, "tokens")
     assert curves == scalars(folder, "tokens-parts")
-    assert curves["policy/ratio/mean"][0] == [1, 2, 3, 4]
+    # The first update of a rollout is made with the policy that sampled it.
+    for bound in ("mean", "min", "max"):
+        steps, ratios = curves[f"policy/ratio/{bound}"]
+        assert steps == [1, 2, 3, 4] and ratios[0] == ratios[2] == 1.0
+    assert curves["policy/ratio/max"][1][3] != 1.0
     assert max(curves["policy/effective_sample_size"][1]) <= 1
     missing = {tag for tag in curves if not documented(tag)}
     assert not missing, f"docs/monitoring.md does not explain {missing}"

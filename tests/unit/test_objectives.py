@@ -41,6 +41,7 @@ from megatron_espo.objectives.masks import (
     Prefixes,
     Quadrature,
 )
+from megatron_espo.objectives.step_views import StepViews
 from megatron_espo.random import stream
 from megatron_espo.rl.terms import combine
 
@@ -50,14 +51,25 @@ SUBSETS = torch.tensor(list(itertools.product([False, True], repeat=LENGTH)))
 B = len(SUBSETS)
 ANSWERS = torch.tensor([3, 1, 2, 3, 3, 2, 1, 3])
 ADVANTAGES = torch.tensor([1.5, -0.5, 0.0, -1.0, 0.7, 2.0, -2.0, -0.7], dtype=torch.float64)
+# Model evaluations that committed the tokens: out of order, some together, some with others between
+# them that committed none; what follows an answer may have been filled in.
+STEPS = torch.tensor(
+    [[0, 1, 2], [2, 0, 1], [0, 0, 4], [5, 3, 3], [1, 1, 1], [7, 0, -1], [0, -1, -1], [3, 9, 6]]
+).int()
 # What a run's shape settles.
-FITTED = {"just_grpo": [f"passes={LENGTH}"], "block_just_grpo": ["passes=2"]}
+FITTED = {
+    "just_grpo": [f"passes={LENGTH}"], "block_just_grpo": ["passes=2"], "cj_grpo": ["passes=3"],
+    "trace_rl": ["merged=2", "passes=2"],
+}  # fmt: skip
 SHIPPED = [name for name in BUILT_IN if name in REFERENCES]
 
 
 def ask(n: int = B, draws: int = 2, length: int = LENGTH, answers: Tensor = ANSWERS) -> Ask:
     ids = torch.arange(n)
-    return Ask(stream(3, "test"), ids + 10**9, ids, n, length, draws, answers, 5, 2)
+    steps = STEPS.repeat(-(-n // B), -(-length // LENGTH))[:n, :length]
+    return Ask(
+        stream(3, "test"), ids + 10**9, ids, n, length, draws, answers, 5, 2, commit_steps=steps
+    )
 
 
 def for_masks(masks: Masks, asked: Ask) -> Ask:
@@ -69,7 +81,7 @@ def enumerated(masks: Masks) -> ElboViews:
     """The objective's views with every subset in the place of a random one."""
     views = masks.draw(for_masks(masks, ask()))
     first = torch.stack((SUBSETS, SUBSETS.roll(3, 0)), dim=1)
-    if isinstance(masks, OnePass | Quadrature | Prefixes | BlockPrefixes):
+    if isinstance(masks, OnePass | Quadrature | Prefixes | BlockPrefixes | StepViews):
         return views  # nothing of a whole mask is random; subsets of one size are
     if isinstance(masks, CoupledViews):
         sides = torch.stack((torch.ones_like(first), first, ~first), dim=2)
@@ -117,6 +129,7 @@ def given_of(
         views.weights.double(),
         LENGTH,
         espo,
+        views.predicted if objective.per_token else None,
     )
 
 
@@ -130,6 +143,7 @@ def expected(name: str, views: ElboViews, now, fixed, old, ref, espo) -> list[fl
             views.mask_indices[rows].tolist(), views.weights[rows].tolist(),
             ADVANTAGES[rows].tolist(), ANSWERS[rows].tolist(), float(ANSWERS.double().mean()),
             LENGTH, espo.clip_eps_low, espo.clip_eps_high, espo.kl_coef, espo.kl_estimator,
+            STEPS[rows].tolist(),
         )  # fmt: skip
         lists = now[rows].tolist(), fixed[rows].tolist()
         losses += [REFERENCES[name](*lists, i, group) for i in range(SIZE)]
@@ -203,7 +217,9 @@ def test_an_objective_says_what_its_loss_is(name: str) -> None:
     drawn = predicted(views).flatten(2).sum(dim=-1)
     assert not (predicted(views) & ~views.mask_indices).any()
     if masks.fixed:
-        assert (drawn == masks.masked(LENGTH)).all()
+        # Nobody predicts what was filled in.
+        whole = (STEPS >= 0).all(dim=1) if masks.of_steps else ...
+        assert (drawn[whole] == masks.masked(LENGTH)).all()
     given = [given_of(objective, views, tables(views, seed), None, espo) for seed in (2, 4)]
     gradients = [
         loss_gradient(objective, taken(objective, tables(views, seed), views), given[0])[0]
@@ -217,7 +233,7 @@ def test_an_objective_says_what_its_loss_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_masks_do_not_depend_on_how_completions_are_split(name: str) -> None:
-    fitted = ["passes=8"] if name == "just_grpo" else FITTED.get(name)
+    fitted = ["passes=8"] if name in ("just_grpo", "cj_grpo", "trace_rl") else FITTED.get(name)
     espo = EspoConfig(objective=name, num_mc=2, objective_args=fitted)
     masks = objective_of(espo).masks(espo)
     whole = for_masks(masks, ask(length=8, answers=2 * ANSWERS + 1))
@@ -230,6 +246,7 @@ def test_masks_do_not_depend_on_how_completions_are_split(name: str) -> None:
             indices=rows,
             answers=whole.answers[rows],
             prompt_width=3,
+            commit_steps=whole.commit_steps[rows],
         ),
     )
     alone = masks.draw(part)
@@ -369,9 +386,9 @@ def test_the_arithmetic_of_a_run_knows_the_passes_of_its_objective() -> None:
 
     for name, views, masked, old in (
         ("espo", 2, 16, 2), ("diffu_grpo", 1, 16, 2), ("coupled_grpo", 3, 32, 2),
-        ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2), ("just_grpo", 16, 16, 2),
+        ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2), ("just_grpo", 16, 16, 2), ("cj_grpo", 16, 16, 2),
     ):  # fmt: skip
-        fitted = load_objective(name).fitted(16, None) or None
+        fitted = load_objective(name).fitted(rollout, None) or None
         found = flops(name, objective_args=fitted)
         assert found.ref_elbo == pytest.approx(3 * evaluation(views, masked)), name
         assert found.old_elbo == pytest.approx(old * evaluation(views, masked)), name

@@ -34,8 +34,9 @@ def complete(prompts: Sequence[Prompt]) -> Completed:
     columns = numbers[:, None]
     completions = torch.cat((columns, torch.full_like(columns, STOP)), dim=1)
     generation = Generation(
-        completions, numbers + 20, numbers + 30, numbers / 7, columns.double().expand(-1, 4)
-    )
+        completions, numbers + 20, numbers + 30, numbers / 7, columns.double().expand(-1, 4),
+        columns.int().expand(-1, 2) + 40,
+    )  # fmt: skip
     return Completed(prompts, generation, [f"text {n}" for n in numbers.tolist()], scores)
 
 
