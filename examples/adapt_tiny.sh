@@ -37,7 +37,7 @@ check_folder .adapt-tiny
 new_folder .adapt-tiny
 
 # Settings that were chosen by the held-out loss of seed 4.
-block=8 batch=32 ar_steps=300 adapt_steps=200 growth=40 drawn=40
+block=8 batch=32 ar_steps=500 adapt_steps=200 growth=40 drawn=40
 rate=(--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20)
 adapt_rate=(--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20)
 if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it runs
@@ -57,7 +57,7 @@ fi
 model=(-m megatron_espo.training.pretrain --preset tiny --tokenizer-model "$out/tokenizer"
   --data-path "$out/text" --split 95,5,0 --seq-length 128 --seed "$seed" --logit-shift
   --attention-mask context-causal --forward-process exact_count --random-length-probability 0
-  --micro-batch-size $((batch / 2)) --global-batch-size "$batch" --eval-iters "$drawn")
+  --micro-batch-size $((batch / ranks)) --global-batch-size "$batch" --eval-iters "$drawn")
 # The last step's model is measured: the same held-out rows and masks for all.
 train() { # NAME STEPS FLAGS
   local name=$1 steps=$2; shift 2

@@ -21,7 +21,7 @@ class EspoConfig:
 
     objective: str = "espo"
     """Objective: espo, token_elbo, mean_field, diffu_grpo, coupled_grpo, wd1, gdsd, spg, rspo,
-    bridge, gdpo, stable_drl, bgpo, just_grpo, block_just_grpo, or your own: FILE.py or
+    bridge, gdpo, stable_drl, bgpo, just_grpo, block_just_grpo, ebpo, or your own: FILE.py or
     my_module.my_objective (docs/objectives.md)."""
 
     objective_args: list[str] | None = field(default=None, metadata=STRINGS)

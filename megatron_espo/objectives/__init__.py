@@ -15,6 +15,7 @@ from megatron_espo.objectives.block_just_grpo import BlockJustGrpo
 from megatron_espo.objectives.bridge import Bridge
 from megatron_espo.objectives.coupled_grpo import CoupledGrpo
 from megatron_espo.objectives.diffu_grpo import DiffuGrpo
+from megatron_espo.objectives.ebpo import Ebpo
 from megatron_espo.objectives.espo import Espo
 from megatron_espo.objectives.gdpo import Gdpo
 from megatron_espo.objectives.gdsd import Gdsd
@@ -58,6 +59,7 @@ BUILT_IN: Mapping[str, type[Objective]] = {
     "bgpo": Bgpo,
     "just_grpo": JustGrpo,
     "block_just_grpo": BlockJustGrpo,
+    "ebpo": Ebpo,
 }
 
 _DEFAULTS = EspoConfig()

@@ -58,8 +58,13 @@ def forward_step(
         _count_tokens(model, batch.lengths)
     layout = current_layout()
     output = run_model(model, batch, masked_cross_entropy(layout.tp), config.logit_shift)
-    known = {"noise": noise, "lengths": maskable.sum(dim=1), "cp_size": layout.cp_size}
-    return output, partial(_loss, **known, next_tokens=config.next_token_weight > 0)
+    return output, partial(
+        _loss,
+        noise=noise,
+        lengths=maskable.sum(dim=1),
+        cp_size=layout.cp_size,
+        next_tokens=config.next_token_weight > 0,
+    )
 
 
 def noise_batch(

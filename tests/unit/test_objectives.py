@@ -31,6 +31,7 @@ from megatron_espo.objectives import (
     views_per_completion,
 )
 from megatron_espo.objectives.advantages import load_advantage
+from megatron_espo.objectives.block_masks import StratifiedBlocks
 from megatron_espo.objectives.masks import (
     Ask,
     BlockPrefixes,
@@ -71,6 +72,8 @@ def enumerated(masks: Masks) -> ElboViews:
     first = torch.stack((SUBSETS, SUBSETS.roll(3, 0)), dim=1)
     if isinstance(masks, OnePass | Quadrature | Prefixes | BlockPrefixes):
         return views  # nothing of a whole mask is random; subsets of one size are
+    if isinstance(masks, StratifiedBlocks):
+        return enumerated_by_block(views, first)
     if isinstance(masks, CoupledViews):
         sides = torch.stack((torch.ones_like(first), first, ~first), dim=2)
         return views._replace(mask_indices=sides)
@@ -83,6 +86,19 @@ def enumerated(masks: Masks) -> ElboViews:
     weights = torch.where(counts > 0, (LENGTH + 1) / (2 * counts.clamp(min=1)), 0.0)
     halves = (views.weights == 0.5).all()
     return ElboViews(pair, torch.full_like(weights, 0.5) if halves else weights)
+
+
+def enumerated_by_block(views: ElboViews, subsets: Tensor) -> ElboViews:
+    """Masks of the answers' tokens, weighted by their block's tokens over those that are masked."""
+    places = torch.arange(LENGTH)
+    inside = places < ANSWERS[:, None]
+    block = (torch.arange(B)[:, None] % 2 + places) // 2
+    same = ((block[:, :, None] == block[:, None]) & inside[:, None]).long()
+    mask = (subsets & inside[:, None])[:, :, None]
+    counts = torch.einsum("bkj,bmvj->bmvk", same, mask.long())
+    weights = same.sum(dim=2)[:, None, None] / counts.clamp(min=1)
+    whole = mask | ~inside[:, None, None]
+    return views._replace(mask_indices=whole, token_weights=weights, predicted=mask)
 
 
 def tables(views: ElboViews, seed: int) -> Tensor:
@@ -98,6 +114,8 @@ def predicted(views: ElboViews) -> Tensor:
 
 def taken(objective: Objective, table: Tensor, views: ElboViews) -> Tensor:
     """A table as the objective takes it."""
+    if views.token_weights is not None:
+        table = table * views.token_weights.double()
     return combine(-table.flatten(0, 2) if objective.per_token else -table.sum(-1).flatten(),
                    views.weights.double(), objective)  # fmt: skip
 
@@ -130,6 +148,7 @@ def expected(name: str, views: ElboViews, now, fixed, old, ref, espo) -> list[fl
             views.mask_indices[rows].tolist(), views.weights[rows].tolist(),
             ADVANTAGES[rows].tolist(), ANSWERS[rows].tolist(), float(ANSWERS.double().mean()),
             LENGTH, espo.clip_eps_low, espo.clip_eps_high, espo.kl_coef, espo.kl_estimator,
+            None if views.token_weights is None else views.token_weights[rows].tolist(),
         )  # fmt: skip
         lists = now[rows].tolist(), fixed[rows].tolist()
         losses += [REFERENCES[name](*lists, i, group) for i in range(SIZE)]
@@ -235,6 +254,9 @@ def test_masks_do_not_depend_on_how_completions_are_split(name: str) -> None:
     alone = masks.draw(part)
     assert torch.equal(alone.mask_indices, views.mask_indices[rows])
     assert torch.equal(alone.weights, views.weights[rows])
+    for ours, theirs in zip(alone[2:], views[2:], strict=True):  # of tokens
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs[rows])
     prompts, own = masks.prompt_masks(whole), masks.prompt_masks(part)
     assert (prompts is None) == (own is None)
     assert prompts is None or torch.equal(own, prompts[rows][..., :3])
@@ -304,6 +326,19 @@ def test_a_weight_is_limited_before_the_softmax() -> None:
     assert torch.equal(losses[1], losses[2]) and not torch.equal(losses[0], losses[1])
 
 
+def test_a_ratio_of_whole_completions_does_not_overflow() -> None:
+    """A thousand nats up: the loss of a bad completion is finite, a good one is clipped."""
+    espo = EspoConfig(objective="ebpo", kl_coef=0.0)
+    objective = objective_of(espo)
+    views = enumerated(objective.masks(espo))
+    given = given_of(objective, views, tables(views, 1), None, espo)
+    logp = (taken(objective, tables(views, 1), views) + 1000.0).float()
+    gradient, found = loss_gradient(objective, logp, replace(given, old=given.old.float()))
+    assert found.loss.isfinite().all() and gradient.isfinite().all() and not gradient.any()
+    good = found.loss[ADVANTAGES > 0]
+    torch.testing.assert_close(good, -1.2 * ADVANTAGES[ADVANTAGES > 0].float(), check_dtype=False)
+
+
 def refused(**settings: Any) -> str:
     with pytest.raises(UserError) as caught:
         check_objective(EspoConfig(**settings))
@@ -369,9 +404,9 @@ def test_the_arithmetic_of_a_run_knows_the_passes_of_its_objective() -> None:
 
     for name, views, masked, old in (
         ("espo", 2, 16, 2), ("diffu_grpo", 1, 16, 2), ("coupled_grpo", 3, 32, 2),
-        ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2), ("just_grpo", 16, 16, 2),
+        ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2), ("just_grpo", 16, 16, 2), ("ebpo", 1, 8.5, 2),
     ):  # fmt: skip
-        fitted = load_objective(name).fitted(16, None) or None
+        fitted = load_objective(name).fitted(16, 16 if name == "ebpo" else None) or None
         found = flops(name, objective_args=fitted)
         assert found.ref_elbo == pytest.approx(3 * evaluation(views, masked)), name
         assert found.old_elbo == pytest.approx(old * evaluation(views, masked)), name
