@@ -262,6 +262,22 @@ def test_masks_do_not_depend_on_how_completions_are_split(name: str) -> None:
     assert prompts is None or torch.equal(own, prompts[rows][..., :3])
 
 
+def test_tokens_after_the_end_are_hidden_and_not_predicted() -> None:
+    """Blocks of two; the weights of a block's predicted tokens add up to its tokens."""
+    masks = StratifiedBlocks()
+    asked = for_masks(masks, ask(length=8, answers=2 * ANSWERS + 1))
+    views = masks.draw(asked)
+    assert views.predicted is not None and views.token_weights is not None
+    for row, (offset, end) in enumerate(zip((0, 1) * 4, (2 * ANSWERS + 1).tolist(), strict=True)):
+        assert views.mask_indices[row, ..., end:].all()
+        assert not views.predicted[row, ..., end:].any()
+        weights = torch.where(views.predicted, views.token_weights, 0.0)[row, :, 0]
+        for block in range(-(-(offset + end) // 2)):
+            places = slice(max(2 * block - offset, 0), min(2 * block - offset + 2, end))
+            size = float(places.stop - places.start)
+            assert weights[:, places].sum(dim=1).tolist() == [size, size]
+
+
 def test_coupled_views_mask_each_token_in_two_of_three() -> None:
     views = CoupledViews().draw(ask(4000, 1, 8, torch.full((4000,), 8)))
     everything, one, other = views.mask_indices[:, 0].unbind(1)
