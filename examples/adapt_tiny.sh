@@ -36,13 +36,12 @@ source examples/tiny.sh
 check_folder .adapt-tiny
 new_folder .adapt-tiny
 
-# Settings that were chosen by the held-out loss of seed 4.
-block=8 batch=32 ar_steps=500 adapt_steps=200 growth=40 drawn=40
+# The rate was chosen on seed 4: docs/measurements/2026-11-30.md.
+block=8 batch=32 ar_steps=300 adapt_steps=150 growth=30 drawn=40
 rate=(--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20)
-adapt_rate=(--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20)
 if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it runs
   batch=4 ar_steps=2 adapt_steps=4 growth=1 drawn=1
-  rate=(--lr 3e-3) adapt_rate=(--lr 3e-3)
+  rate=(--lr 3e-3)
 fi
 
 say "Making a tokenizer and training data"
@@ -72,7 +71,7 @@ ranks as-it-is "${model[@]}" --block-size "$block" --skip-train \
   --pretrained-checkpoint "$out/autoregressive"
 say "(b) Next-block adaptation of it: blocks grow to $block ($adapt_steps steps)"
 train adapted "$adapt_steps" --block-size 1 --block-growth-to "$block" \
-  --block-growth-interval "$growth" --next-token-weight 0.5 "${adapt_rate[@]}" \
+  --block-growth-interval "$growth" --next-token-weight 0.5 "${rate[@]}" \
   --pretrained-checkpoint "$out/autoregressive"
 say "(c) Block diffusion from nothing, with the passes of b"
 train nothing-b "$adapt_steps" --block-size "$block" "${rate[@]}"
