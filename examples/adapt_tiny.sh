@@ -37,10 +37,10 @@ check_folder .adapt-tiny
 new_folder .adapt-tiny
 
 # The rate was chosen on seed 4: docs/measurements/2026-11-30.md.
-block=8 batch=32 ar_steps=300 adapt_steps=150 growth=30 drawn=40
+block=8 batch=32 ar_steps=300 adapt_steps=150 growth=30 drawn=40 sampled=48
 rate=(--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20)
 if [[ -n ${SMOKE:-} ]]; then # the same path at its smallest, to see that it runs
-  batch=4 ar_steps=2 adapt_steps=4 growth=1 drawn=1
+  batch=4 ar_steps=2 adapt_steps=4 growth=1 drawn=1 sampled=8
   rate=(--lr 3e-3)
 fi
 
@@ -84,8 +84,8 @@ for name in autoregressive adapted nothing-b nothing-ab; do
   if [[ $name == autoregressive ]]; then size=1; fi
   printf '\n--- %s\n' "$name"
   "$python" tools/generate.py --load "$out/$name" --tokenizer-model "$out/tokenizer" \
-    --prompt "The " "def " "Masked diffusion " --rollout-completion-length 48 \
-    --rollout-block-length "$size" --rollout-denoising-steps 48 --rollout-remasking random \
+    --prompt "The " "def " "Masked diffusion " --rollout-completion-length "$sampled" \
+    --rollout-block-length "$size" --rollout-denoising-steps "$sampled" --rollout-remasking random \
     --rollout-temperature 0.6 --rollout-cache exact --seed "$seed" 2>"$out/sample-$name.log" |
     tee "$out/sample-$name.txt"
 done
