@@ -2,9 +2,9 @@
 # From an autoregressive model to block diffusion, on one CPU core in about ten minutes: a tiny
 # autoregressive model is trained on plain text from nothing and becomes a block-diffusion model by
 # next-block adaptation (docs/blocks.md). Beside it block diffusion from nothing: with as many passes
-# of sequences as the adaptation, and with as many as the autoregressive training and it together. At
-# the end the held-out loss of each (the bound of block diffusion, which in blocks of one token is
-# the autoregressive loss) and a sample.
+# of sequences as the adaptation, with as many as the autoregressive training and it together, and
+# with the next-token loss that the adaptation has, too. At the end the held-out loss of each (the
+# bound of block diffusion, which in blocks of one token is the autoregressive loss) and a sample.
 #
 #   examples/adapt_tiny.sh [--text PATH ...] [--seed N] [--out DIR]
 #
@@ -77,9 +77,12 @@ say "(c) Block diffusion from nothing, with the passes of b"
 train nothing-b "$adapt_steps" --block-size "$block" "${rate[@]}"
 say "(d) Block diffusion from nothing, with the passes of a and b together"
 train nothing-ab $((ar_steps + adapt_steps)) --block-size "$block" "${rate[@]}"
+say "(e) The same with the next-token loss that the adaptation has"
+train nothing-ab-next $((ar_steps + adapt_steps)) --block-size "$block" --next-token-weight 0.5 \
+  "${rate[@]}"
 
 say "Samples"
-for name in autoregressive adapted nothing-b nothing-ab; do
+for name in autoregressive adapted nothing-b nothing-ab nothing-ab-next; do
   size=$block
   if [[ $name == autoregressive ]]; then size=1; fi
   printf '\n--- %s\n' "$name"
@@ -99,17 +102,22 @@ out, block, a, b = Path(sys.argv[1]), *map(int, sys.argv[2:])
 def held_out(log: str, term: str) -> float:
     return float(re.findall(rf"\| {term} value: (\S+)", (out / f"{log}.log").read_text())[-1])
 
+def both(log: str) -> tuple[float, float]:
+    return held_out(log, "diffusion loss"), held_out(log, "next-token loss")
+
 results = {
     "autoregressive": (a, held_out("as-it-is", "lm loss"), held_out("autoregressive", "lm loss")),
-    "adapted": (a + b, held_out("adapted", "diffusion loss"), held_out("adapted", "next-token loss")),
+    "adapted": (a + b, *both("adapted")),
     "nothing-b": (b, held_out("nothing-b", "lm loss"), None),
     "nothing-ab": (a + b, held_out("nothing-ab", "lm loss"), None),
+    "nothing-ab-next": (a + b, *both("nothing-ab-next")),
 }
 shown = {
     "autoregressive": "(a) autoregressive",
     "adapted": "(b) a, adapted",
     "nothing-b": "(c) block diffusion from nothing",
     "nothing-ab": "(d) the same with more passes",
+    "nothing-ab-next": "(e) d, with the next-token loss",
 }
 print(f"| model | rows passed | blocks of {block} | next token |\n|---|---|---|---|")
 for name, (rows, loss, following) in results.items():

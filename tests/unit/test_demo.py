@@ -116,6 +116,7 @@ def test_an_autoregressive_model_is_adapted_beside_one_from_nothing(tmp_path: Pa
     assert done.returncode == 0, done.stdout[-3000:]
     results = json.loads((out / "results.json").read_text())
     rows = {"autoregressive": 8, "adapted": 24, "nothing-b": 16, "nothing-ab": 24}
+    rows["nothing-ab-next"] = 24
     assert {name: result["rows"] for name, result in results.items()} == rows
     for name, result in results.items():
         assert 1 < result["loss"] < 7, name
