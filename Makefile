@@ -10,7 +10,7 @@ RUN := OMP_NUM_THREADS=1 $(BIN)/python
 DIST := $(RUN) -m torch.distributed.run --standalone --nproc-per-node 4 \
 	--log-dir runs/test-logs --redirects 1:3,2:3,3:3 -m pytest tests/distributed -q --timeout 300 $(DURATIONS)
 
-.PHONY: setup te demo demo-seeds test test-fast test-unit test-simulate test-gpu test-dist layouts pretrain-tiny bench compare docs format lint type smoke check clean
+.PHONY: setup te demo demo-seeds test test-fast test-unit test-simulate test-gpu test-dist layouts pretrain-tiny adapt-tiny bench compare docs format lint type smoke check clean
 
 setup: $(VENV)/.installed
 
@@ -42,6 +42,9 @@ demo-seeds: setup  ## the demo with three seeds
 
 pretrain-tiny: setup  ## pre-train a tiny model on plain text and sample from it
 	PYTHON=$(BIN)/python examples/pretrain_tiny.sh
+
+adapt-tiny: setup  ## a tiny autoregressive model, adapted to block diffusion, beside one from nothing
+	PYTHON=$(BIN)/python examples/adapt_tiny.sh
 
 test: test-unit test-simulate test-dist  ## all tests
 

@@ -26,52 +26,11 @@ python=${PYTHON:-python3}
 [[ $python != */* ]] || python=$(realpath -s "$python")
 cd "$root"
 export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
-if [[ -e $out || -L $out ]] && [[ ! -d $out || (-n $(ls -A "$out") && ! -e $out/.pretrain-tiny) ]]; then
-  echo "error: --out $out is not empty and holds no earlier run of this script; choose another." >&2
-  exit 2
-fi
-rm -rf "$out" && mkdir -p "$out" && touch "$out/.pretrain-tiny"
+source examples/tiny.sh
+check_folder .pretrain-tiny
+new_folder .pretrain-tiny
 
-# Documents of a page each, so that a few long files can be shared out to training and validation.
-pages=$("$python" - "$out" "${text[@]}" <<'PYTHON'
-import json, sys
-from pathlib import Path
-
-out, most, pages = Path(sys.argv[1]), 50_000_000, []
-for given in map(Path, sys.argv[2:]):
-    if not given.exists():
-        sys.exit(f"error: --text {given}: no such file or folder.")
-    # A folder's hidden files are left out, and what is no text.
-    inside = [given] if given.is_file() else sorted(given.rglob("*"))
-    for path in inside:
-        shown = path == given or not any(p.startswith(".") for p in path.relative_to(given).parts)
-        if not (shown and path.is_file()) or sum(map(len, pages)) > most:
-            continue
-        try:
-            text = path.read_text("utf-8")
-        except UnicodeDecodeError:
-            continue
-        if "\0" in text:
-            continue
-        page = ""
-        for line in text.splitlines(keepends=True):
-            page += line
-            if len(page) > 1500:
-                pages, page = [*pages, page], ""
-        pages += [page] if page.strip() else []
-if not pages:
-    sys.exit(f"error: --text {' '.join(sys.argv[2:])}: holds no text.")
-with (out / "text.jsonl").open("w") as file:
-    file.writelines(json.dumps({"text": page}) + "\n" for page in pages)
-(out / "text.txt").write_text("".join(pages), "utf-8")
-print(len(pages))
-PYTHON
-)
-# Whole words, where the text has enough of them; else its bytes.
-"$python" tools/make_tokenizer.py --out "$out/tokenizer" --train "$out/text.txt" --vocab-size 1024 \
-  2>/dev/null || "$python" tools/make_tokenizer.py --out "$out/tokenizer"
-"$python" tools/preprocess_data.py --input "$out/text.jsonl" --tokenizer-model "$out/tokenizer" \
-  --output-prefix "$out/text"
+prepare_text "${text[@]}"
 # So few pages leave none to validate on.
 split=(--split 95,5,0 --eval-interval 100 --eval-iters 4)
 ((pages >= 40)) || split=(--split 100,0,0 --eval-iters 0)

@@ -36,10 +36,8 @@ done
 out=${out:-runs/$task-seed$seed}
 python=${PYTHON:-python3} ranks=${RANKS:-2}
 export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
-if [[ -e $out || -L $out ]] && [[ ! -d $out || (-n $(ls -A "$out") && ! -e $out/.demo) ]]; then
-  echo "error: --out $out is not empty and holds no earlier run of this script; choose another." >&2
-  exit 2
-fi
+source examples/tiny.sh
+check_folder .demo
 if [[ -n $base && ! -e $base/base/latest_checkpointed_iteration.txt ]]; then
   echo "error: --base $base holds no fine-tuned model of an earlier run of this script." >&2
   exit 2
@@ -52,20 +50,8 @@ case $positions in
   learned) shape=(--position-embedding-type learned_absolute --max-position-embeddings 64) ;;
   *) echo "error: --positions $positions is unknown; choose rotary or learned." >&2; exit 2 ;;
 esac
-rm -rf "$out" && mkdir -p "$out" && touch "$out/.demo"
+new_folder .demo
 started=$SECONDS
-say() { printf '\n\033[1m[%3ds] %s\033[0m\n' $((SECONDS - started)) "$*"; }
-# The log keeps all that is printed, the console shows what happens.
-ranks() {
-  local log=$1 status; shift
-  set +e
-  "$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks" "$@" 2>&1 |
-    tee "$out/$log.log" |
-    grep -E --line-buffered '^error|^rollout|^held-out|^iteration [0-9]+/|^\[rank[0-9]+\]: [A-Za-z.]*Error'
-  status=${PIPESTATUS[0]} # of the ranks: grep fails where it has nothing to show
-  set -e
-  return "$status"
-}
 
 # Settings that were tuned on the validation split only: first those of the task.
 source examples/tiny_"$task".sh

@@ -152,6 +152,7 @@ def block_elbo_views(
     *,
     independent_draws: bool = False,
     lengths: Tensor | None = None,
+    over_blocks: bool = False,
 ) -> ElboViews:
     """Draw the masks of estimates of the block ELBO of completions.
 
@@ -172,6 +173,8 @@ def block_elbo_views(
         independent_draws: give each draw levels of its own; else those of a block are spread evenly
             over the draws, which leaves each of them uniform.
         lengths: int64 ``[b]``, at most l: how many of its tokens each completion has; None: all.
+        over_blocks: spread the levels of a completion evenly over its draws and blocks together,
+            with one random offset; each level stays uniform. Not with ``independent_draws``.
 
     Returns:
         The views, on the host. The weights are those of tokens.
@@ -183,6 +186,11 @@ def block_elbo_views(
     inside.scatter_(1, columns, torch.arange(length) < there)
     inside = inside.unflatten(1, (n, block_size))
     first = uniform(substream(key, "block"), sample_ids, n)
+    if over_blocks:
+        # Blocks j of n_b in draws i of m: a lattice of m n_b levels, (i n_b + j) / (m n_b) apart
+        # from the offset.
+        number = inside.any(dim=2).sum(dim=1, keepdim=True)
+        first = (first[:, :1] + torch.arange(n) / (num_mc * number)) % 1.0
     masks, weights = [], []
     for draw in range(num_mc):
         level = (first + draw / num_mc) % 1.0

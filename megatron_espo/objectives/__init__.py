@@ -16,6 +16,7 @@ from megatron_espo.objectives.bridge import Bridge
 from megatron_espo.objectives.cj_grpo import CjGrpo
 from megatron_espo.objectives.coupled_grpo import CoupledGrpo
 from megatron_espo.objectives.diffu_grpo import DiffuGrpo
+from megatron_espo.objectives.ebpo import Ebpo
 from megatron_espo.objectives.espo import Espo
 from megatron_espo.objectives.gdpo import Gdpo
 from megatron_espo.objectives.gdsd import Gdsd
@@ -62,6 +63,7 @@ BUILT_IN: Mapping[str, type[Objective]] = {
     "block_just_grpo": BlockJustGrpo,
     "cj_grpo": CjGrpo,
     "trace_rl": TraceRl,
+    "ebpo": Ebpo,
 }
 
 _DEFAULTS = EspoConfig()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
+from megatron_espo.errors import UserError
 from megatron_espo.objectives.masks import ElboMasks, Masks
 
 Scope = Literal["completion", "advantages", "group"]
@@ -144,6 +145,28 @@ class Objective:
             The loss and what to report.
         """
         raise NotImplementedError
+
+
+def need_blocks(name: str, other: str, block_size: int | None) -> int:
+    """Refuse a model whose positions all see each other.
+
+    Args:
+        name: of the objective.
+        other: an objective for such a model.
+        block_size: tokens of a block of the model, or None.
+
+    Returns:
+        The tokens of a block.
+
+    Raises:
+        UserError: there are no blocks.
+    """
+    if block_size is None:
+        raise UserError(
+            f"--espo-objective {name} is for models whose tokens come block by block "
+            f"(--attention-mask); use {other}."
+        )
+    return block_size
 
 
 def loss_gradient(objective: Objective, logp: Tensor, given: Given) -> tuple[Tensor, Loss]:

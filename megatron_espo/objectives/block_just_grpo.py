@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.errors import UserError
-from megatron_espo.objectives.base import Given, Loss, Objective, setting
+from megatron_espo.objectives.base import Given, Loss, Objective, need_blocks, setting
 from megatron_espo.objectives.just_grpo import exact_passes
 from megatron_espo.objectives.masks import BlockPrefixes
 from megatron_espo.objectives.ratios import token_loss
@@ -43,11 +43,7 @@ class BlockJustGrpo(Objective):
 
     def fitted(self, rollout: RolloutConfig, block_size: int | None) -> tuple[str, ...]:
         """Take as many passes as a block has tokens."""
-        if block_size is None:
-            raise UserError(
-                "--espo-objective block_just_grpo is for models whose tokens come block by block "
-                "(--attention-mask); use just_grpo."
-            )
+        block_size = need_blocks("block_just_grpo", "just_grpo", block_size)
         if block_size > MOST_PASSES:
             raise UserError(
                 "--espo-objective block_just_grpo passes a completion once for every token of a "

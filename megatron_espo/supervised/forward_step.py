@@ -58,7 +58,13 @@ def forward_step(
         _count_tokens(model, batch.lengths)
     layout = current_layout()
     output = run_model(model, batch, masked_cross_entropy(layout.tp), config.logit_shift)
-    return output, partial(_loss, noise=noise, lengths=maskable.sum(dim=1), cp_size=layout.cp_size)
+    return output, partial(
+        _loss,
+        noise=noise,
+        lengths=maskable.sum(dim=1),
+        cp_size=layout.cp_size,
+        next_tokens=config.next_token_weight > 0,
+    )
 
 
 def noise_batch(
@@ -135,14 +141,26 @@ def _count_tokens(model: Any, lengths: Tensor) -> None:
 
 
 def _loss(
-    cross_entropy: Tensor, *, noise: Noise | BlockNoise, lengths: Tensor, cp_size: int
+    cross_entropy: Tensor,
+    *,
+    noise: Noise | BlockNoise,
+    lengths: Tensor,
+    cp_size: int,
+    next_tokens: bool = False,
 ) -> tuple[Tensor, Report]:
-    known = (noise.weights, lengths)
+    known = on_device((noise.weights, lengths), cross_entropy.device)
     # Of block diffusion a sequence has a row for its noisy copy and one for its clean tokens.
     table = cross_entropy.view(lengths.numel(), -1)
-    loss = weighted_token_loss(table, *on_device(known, cross_entropy.device))
+    loss = weighted_token_loss(table, *known)
+    terms = {"lm loss": loss.detach()}
+    if next_tokens:
+        # What is learnt is a sum; only its terms can be held against those of another run.
+        (noisy, clean), (weights, _) = (part.chunk(2, dim=1) for part in (table.detach(), known[0]))
+        terms["diffusion loss"] = weighted_token_loss(noisy, weights, known[1])
+        terms["next-token loss"] = (clean.sum(dim=1) / known[1]).mean()
     rows = torch.full((), float(lengths.numel()), device=cross_entropy.device)
     # Megatron multiplies the loss by the context-parallel size, for ranks that see a part of it
     # each; here they all see the whole. It divides the summed first entries of the report by the
     # summed second ones, over all ranks.
-    return loss / cp_size, {"lm loss": torch.stack((loss.detach() * rows, rows))}
+    report = {name: torch.stack((value * rows, rows)) for name, value in terms.items()}
+    return loss / cp_size, report

@@ -74,6 +74,8 @@ def prepare_arguments(args: argparse.Namespace) -> None:
             "--train-iters is missing: how many steps to train; or --sft-epochs with "
             "--sft-train-data."
         )
+    if args.skip_train and not (args.train_iters or args.train_samples or sft.epochs):
+        args.train_iters = 1  # Megatron builds a training set all the same
     if args.max_position_embeddings is None:
         args.max_position_embeddings = args.seq_length
     model_size = args.tensor_model_parallel_size * args.pipeline_model_parallel_size

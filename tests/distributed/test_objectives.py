@@ -16,9 +16,10 @@ from megatron_espo.objectives import (
     views_per_completion,
 )
 from megatron_espo.objectives.masks import Ask
-from megatron_espo.passes.batch import pack_sequences, view_batches
+from megatron_espo.passes.batch import pack_sequences
 from megatron_espo.passes.shapes import Shapes
 from megatron_espo.random import stream, uniform
+from megatron_espo.rl.elbo import block_offsets, cut_views
 from megatron_espo.rl.terms import answers_of, log_probabilities
 from megatron_espo.rl.update import accumulate_gradient
 
@@ -28,6 +29,9 @@ LENGTH, TOLERANCE = 8, 1e-5
 NAMES = (
     "diffu_grpo", "coupled_grpo", "wd1", "stable_drl", "gdsd", "just_grpo", "cj_grpo", "trace_rl",
 )  # fmt: skip
+# Of models whose tokens come block by block: ratios of whole block ELBOs.
+IN_BLOCKS = ("ebpo",)
+BLOCKS = ("--attention-mask", "block-causal", "--block-size", "4")
 # Five steps of eight tokens.
 ROLLOUT = RolloutConfig(LENGTH, LENGTH, 5)
 LAYOUTS = {
@@ -43,9 +47,10 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
     """The gradient of one update, with old and reference values apart from the policy's own."""
     prompts, completions = prompts_and_completions()
     rows, model = own_rows(built), built.model
+    size = None if model.blocks is None else model.blocks.size
     lengths = torch.tensor([7, 3, 8, 1, 5, 8, 2, 6])[rows]
     settings = ("merged=2",) if name == "trace_rl" else ()
-    fitted = load_objective(name, settings).fitted(ROLLOUT, None)
+    fitted = load_objective(name, settings).fitted(ROLLOUT, size)
     espo = EspoConfig(
         objective=name, gradient=mode, num_mc=2, prompts_per_rollout=4, group_size=2,
         objective_args=[*settings, *fitted] or None,
@@ -61,13 +66,13 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
         num_draws=num_draws(espo), answers=(lengths + 1).clamp(max=LENGTH),
         prompt_width=int(sequences.prompt_lengths.max()), block_length=4,
         commit_steps=((ids[:, None] + 3 * torch.arange(LENGTH)) % (2 + ids[:, None] % 4)).int(),
+        offsets=block_offsets(model, sequences),
     )  # fmt: skip
     views = masks.draw(ask)
     per_batch = views_per_completion(espo) * (1 if mode == "joint" else 2)
     recut = partial(
-        view_batches, sequences, views, model.mask_token_id, model.vocab_size, per_batch,
-        same_width=model.layout.pp_size > 1, prompt_masks=masks.prompt_masks(ask),
-    )  # fmt: skip
+        cut_views, model, sequences, views, per_batch, prompt_masks=masks.prompt_masks(ask)
+    )
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -91,8 +96,12 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
 def expected(tokenizer_folder: str, checkpoints: dict[bool, str]) -> dict[str, Gradients]:
     """On one rank, joint where that can be."""
     flags = ("--pretrained-checkpoint", checkpoints[False])
-    solo = build_layout(tokenizer_folder, 1, 1, flags, solo=True)
-    return {n: gradient(solo, n, "two_pass" if n == "stable_drl" else "joint") for n in NAMES}
+    found = {}
+    for names, own in ((NAMES, ()), (IN_BLOCKS, BLOCKS)):
+        solo = build_layout(tokenizer_folder, 1, 1, (*flags, *own), solo=True)
+        for name in names:
+            found[name] = gradient(solo, name, "two_pass" if name == "stable_drl" else "joint")
+    return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=dashes)
@@ -104,12 +113,17 @@ def test_gradients_do_not_depend_on_layout_and_mode(
 ) -> None:
     tp, pp, flags = LAYOUTS[layout]
     own = ("--pretrained-checkpoint", checkpoints[False], *flags)
-    built = build_layout(tokenizer_folder, tp, pp, own)
-    for name in NAMES:
-        for mode in ("two_pass",) if name == "stable_drl" else ("joint", "two_pass"):
-            actual = gradient(built, name, mode)
-            assert actual and actual.keys() <= expected[name].keys()
-            for parameter, ours in actual.items():
-                theirs = expected[name][parameter]
-                error = (ours[:262] - theirs[:262]).abs().max() / theirs[:262].abs().max()
-                assert error < TOLERANCE, f"{name}, {mode}, {parameter}: {error:.2e}"
+    for names, more in ((NAMES, ()), (IN_BLOCKS, BLOCKS)):
+        built = build_layout(tokenizer_folder, tp, pp, (*own, *more))
+        for name in names:
+            assert_equal_gradients(built, name, expected[name])
+
+
+def assert_equal_gradients(built: Built, name: str, expected: Gradients) -> None:
+    for mode in ("two_pass",) if name == "stable_drl" else ("joint", "two_pass"):
+        actual = gradient(built, name, mode)
+        assert actual and actual.keys() <= expected.keys()
+        for parameter, ours in actual.items():
+            theirs = expected[parameter]
+            error = (ours[:262] - theirs[:262]).abs().max() / theirs[:262].abs().max()
+            assert error < TOLERANCE, f"{name}, {mode}, {parameter}: {error:.2e}"

@@ -27,6 +27,8 @@ class Group:
     beta: float
     estimator: str
     steps: list[list[int]]
+    # Of views by block, on top of the weights.
+    token_weights: Table | None = None
 
     @property
     def draws(self) -> range:
@@ -261,10 +263,29 @@ def trace_rl(now: Table, fixed: Table, i: int, group: Group) -> float:
     return loss + 0.01 * penalty / group.mean_answer
 
 
+def ebpo(now: Table, fixed: Table, i: int, group: Group) -> float:
+    assert group.token_weights is not None
+    weights = group.token_weights[i]
+
+    def elbo(table: Table) -> float:
+        terms = [
+            w * logp
+            for m in group.draws
+            for w, logp in zip(weights[m][0], table[i][m][0], strict=True)
+        ]
+        return sum(terms) / len(group.draws)
+
+    loss = clip(math.exp(elbo(now) - elbo(group.old)), group.advantages[i], group)
+    if group.reference:
+        d, d0 = (elbo(t) - elbo(group.reference) for t in (now, fixed))
+        loss += group.beta * kl(d, d0, group.estimator)
+    return loss
+
+
 REFERENCES = {
     "espo": espo, "mean_field": espo, "gdpo": espo, "token_elbo": token_elbo,
     "diffu_grpo": diffu_grpo, "coupled_grpo": coupled_grpo, "wd1": wd1, "gdsd": gdsd, "spg": spg,
     "stable_drl": stable_drl, "rspo": rspo, "bridge": bridge, "bgpo": bgpo,
     "just_grpo": just_grpo, "block_just_grpo": block_just_grpo, "cj_grpo": cj_grpo,
-    "trace_rl": trace_rl,
+    "trace_rl": trace_rl, "ebpo": ebpo,
 }  # fmt: skip

@@ -63,6 +63,7 @@ ESPO = (
             ("--rollout-completion-length 264", "256"),
         ),
         ("--espo-objective block_just_grpo", 1, ("block_just_grpo", "use just_grpo")),
+        ("--espo-objective ebpo", 1, ("--espo-objective ebpo", "--attention-mask", "use espo")),
         (
             "--espo-objective just_grpo --attention-mask block-causal --block-size 8",
             1,

@@ -287,8 +287,15 @@ def test_blocks_of_one_token_with_the_shift_are_the_autoregressive_model(
     batch, noise, maskable = noise_batch(data, config, stream(1, "test"), MASK, 300)
     head = masked_cross_entropy(mpu.get_tensor_model_parallel_group())
     table = pipeline.run_model(ours, batch, head, config.logit_shift)
-    loss, _ = _loss(table, noise=noise, lengths=maskable.sum(1), cp_size=1)
+    loss, report = _loss(
+        table, noise=noise, lengths=maskable.sum(1), cp_size=1, next_tokens=weight > 0
+    )
     assert abs(loss / (1 + weight) - expected) < 1e-6 * expected
+    terms = {name: float(summed / rows) for name, (summed, rows) in report.items()}
+    named = {"lm loss": (1 + weight) * float(expected)}
+    if weight:
+        named |= {name: float(expected) for name in ("diffusion loss", "next-token loss")}
+    assert terms == pytest.approx(named, rel=1e-6)
     loss.backward()
     expected.backward()
     gradient = ours.decoder.layers[0].self_attention.q_layernorm.weight.grad / (1 + weight)

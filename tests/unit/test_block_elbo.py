@@ -136,6 +136,37 @@ def test_the_estimate_is_unbiased(
     assert draws.mean(1).var() < most * apart.mean(1).var()
 
 
+def test_levels_on_one_lattice_leave_the_estimate_unbiased(built: DiffusionModel) -> None:
+    model = of_kind(built, "block-causal")
+    found, ids = losses_of_all_masks(model, "block-causal", 0, False), torch.arange(30_000)
+    views = block_elbo_views(
+        "exact_count", stream(3, "test"), ids, torch.full_like(ids, len(PROMPTS[0]) % SIZE),
+        LENGTH, 2, SIZE, over_blocks=True,
+    )  # fmt: skip
+    draws, expected = by_table(found, 0, views).double(), exact_elbo(found, 0)
+    for part in (draws[:, 0], draws[:, 1], draws.mean(1)):
+        assert abs(part.mean() - expected) < 4 * part.std() / len(ids) ** 0.5
+
+
+def test_levels_lie_evenly_over_draws_and_blocks() -> None:
+    """Of a completion of three blocks of 100 and a fourth that ends early, two draws each."""
+    ids, lengths = torch.arange(5), torch.tensor([400, 400, 350, 350, 300])
+    views = block_elbo_views(
+        "exact_count", stream(1, "test"), ids, ids * 0, 400, 2, 100, lengths=lengths,
+        over_blocks=True,
+    )  # fmt: skip
+    counts = views.mask_indices[:, :, 0].unflatten(2, (4, 100)).sum(3)
+    for row, length in enumerate(lengths.tolist()):
+        sizes = torch.tensor([100, 100, 100, length - 300])
+        number = int((sizes > 0).sum())
+        levels = ((counts[row] - 0.5) / sizes.clamp(min=1))[:, :number].flatten()
+        gaps = levels.sort().values.diff()
+        # A level is known to half a token of its block.
+        assert (gaps - 1 / (2 * number)).abs().max() < 1 / 50
+        inside = torch.arange(400) < length
+        assert not views.mask_indices[row, :, :, ~inside].any()
+
+
 def test_a_coupled_pair_masks_each_token_once_at_a_level_of_its_block() -> None:
     ids = torch.arange(20_000)
     views = block_elbo_views("coupled", stream(1, "test"), ids, ids * 0 + 2, 7, 1, 4)

@@ -8,7 +8,12 @@ import pytest
 from interpreter import python
 from test_end_to_end import ENVIRONMENT, ROOT
 
+from megatron_espo.checkpoint.tracker import checkpoint_folder
+from megatron_espo.startup.stored import stored_arguments
+
 pytestmark = pytest.mark.slow
+
+SCRIPTS = ("pretrain_tiny.sh", "run_espo_tiny.sh", "adapt_tiny.sh")
 
 
 def demo(out: Path, *flags: str) -> str:
@@ -70,7 +75,7 @@ def test_demo_refuses_what_it_does_not_know(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("script", ["pretrain_tiny.sh", "run_espo_tiny.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_a_script_leaves_what_it_has_not_made(tmp_path: Path, script: str, kind: str) -> None:
     folder = tmp_path / "mine"
@@ -87,7 +92,7 @@ def test_a_script_leaves_what_it_has_not_made(tmp_path: Path, script: str, kind:
     assert (folder / "thesis.txt").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("script", ["pretrain_tiny.sh", "run_espo_tiny.sh"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_replaces_what_it_made(tmp_path: Path, script: str) -> None:
     """Python is a program that fails: it comes no further than to its folder."""
     command = ["bash", f"examples/{script}", "--out", str(tmp_path / "out")]
@@ -96,3 +101,31 @@ def test_a_script_replaces_what_it_made(tmp_path: Path, script: str) -> None:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, check=False)
         assert done.returncode == 1 and not (tmp_path / "out" / "left").exists()
         (tmp_path / "out" / "left").touch()
+
+
+def test_an_autoregressive_model_is_adapted_beside_one_from_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / f"text/{number}.txt").write_text(f"{number} cats sat on the mat. " * 20)
+    done = subprocess.run(
+        ["bash", "examples/adapt_tiny.sh", "--text", str(tmp_path / "text"), "--out", str(out)],
+        cwd=ROOT, env={**ENVIRONMENT, "PYTHON": python(), "SMOKE": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    results = json.loads((out / "results.json").read_text())
+    rows = {"autoregressive": 8, "adapted": 24, "nothing-b": 16, "nothing-ab": 24}
+    rows["nothing-ab-next"] = 24
+    assert {name: result["rows"] for name, result in results.items()} == rows
+    for name, result in results.items():
+        assert 1 < result["loss"] < 7, name
+        args = stored_arguments(checkpoint_folder(str(out / name)))
+        size = 1 if name == "autoregressive" else 8
+        assert (args.attention_mask, args.block_size) == ("context-causal", size)
+        sampled = (out / f"sample-{name}.txt").read_text()
+        assert all(prompt in sampled for prompt in ("The ", "def ", "Masked diffusion "))
+    assert results["adapted"]["next_token_loss"] < results["autoregressive"]["next_token_loss"]
+    for log in ("adapted", "as-it-is"):
+        loaded = f"successfully loaded checkpoint from {out}/autoregressive"
+        assert loaded in (out / f"{log}.log").read_text()

@@ -31,6 +31,7 @@ from megatron_espo.objectives import (
     views_per_completion,
 )
 from megatron_espo.objectives.advantages import load_advantage
+from megatron_espo.objectives.block_masks import StratifiedBlocks
 from megatron_espo.objectives.masks import (
     Ask,
     BlockPrefixes,
@@ -83,6 +84,8 @@ def enumerated(masks: Masks) -> ElboViews:
     first = torch.stack((SUBSETS, SUBSETS.roll(3, 0)), dim=1)
     if isinstance(masks, OnePass | Quadrature | Prefixes | BlockPrefixes | StepViews):
         return views  # nothing of a whole mask is random; subsets of one size are
+    if isinstance(masks, StratifiedBlocks):
+        return enumerated_by_block(views, first)
     if isinstance(masks, CoupledViews):
         sides = torch.stack((torch.ones_like(first), first, ~first), dim=2)
         return views._replace(mask_indices=sides)
@@ -95,6 +98,19 @@ def enumerated(masks: Masks) -> ElboViews:
     weights = torch.where(counts > 0, (LENGTH + 1) / (2 * counts.clamp(min=1)), 0.0)
     halves = (views.weights == 0.5).all()
     return ElboViews(pair, torch.full_like(weights, 0.5) if halves else weights)
+
+
+def enumerated_by_block(views: ElboViews, subsets: Tensor) -> ElboViews:
+    """Masks of the answers' tokens, weighted by their block's tokens over those that are masked."""
+    places = torch.arange(LENGTH)
+    inside = places < ANSWERS[:, None]
+    block = (torch.arange(B)[:, None] % 2 + places) // 2
+    same = ((block[:, :, None] == block[:, None]) & inside[:, None]).long()
+    mask = (subsets & inside[:, None])[:, :, None]
+    counts = torch.einsum("bkj,bmvj->bmvk", same, mask.long())
+    weights = same.sum(dim=2)[:, None, None] / counts.clamp(min=1)
+    whole = mask | ~inside[:, None, None]
+    return views._replace(mask_indices=whole, token_weights=weights, predicted=mask)
 
 
 def tables(views: ElboViews, seed: int) -> Tensor:
@@ -110,6 +126,8 @@ def predicted(views: ElboViews) -> Tensor:
 
 def taken(objective: Objective, table: Tensor, views: ElboViews) -> Tensor:
     """A table as the objective takes it."""
+    if views.token_weights is not None:
+        table = table * views.token_weights.double()
     return combine(-table.flatten(0, 2) if objective.per_token else -table.sum(-1).flatten(),
                    views.weights.double(), objective)  # fmt: skip
 
@@ -144,6 +162,7 @@ def expected(name: str, views: ElboViews, now, fixed, old, ref, espo) -> list[fl
             ADVANTAGES[rows].tolist(), ANSWERS[rows].tolist(), float(ANSWERS.double().mean()),
             LENGTH, espo.clip_eps_low, espo.clip_eps_high, espo.kl_coef, espo.kl_estimator,
             STEPS[rows].tolist(),
+            None if views.token_weights is None else views.token_weights[rows].tolist(),
         )  # fmt: skip
         lists = now[rows].tolist(), fixed[rows].tolist()
         losses += [REFERENCES[name](*lists, i, group) for i in range(SIZE)]
@@ -252,9 +271,28 @@ def test_masks_do_not_depend_on_how_completions_are_split(name: str) -> None:
     alone = masks.draw(part)
     assert torch.equal(alone.mask_indices, views.mask_indices[rows])
     assert torch.equal(alone.weights, views.weights[rows])
+    for ours, theirs in zip(alone[2:], views[2:], strict=True):  # of tokens
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs[rows])
     prompts, own = masks.prompt_masks(whole), masks.prompt_masks(part)
     assert (prompts is None) == (own is None)
     assert prompts is None or torch.equal(own, prompts[rows][..., :3])
+
+
+def test_tokens_after_the_end_are_hidden_and_not_predicted() -> None:
+    """Blocks of two; the weights of a block's predicted tokens add up to its tokens."""
+    masks = StratifiedBlocks()
+    asked = for_masks(masks, ask(length=8, answers=2 * ANSWERS + 1))
+    views = masks.draw(asked)
+    assert views.predicted is not None and views.token_weights is not None
+    for row, (offset, end) in enumerate(zip((0, 1) * 4, (2 * ANSWERS + 1).tolist(), strict=True)):
+        assert views.mask_indices[row, ..., end:].all()
+        assert not views.predicted[row, ..., end:].any()
+        weights = torch.where(views.predicted, views.token_weights, 0.0)[row, :, 0]
+        for block in range(-(-(offset + end) // 2)):
+            places = slice(max(2 * block - offset, 0), min(2 * block - offset + 2, end))
+            size = float(places.stop - places.start)
+            assert weights[:, places].sum(dim=1).tolist() == [size, size]
 
 
 def test_coupled_views_mask_each_token_in_two_of_three() -> None:
@@ -319,6 +357,19 @@ def test_a_weight_is_limited_before_the_softmax() -> None:
         given = given_of(objective, views, old, None, espo)
         losses.append(objective.loss(taken(objective, now, views), given).loss)
     assert torch.equal(losses[1], losses[2]) and not torch.equal(losses[0], losses[1])
+
+
+def test_a_ratio_of_whole_completions_does_not_overflow() -> None:
+    """A thousand nats up: the loss of a bad completion is finite, a good one is clipped."""
+    espo = EspoConfig(objective="ebpo", kl_coef=0.0)
+    objective = objective_of(espo)
+    views = enumerated(objective.masks(espo))
+    given = given_of(objective, views, tables(views, 1), None, espo)
+    logp = (taken(objective, tables(views, 1), views) + 1000.0).float()
+    gradient, found = loss_gradient(objective, logp, replace(given, old=given.old.float()))
+    assert found.loss.isfinite().all() and gradient.isfinite().all() and not gradient.any()
+    good = found.loss[ADVANTAGES > 0]
+    torch.testing.assert_close(good, -1.2 * ADVANTAGES[ADVANTAGES > 0].float(), check_dtype=False)
 
 
 def refused(**settings: Any) -> str:
@@ -387,8 +438,9 @@ def test_the_arithmetic_of_a_run_knows_the_passes_of_its_objective() -> None:
     for name, views, masked, old in (
         ("espo", 2, 16, 2), ("diffu_grpo", 1, 16, 2), ("coupled_grpo", 3, 32, 2),
         ("rspo", 2, 16, 0), ("gdsd", 2, 16, 2), ("just_grpo", 16, 16, 2), ("cj_grpo", 16, 16, 2),
+        ("ebpo", 1, 8.5, 2),
     ):  # fmt: skip
-        fitted = load_objective(name).fitted(rollout, None) or None
+        fitted = load_objective(name).fitted(rollout, 16 if name == "ebpo" else None) or None
         found = flops(name, objective_args=fitted)
         assert found.ref_elbo == pytest.approx(3 * evaluation(views, masked)), name
         assert found.old_elbo == pytest.approx(old * evaluation(views, masked)), name
