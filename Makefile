@@ -51,11 +51,9 @@ test: test-unit test-simulate test-dist  ## all tests
 test-fast: setup  ## before a commit: what needs no long run, in under three minutes
 	$(RUN) -m pytest tests/unit -q --timeout 600 -n $(WORKERS) --dist loadfile -m "not slow" $(DURATIONS)
 
-# The two ranks apart: gloo groups that other tests have left keep a core busy.
 test-unit: setup
 	$(RUN) -m pytest tests/unit -q --timeout 600 -n $(WORKERS) --dist loadfile $(DURATIONS)
-	$(RUN) -m pytest tests/te/test_tensor_parallel.py -q --timeout 600
-	$(RUN) -m pytest tests/te -q --timeout 600 --ignore tests/te/test_tensor_parallel.py $(DURATIONS)
+	$(RUN) -m pytest tests/te -q --timeout 600 $(DURATIONS)
 
 # Where the layer cannot be installed its tests say so and are skipped; .ci/run does not let them.
 test-simulate: setup  ## real jobs on GPUs that are not there
