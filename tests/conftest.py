@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # bindings complain at the end of what they cannot free
     if _folder is not None:
         interpreter.clean_up(_folder)
 
