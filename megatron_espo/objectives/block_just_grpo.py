@@ -18,7 +18,7 @@ from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.errors import UserError
 from megatron_espo.objectives.base import Given, Loss, Objective, need_blocks, setting
 from megatron_espo.objectives.just_grpo import exact_passes
-from megatron_espo.objectives.masks import BlockPrefixes
+from megatron_espo.objectives.ordered_views import BlockPrefixes
 from megatron_espo.objectives.ratios import token_loss
 
 MOST_PASSES = 64

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.errors import UserError
 from megatron_espo.objectives.base import Given, Loss, Objective, setting
-from megatron_espo.objectives.masks import Prefixes
+from megatron_espo.objectives.ordered_views import Prefixes
 from megatron_espo.objectives.ratios import token_loss
 
 MOST_PASSES = 256

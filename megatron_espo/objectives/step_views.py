@@ -14,57 +14,41 @@ import torch
 from torch import Tensor
 
 from megatron_espo.config import RolloutConfig
-from megatron_espo.diffusion.noise import ElboViews
 from megatron_espo.errors import UserError
 from megatron_espo.objectives.just_grpo import MOST_PASSES, exact_passes
-from megatron_espo.objectives.masks import Ask, Masks, repeat_for_draws
+from megatron_espo.objectives.masks import Ask
+from megatron_espo.objectives.ordered_views import OrderedViews
 
 
 @dataclass(frozen=True)
-class StepViews(Masks):
-    """One view for each step of a completion, or for some of them together. Weight 1.
+class StepViews(OrderedViews):
+    """One view for each step of a completion, or for some of them together.
 
-    A view predicts the tokens that its steps committed, and masks them and all later ones, so that
-    every token is predicted once. Of a model with blocks the steps of each block count by
-    themselves, and a view holds one of every block: all blocks pass at once. Tokens that no step
-    committed, because they were filled in after the end, are masked in every view and predicted in
-    none. A completion with fewer steps than the run allows has views that predict nothing.
+    A view predicts the tokens that its steps committed, and masks them and all later ones. Of a
+    model with blocks the steps of each block count by themselves, and a view holds one of every
+    block: all blocks pass at once. Tokens that no step committed, because they were filled in after
+    the end, are masked in every view and predicted in none. A completion with fewer steps than the
+    run allows has views that predict nothing.
 
     Attributes:
-        passes: v; a setting of the objective, which :func:`step_passes` settles.
         merged: neighbouring steps that share a view.
         by_block: whether a block-diffusion model has such views, too.
     """
 
-    passes: int = 0
     merged: int = 1
     by_block: bool = True
     # Together they predict a completion; with --rollout-threshold one view may have more of it.
-    fixed, of_steps = True, True
+    of_steps = True
 
-    @property
-    def per_draw(self) -> int:  # type: ignore[override]
-        """See Masks."""
-        return self.passes
-
-    def masked(self, length: int) -> float:
-        """See Masks."""
-        return length
-
-    def draw(self, ask: Ask) -> ElboViews:
-        """See Masks."""
+    def number(self, ask: Ask) -> Tensor:
+        """See OrderedViews."""
         assert ask.commit_steps is not None, "the sampler was not asked for step maps"
         blocks = torch.zeros(len(ask.sample_ids), ask.length, dtype=torch.int64)
         if ask.offsets is not None:
             blocks = (ask.offsets[:, None] + torch.arange(ask.length)) // ask.block_length
-        number = number_steps(ask.commit_steps.long(), blocks)
-        view = torch.where(number < 0, self.passes, number // self.merged)[:, None]
-        assert int(number.max()) // self.merged < self.passes, "--espo-objective-args passes"
-        level = torch.arange(self.passes)[None, :, None]
-        views = repeat_for_draws(ask, view >= level, view == level)
-        if ask.offsets is None:
-            return views
-        return views._replace(token_weights=torch.ones(views.mask_indices.shape))
+        step = number_steps(ask.commit_steps.long(), blocks)
+        assert int(step.max()) // self.merged < self.passes, "--espo-objective-args passes"
+        return torch.where(step < 0, self.passes, step // self.merged)
 
 
 def number_steps(steps: Tensor, blocks: Tensor) -> Tensor:

@@ -34,14 +34,13 @@ from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.objectives.block_masks import StratifiedBlocks
 from megatron_espo.objectives.masks import (
     Ask,
-    BlockPrefixes,
     Blockwise,
     CoupledViews,
     Masks,
     OnePass,
-    Prefixes,
     Quadrature,
 )
+from megatron_espo.objectives.ordered_views import BlockPrefixes, Prefixes
 from megatron_espo.objectives.step_views import StepViews
 from megatron_espo.random import stream
 from megatron_espo.rl.terms import combine
