@@ -209,28 +209,36 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
     assert_same_run(folder, "parts")
 
 
-def test_an_objective_of_tokens_resumes_inside_a_rollout_bit_for_bit(folder: Path) -> None:
-    """Views of eight steps, a penalty of tokens, and a rollout in hand with its step map."""
-    flags = ["--espo-objective", "cj_grpo", "--espo-num-rollouts", "2", "--micro-batch-size", "8",
+# Three views in a draw, and views of eight steps that predict each token once.
+@pytest.mark.parametrize(
+    ("name", "own", "views"),
+    [("coupled_grpo", ["--micro-batch-size", "6", "--espo-num-mc", "1"], (3,)),
+     ("cj_grpo", ["--micro-batch-size", "8"], ())],
+)  # fmt: skip
+def test_an_objective_of_tokens_resumes_inside_a_rollout_bit_for_bit(
+    folder: Path, name: str, own: list[str], views: tuple[int, ...]
+) -> None:
+    """A penalty of tokens, and a rollout in hand with its tokens and, of steps, its step map."""
+    flags = ["--espo-objective", name, "--espo-num-rollouts", "2", *own,
              "--espo-kl-estimator", "k3"]  # fmt: skip
-    espo(folder, "tokens", *flags)
-    espo(folder, "tokens-parts", *flags, "--exit-interval", "3")
-    state = torch.load(folder / "tokens-parts/iter_0000003/espo/state.pt", weights_only=True)
-    # Two updates of all ranks' completions: draws, tokens.
-    assert state["rollout"]["elbo_old"].shape == (2, 16, 1, 16)
-    assert state["rollout"]["elbo_ref"].shape == (2, 16, 1, 16)
+    runs = [folder / f"{name}{part}" for part in ("", "-parts")]
+    espo(folder, runs[0].name, *flags)
+    espo(folder, runs[1].name, *flags, "--exit-interval", "3")
+    state = torch.load(runs[1] / "iter_0000003/espo/state.pt", weights_only=True)
+    # Two updates of all ranks' completions: draws, views, tokens.
+    assert state["rollout"]["elbo_old"].shape == (2, 16, 1, *views, 16)
+    assert state["rollout"]["elbo_ref"].shape == (2, 16, 1, *views, 16)
     # Two tokens at each of eight steps.
-    steps = state["rollout"]["commit_steps"].sort(dim=1).values
-    assert steps.tolist() == [[step for step in range(8) for _ in range(2)]] * 16
+    steps = state["rollout"]["commit_steps"].sort(dim=1).values.tolist()
+    assert steps == [[s for s in range(8) for _ in range(2)] if name == "cj_grpo" else []] * 16
     other = ["--espo-objective", "espo", "--micro-batch-size", "8"]
-    printed = espo(folder, "tokens-parts", *flags, *other, fails=True)
-    assert "--espo-objective cj_grpo, here it is espo" in printed
-    espo(folder, "tokens-parts", *flags)
-    runs = [folder / name for name in ("tokens", "tokens-parts")]
+    printed = espo(folder, runs[1].name, *flags, *other, fails=True)
+    assert f"--espo-objective {name}, here it is espo" in printed
+    espo(folder, runs[1].name, *flags)
     whole, parts = (checkpoint_tensors(str(path)) for path in runs)
     assert not unequal_tensors(whole, parts)
-    curves = scalars(folder, "tokens")
-    assert curves == scalars(folder, "tokens-parts")
+    curves = scalars(folder, runs[0].name)
+    assert curves == scalars(folder, runs[1].name)
     # The first update of a rollout is made with the policy that sampled it.
     for bound in ("mean", "min", "max"):
         steps, ratios = curves[f"policy/ratio/{bound}"]
