@@ -26,15 +26,10 @@ while (($#)); do
     *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
   esac
 done
-((${#text[@]})) || text=("$root/README.md" "$root/CONTRIBUTING.md" "$root/docs" "$root/megatron_espo")
 out=${out:-$root/runs/adapt-seed$seed}
 python=${PYTHON:-python3} ranks=${RANKS:-1} started=$SECONDS
-[[ $python != */* ]] || python=$(realpath -s "$python")
-cd "$root"
-export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
-source examples/tiny.sh
-check_folder .adapt-tiny
-new_folder .adapt-tiny
+source "$root/examples/tiny.sh"
+begin_with_text .adapt-tiny
 
 # The rate was chosen on seed 4: docs/measurements/2026-11-30.md.
 block=8 batch=32 ar_steps=300 adapt_steps=150 growth=30 drawn=40 sampled=48

@@ -21,14 +21,9 @@ while (($#)); do
     *) echo "error: unknown argument $1; see the head of $0." >&2; exit 2 ;;
   esac
 done
-((${#text[@]})) || text=("$root/README.md" "$root/CONTRIBUTING.md" "$root/docs" "$root/megatron_espo")
 python=${PYTHON:-python3}
-[[ $python != */* ]] || python=$(realpath -s "$python")
-cd "$root"
-export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
-source examples/tiny.sh
-check_folder .pretrain-tiny
-new_folder .pretrain-tiny
+source "$root/examples/tiny.sh"
+begin_with_text .pretrain-tiny
 
 prepare_text "${text[@]}"
 # So few pages leave none to validate on.

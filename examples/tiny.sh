@@ -1,4 +1,4 @@
-# Sourced by the tiny demonstrations, which set: out (a folder), python, ranks.
+# Sourced by the tiny demonstrations, which set: out (a folder), python, ranks, started (SECONDS).
 
 # check_folder MARK refuses a folder with other things than an earlier run of the script, which left
 # MARK there; new_folder MARK empties it.
@@ -23,6 +23,17 @@ ranks() {
   status=${PIPESTATUS[0]} # of the ranks: grep fails where it has nothing to show
   set -e
   return "$status"
+}
+
+# begin_with_text MARK goes to the project's folder (root) and makes out; without --text (text) the
+# project's own documents are read.
+begin_with_text() {
+  ((${#text[@]})) || text=("$root/README.md" "$root/CONTRIBUTING.md" "$root/docs" "$root/megatron_espo")
+  [[ $python != */* ]] || python=$(realpath -s "$python")
+  cd "$root"
+  export OMP_NUM_THREADS=1 PYTHONPATH=${PYTHONPATH:-$PWD}
+  check_folder "$1"
+  new_folder "$1"
 }
 
 # prepare_text PATH ... makes a tokenizer and $out/text.bin of files and of folders' files, and says
