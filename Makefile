@@ -71,7 +71,11 @@ layouts: setup  ## the table of docs/parallelism.md, measured anew
 	@mkdir -p runs
 	LAYOUT_TABLE=docs/parallelism.md $(DIST)
 
-bench: setup  ## rollouts and updates against a straightforward implementation
+bench: setup  ## rollouts, updates and whole iterations against a straightforward implementation
+	for shape in large-vocabulary small-vocabulary tiny; do \
+		$(BIN)/python -W ignore -m benchmarks.iteration --shape $$shape \
+			--out runs/benchmark/$$shape-iteration.json || exit 1; done
+	$(BIN)/python -W ignore -m benchmarks.rollout_and_elbo --shape tiny --out runs/benchmark/tiny-random.json
 	for shape in large-vocabulary small-vocabulary; do \
 		$(BIN)/python -W ignore -m benchmarks.rollout_and_elbo --shape $$shape \
 			--out runs/benchmark/$$shape-random.json && \

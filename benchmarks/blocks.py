@@ -3,6 +3,7 @@
 python -m benchmarks.blocks sampling --blocks 4 32       # with the exact cache and without
 python -m benchmarks.blocks doubled --positions 256 1024 # [noisy, clean] against a plain pass
 python -m benchmarks.blocks views --positions 256        # four views of a sequence, one clean half
+python -m benchmarks.blocks prompts --completion 32      # a group's prompt passed once
 
 Both sides of a comparison run in one process, in turn, from the same random float32 weights.
 """
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,7 +22,10 @@ from benchmarks.measure import MIB, interleaved, keep_freed_memory, peak_memory,
 from benchmarks.models import SHAPES, Shape, build_random, random_prompts
 from megatron_espo.config import RolloutConfig
 from megatron_espo.conversion.verification import quiet
+from megatron_espo.generation import block_steps
+from megatron_espo.generation.rows import Rows
 from megatron_espo.generation.sampler import generate
+from megatron_espo.generation.scheduler import MicroBatch
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.model.head import view_cross_entropy
 from megatron_espo.passes.batch import mask_rows, pack_sequences
@@ -38,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: command line.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("sampling", "doubled", "views"))
+    parser.add_argument("what", choices=("sampling", "doubled", "views", "prompts"))
     parser.add_argument("--shape", choices=SHAPES, default="small-vocabulary")
     parser.add_argument("--blocks", type=int, nargs="+", default=[4], help="tokens of a block")
     parser.add_argument("--prompt", type=int, default=512)
@@ -46,17 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--positions", type=int, nargs="+", default=[256], help="of a row")
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3, help="rounds")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", action="store_true", help="also measure peaks, of sampling")
     options = parser.parse_args(argv)
     keep_freed_memory()
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     shape = SHAPES[options.shape]
     with quiet():
         model = build_random(shape)
     for size in options.blocks:
         model = replace(model, blocks=BlockAttention(size, causal=False))
-        if options.what == "sampling":
-            _sampling(model, shape, size, options)
+        if options.what in ("sampling", "prompts"):
+            {"sampling": _sampling, "prompts": _prompts}[options.what](model, shape, size, options)
             continue
         for positions in options.positions:
             sides = {"doubled": _doubled, "views": _views}[options.what]
@@ -97,6 +103,36 @@ def _sampling(model: DiffusionModel, shape: Shape, size: int, options: argparse.
         for name, cache in (("without a cache", "none"), ("exact cache", "exact")):
             peak = peak_memory(_prepared, shape, size, vars(options), cache)
             print(f"  {name}: peak {peak / MIB:.0f} MiB above the weights", flush=True)
+
+
+GROUP = 8
+"""Completions of a prompt."""
+
+
+def _prompts(model: DiffusionModel, shape: Shape, size: int, options: argparse.Namespace) -> None:
+    for chunk in model.chunks:
+        chunk.eval()
+    (prompt,), ids = random_prompts(1, options.prompt, shape), torch.arange(GROUP)
+    config = replace(_rollout(options, size, "exact"), micro_batch_size=GROUP)
+    work = partial(generate, model, [prompt] * GROUP, ids, config, 1, "benchmark")
+
+    def apart() -> Any:
+        # There is no switch for it: it costs nothing where no two rows begin alike.
+        with patch.object(block_steps, "_prefixes", _each_its_own):
+            return work()
+
+    title = (
+        f"prompt {options.prompt}, {GROUP} completions of {options.completion}, blocks of {size}"
+    )
+    results = _compare({"each its own prompt": apart, "once": work}, options.pairs, title)
+    one, other = (result.completions for result in results.values())
+    assert torch.equal(one, other), "tokens differ"
+    positions = [float(result.work[:, 0].sum()) for result in results.values()]
+    print(f"  equal tokens; positions passed allow {positions[0] / positions[1]:.2f}", flush=True)
+
+
+def _each_its_own(rows: Rows, batch: MicroBatch) -> block_steps._Prefixes:
+    return block_steps._Prefixes(torch.tensor(batch.rows), torch.arange(len(batch.rows)))
 
 
 def _prepared(

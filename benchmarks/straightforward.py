@@ -10,6 +10,8 @@ positions only.
 Symbols: b rows, s positions, p prompt length, l completion length, m draws, n vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -126,18 +128,105 @@ def coupled_elbo(
     return -(weights * cross_entropy).sum(dim=-1)
 
 
-def espo_loss(elbo: Tensor, elbo_old: Tensor, advantages: Tensor, length: int) -> Tensor:
-    """Compute the clipped sequence-level objective with a clip range of 0.2.
+def espo_loss(
+    elbo: Tensor,
+    elbo_old: Tensor,
+    advantages: Tensor,
+    length: int,
+    elbo_ref: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> Tensor:
+    """Compute the clipped sequence-level objective with a clip range of 0.2 and the k2 penalty.
 
     Args:
         elbo: float32 ``[b, m]``, with gradient.
         elbo_old: float32 ``[b, m]`` of the sampling policy.
         advantages: float32 ``[b]``.
         length: l.
+        elbo_ref: float32 ``[b, m]`` of the reference policy; None: no penalty.
+        kl_coef: weight of the penalty.
 
     Returns:
-        The mean loss.
+        The loss of each completion, ``[b]``.
     """
     ratio = ((elbo.mean(1) - elbo_old.mean(1)) / length).exp()
     clipped = ratio.clamp(0.8, 1.2)
-    return -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    loss = -torch.minimum(ratio * advantages, clipped * advantages)
+    if elbo_ref is not None:
+        loss = loss + kl_coef * (elbo.mean(1) - elbo_ref.mean(1)).square() / (2 * length)
+    return loss
+
+
+def coupled_masks(
+    completions: int, draws: int, length: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draw random subsets of k ~ U{0..l} positions with their complements.
+
+    Args:
+        completions: b.
+        draws: m.
+        length: l.
+        generator: of the draw.
+
+    Returns:
+        bool ``[b, m, 2, l]``.
+    """
+    counts = torch.randint(0, length + 1, (completions, draws, 1), generator=generator)
+    order = torch.rand(completions, draws, length, generator=generator).argsort(dim=-1)
+    chosen = order.argsort(dim=-1) < counts
+    return torch.stack((chosen, ~chosen), dim=2)
+
+
+def updates(
+    llama: LlamaForCausalLM,
+    reference: LlamaForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    tokens: Tensor,
+    prompt_length: int,
+    masks: Sequence[Tensor],
+    mask_token_id: int,
+    advantages: Tensor,
+    kl_coef: float,
+    rows_per_batch: int,
+) -> tuple[Tensor, Tensor]:
+    """Learn from a rollout: the frozen policies' ELBOs, then an optimizer step for each of masks.
+
+    Args:
+        llama: the policy.
+        reference: the policy that it is pulled to.
+        optimizer: of the policy.
+        tokens: int64 ``[b, s]``, prompts and completions.
+        prompt_length: p.
+        masks: bool ``[b, m, 2, l]`` of each update.
+        mask_token_id: the mask token.
+        advantages: float32 ``[b]``.
+        kl_coef: weight of the penalty.
+        rows_per_batch: rows of a micro-batch, whose gradients are added.
+
+    Returns:
+        ELBOs ``[u, b, m]`` of the sampling policy (the first update's are those of the update
+        itself, where it is still the policy) and of the reference.
+    """
+    b, m, _, length = masks[0].shape
+    parts = torch.split(torch.arange(b), max(rows_per_batch // (2 * m), 1))
+
+    def elbos(model: LlamaForCausalLM, masks: Tensor, rows: Tensor) -> Tensor:
+        return coupled_elbo(model, tokens[rows], prompt_length, masks[rows], mask_token_id)
+
+    with torch.no_grad():
+        old = [torch.cat([elbos(llama, each, rows) for rows in parts]) for each in masks[1:]]
+        ref = [torch.cat([elbos(reference, each, rows) for rows in parts]) for each in masks]
+    old.insert(0, torch.zeros_like(ref[0]))
+    for number, each in enumerate(masks):
+        optimizer.zero_grad(set_to_none=False)
+        for rows in parts:
+            elbo = elbos(llama, each, rows)
+            if number == 0:
+                old[0][rows] = elbo.detach()
+            loss = espo_loss(
+                elbo, old[number][rows], advantages[rows], length, ref[number][rows], kl_coef
+            )
+            torch.autograd.backward(loss.sum() / b)
+        torch.nn.utils.clip_grad_norm_(llama.parameters(), 1.0)
+        optimizer.step()
+    return torch.stack(old), torch.stack(ref)

@@ -208,7 +208,7 @@ def their_update(llama: LlamaForCausalLM, work: Workload, pass_per_mask: bool) -
         pass_per_mask=pass_per_mask,
     )
     length = work.rollout.completion_length
-    loss = straightforward.espo_loss(elbo, update.elbo_old, update.advantages, length)
+    loss = straightforward.espo_loss(elbo, update.elbo_old, update.advantages, length).mean()
     torch.autograd.backward(loss)
     return elbo.detach()
 
