@@ -8,14 +8,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import straightforward
 from benchmarks.models import Shape, random_prompts
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.conversion.verification import quiet
-from megatron_espo.data.tokenizer import byte_tokenizer, load_tokenizer, save_tokenizer
+from megatron_espo.data.tokenizer import FastTokenizer, load_tokenizer, save_tokenizer
 from megatron_espo.evaluation.problems import TaskData
 from megatron_espo.monitor.dashboard import Dashboard
 from megatron_espo.monitor.flops import ModelDimensions
@@ -95,11 +96,18 @@ class Noted(Dashboard):
         self.last.update(scalars)
 
 
+def _words(shape: Shape) -> FastTokenizer:
+    """A tokenizer in which every id is a word, so that texts differ where tokens do."""
+    ids = {str(i): i for i in range(shape.vocab_size)}
+    words = Tokenizer(models.WordLevel(ids, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="257")
+
+
 def build(shape: Shape, sizes: Sizes) -> Trainer:
     """Build everything that training builds, with random weights and prompts."""
     with tempfile.TemporaryDirectory() as folder, quiet():
         tokenizer = Path(folder) / "tokenizer"
-        save_tokenizer(byte_tokenizer(), tokenizer)
+        save_tokenizer(_words(shape), tokenizer)
         (Path(folder) / "none.jsonl").touch()
         argv = (
             f"--tokenizer-model {tokenizer} --seq-length {sizes.prompt + sizes.completion} "
