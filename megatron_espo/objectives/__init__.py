@@ -22,6 +22,7 @@ from megatron_espo.objectives.gdpo import Gdpo
 from megatron_espo.objectives.gdsd import Gdsd
 from megatron_espo.objectives.just_grpo import JustGrpo
 from megatron_espo.objectives.mean_field import MeanField
+from megatron_espo.objectives.ospo import Ospo
 from megatron_espo.objectives.rspo import Rspo
 from megatron_espo.objectives.spg import Spg
 from megatron_espo.objectives.stable_drl import StableDrl
@@ -64,6 +65,7 @@ BUILT_IN: Mapping[str, type[Objective]] = {
     "cj_grpo": CjGrpo,
     "trace_rl": TraceRl,
     "ebpo": Ebpo,
+    "ospo": Ospo,
 }
 
 _DEFAULTS = EspoConfig()
@@ -187,6 +189,11 @@ def check_objective(espo: EspoConfig) -> EspoConfig:
         raise UserError(
             f"--espo-kl-estimator k2_unbiased multiplies draws of a whole ELBO, which {name} has "
             "not; use k2."
+        )
+    if objective.credit() is not None and not objective.per_token:
+        raise UserError(
+            f"{name}: splits advantages over tokens (credit) and has no terms of tokens; set "
+            "per_token = True and take given.token_advantages (docs/objectives.md)."
         )
     if espo.gradient == "joint" and objective.scope == "group":
         raise UserError(

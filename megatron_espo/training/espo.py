@@ -25,6 +25,7 @@ from megatron_espo.objectives import (
 )
 from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.rewards.workers import RewardWorkers
+from megatron_espo.rl.credit import check_parts
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.run import Trainer
@@ -179,6 +180,7 @@ def run(args: argparse.Namespace) -> None:
     """
     espo = config_from_args(EspoConfig, args)
     task = load_workers(espo)
+    check_parts(espo, task)
     tokenizer = load_tokenizer(args.tokenizer_model)
     train_data = load_task_data(task, espo.train_data, tokenizer, args, training=True)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
