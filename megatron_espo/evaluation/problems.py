@@ -68,14 +68,9 @@ def load_workers(espo: EspoConfig) -> Task:
     return RewardWorkers(task, espo.task, espo.reward_workers, espo.reward_timeout)
 
 
-def task_of(task: Task) -> Task:
-    """Return a task as it was loaded, without its workers."""
-    return task.task if isinstance(task, RewardWorkers) else task
-
-
 def blend_of(task: Task) -> Blend | None:
     """Return the tasks that a task is made of, with or without workers; None for a single one."""
-    inner = task_of(task)
+    inner = task.task if isinstance(task, RewardWorkers) else task
     return inner if isinstance(inner, Blend) else None
 
 

@@ -15,6 +15,7 @@ from megatron_espo.objectives.block_just_grpo import BlockJustGrpo
 from megatron_espo.objectives.bridge import Bridge
 from megatron_espo.objectives.cj_grpo import CjGrpo
 from megatron_espo.objectives.coupled_grpo import CoupledGrpo
+from megatron_espo.objectives.credit import Credit
 from megatron_espo.objectives.diffu_grpo import DiffuGrpo
 from megatron_espo.objectives.ebpo import Ebpo
 from megatron_espo.objectives.espo import Espo
@@ -33,6 +34,7 @@ from megatron_espo.own_code import load_own
 
 __all__ = [
     "BUILT_IN",
+    "Credit",
     "Given",
     "Loss",
     "Objective",

@@ -11,13 +11,12 @@ from megatron_espo.config import EspoConfig
 from megatron_espo.data.encoding import token_spans
 from megatron_espo.data.tokenizer import FastTokenizer
 from megatron_espo.errors import UserError
-from megatron_espo.evaluation.problems import task_of
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.monitor.metrics import gather_columns
 from megatron_espo.objectives import objective_of
 from megatron_espo.objectives.credit import split_advantages
 from megatron_espo.rl.types import Rollout
-from megatron_espo.tasks.base import Task
+from megatron_espo.tasks import load_task
 from megatron_espo.tasks.blend import without_parts
 from megatron_espo.tasks.parts import Coalitions, Worth
 
@@ -28,19 +27,18 @@ def coalitions_of(espo: EspoConfig) -> Coalitions | None:
     return None if credit is None else Coalitions(credit.width, credit.coalitions, credit.even)
 
 
-def check_parts(espo: EspoConfig, task: Task) -> None:
+def check_parts(espo: EspoConfig) -> None:
     """Refuse an objective that needs scores of parts with a task that has none.
 
     Args:
-        espo: the run's settings.
-        task: its task or tasks, with or without workers.
+        espo: the run's settings; its task is loaded if it matters.
 
     Raises:
-        UserError: naming task and objective.
+        UserError: naming task and objective, or there is no such task.
     """
     if coalitions_of(espo) is None:
         return
-    if names := without_parts(task_of(task)):
+    if names := without_parts(load_task(espo.task, flag="--espo-task")):
         raise UserError(
             f"--espo-objective {espo.objective} credits parts of a completion, and task {names[0]} "
             "scores none (docs/tasks.md: segments and score_segments); use sudoku, code, a task of "

@@ -19,6 +19,7 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -171,7 +172,7 @@ def segments(example: Example, completion: str) -> list[tuple[int, int]]:
 
     What stands inside of a function has no worth of its own, since a run of its statements is
     hardly ever a program; a test that passes says of no token that it is the reason. Comments
-    belong to the statement after them, and statements that share a line are one.
+    belong to the statement after them, and statements that share a line are one part.
 
     Args:
         example: A problem, from `read`.
@@ -184,15 +185,13 @@ def segments(example: Example, completion: str) -> list[tuple[int, int]]:
     code, _ = extract_code(completion)
     if code is None or "\r" in completion:
         return []
+    body = _parsed(code).body
     lines = code.split("\n")
-    ends = sorted({node.end_lineno or 0 for node in ast.parse(code).body})
-    ends = [end for end in ends if end < len(lines)]
-    place = len(completion.rstrip()) - len(_FENCE) - len(code)
-    cuts = [place + sum(len(line) + 1 for line in lines[:end]) for end in ends]
-    last = place + len(code)
-    if cuts and not completion[cuts[-1] : last].strip():
-        cuts.pop()
-    return list(zip([place, *cuts], [*cuts, last], strict=True)) if code.strip() else []
+    ends = [a.end_lineno for a, b in pairwise(body) if b.lineno > (a.end_lineno or 0)]
+    stop = len(completion.rstrip()) - len(_FENCE)
+    start = stop - len(code)
+    cuts = [start + sum(len(line) + 1 for line in lines[:end]) for end in ends]
+    return list(pairwise([start, *cuts, stop])) if body else []
 
 
 def score_segments(example: Example, completion: str, kept: Sequence[Sequence[int]]) -> list[float]:
@@ -251,11 +250,15 @@ def _is_python(code: str) -> bool:
     if len(code) > MAX_CODE:
         return False
     try:
-        with warnings.catch_warnings(action="ignore"):
-            ast.parse(code)
+        _parsed(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
+
+
+def _parsed(code: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(code)
 
 
 def start_line() -> str:

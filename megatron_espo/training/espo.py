@@ -75,6 +75,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo = config_from_args(EspoConfig, args)
     _check_blocks(args, espo)
     load_advantage(espo.advantage)
+    check_parts(espo)
     config_from_args(MonitorConfig, args).validate()
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(
@@ -180,7 +181,6 @@ def run(args: argparse.Namespace) -> None:
     """
     espo = config_from_args(EspoConfig, args)
     task = load_workers(espo)
-    check_parts(espo, task)
     tokenizer = load_tokenizer(args.tokenizer_model)
     train_data = load_task_data(task, espo.train_data, tokenizer, args, training=True)
     eval_data = load_task_data(task, espo.eval_data, tokenizer, args, espo.eval_samples)
