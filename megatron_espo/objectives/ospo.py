@@ -18,10 +18,10 @@ masked, ELBO = sum L_k. How a clipped ratio and an advantage for each term go to
   token, too.
 
 What differs from their code: credits stand at their own tokens, theirs at the first ones of the
-completion; tokens of no part keep A, theirs get none; the credits' scale to the reward, which
-cancels in the share, is left out (with it a completion of reward 0 has no advantage). Where there
-are more runs than ``coalitions`` the narrowest are taken, not random ones. Their loss sums over the
-tokens that were sampled, here over all terms of the ELBO.
+completion; tokens of no part keep A, where theirs are worth 0; the credits' scale to the reward,
+which cancels in the share, is left out (with it a completion of reward 0 has no advantage). Where
+there are more runs than ``coalitions`` the narrowest are taken, not random ones. Their loss is of
+the tokens that were sampled, here all terms of the ELBO count.
 
 Two settings are not theirs. Their weights give the two parts at the ends up to twice the credit of
 others that add as much; even=1 mends it. And of a completion that is worse than its group their
