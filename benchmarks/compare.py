@@ -62,6 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wd1": {"kl_coef": 0.0, "num_mc": 2},
     "gdsd": {"kl_coef": 1e-3, "num_mc": 1, "clip_eps_low": 4e-4, "clip_eps_high": 4e-4},
     "spg": {"kl_coef": 0.0, "num_mc": 2, "objective_args": ["beta=1"]},
+    "ospo": _DEMO,
 }  # fmt: skip
 
 
