@@ -1,9 +1,12 @@
 """Compares objectives on the demo's tasks: the same bases, seeds, prompts, sampler and noise.
 
-Three rates on the first seed, judged by the validation split; then the best of each objective on
-all seeds, judged by the test split. A run that has its result is not made again, so that a
-comparison which was stopped goes on where it was, also on another machine: results are files of
---results, what they were made in (bases, checkpoints, logs) lies in --out.
+Three rates on one seed (--rate-seed), judged by the validation split; then the best of each
+objective on all seeds, judged by the test split. A run that has its result is not made again, so
+that a comparison which was stopped goes on where it was, also on another machine: results are
+files of --results, what they were made in (bases, checkpoints, logs) lies in --out. Runs of one
+seed share their base (benchmarks.compare_bases). Where a seed's results started from a base that
+is not here, its missing runs are left out and named; to make them, copy base-TASK-SEED of that
+--out here.
 
     python -m benchmarks.compare --task sudoku --table docs/objectives.md
 
@@ -23,6 +26,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare_bases import (
+    base_record,
+    check_bases,
+    made_elsewhere,
+    record_base,
+    results_of_seed,
+    same_base,
+)
 from benchmarks.compare_report import table, write_figure, write_table
 from benchmarks.measure import machine
 from megatron_espo.config import EspoConfig
@@ -51,6 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "wd1": {"kl_coef": 0.0, "num_mc": 2},
     "gdsd": {"kl_coef": 1e-3, "num_mc": 1, "clip_eps_low": 4e-4, "clip_eps_high": 4e-4},
     "spg": {"kl_coef": 0.0, "num_mc": 2, "objective_args": ["beta=1"]},
+    "ospo": _DEMO,
 }  # fmt: skip
 
 
@@ -104,6 +116,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--objectives", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--rates", nargs="+", type=float, default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument(
+        "--rate-seed", type=int, default=1, help="seed whose runs choose the rates (default 1)"
+    )
     parser.add_argument("--rollouts", type=int, default=32)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--table", type=Path, help="Markdown file with the comparison's marks")
@@ -120,8 +135,9 @@ def main(argv: Sequence[str]) -> None:
     tried: dict[str, list[tuple[float, dict[str, Any]]]] = {}
     for rate in options.rates:
         for name in options.objectives:
-            if found := result(name, rate, options.seeds[0]):
+            if found := result(name, rate, options.rate_seed):
                 tried.setdefault(name, []).append((rate, found))
+    check_bases(found for runs in tried.values() for _, found in runs)
     best = {n: max(runs, key=lambda r: (validated(r[1]), -r[0]))[0] for n, runs in tried.items()}
     results = [
         found
@@ -143,7 +159,15 @@ def validated(result: dict[str, Any]) -> float:
 
 
 def result_of(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
-    """Read a run's result, or make the run."""
+    """Read a run's result, or make the run.
+
+    Returns:
+        The result; None where the run is not to be made: with --report-only, and where the seed's
+        results started from another base than there is here.
+
+    Raises:
+        UserError: the result that is there is of other settings; a part of the run failed.
+    """
     path: Path = options.results / f"{run.name}.json"
     if path.exists():
         known: dict[str, Any] = json.loads(path.read_text())
@@ -152,13 +176,42 @@ def result_of(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
         return known
     if options.report_only:
         return None
-    out, ranks = options.out, options.ranks
-    base = base_of(run.task, run.seed, out, ranks)
+    base = shared_base(run, options)
+    if base is None:
+        return None
+    result = make(run, base, options.out, options.ranks)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(result, indent=None) + "\n")
+    unfinished.rename(path)
+    return result
+
+
+def shared_base(run: Run, options: argparse.Namespace) -> Path | None:
+    """Find or make the base of a run's seed, if it is the one of the seed's results."""
+    known = results_of_seed(options.results, run.task, run.seed)
+    folder: Path = base_folder(run.task, run.seed, options.out)
+    if not is_made(folder) and made_elsewhere(known):
+        why = "that another processor made, and it is not here"
+    else:
+        base = base_of(run.task, run.seed, options.out, options.ranks)
+        accuracy = tested(run.task, base, base / "base", "base", options.out, options.ranks)
+        ours = {"base": base_record(base), "test": [accuracy]}
+        if all(same_base(ours, theirs) for theirs in known):
+            return base
+        why = f"and {folder} holds another one"
+    print(f"{run.name}: left out; results of its seed started from a base {why}.", flush=True)
+    return None
+
+
+def make(run: Run, base: Path, out: Path, ranks: int) -> dict[str, Any]:
+    """Train and evaluate; what is kept of it."""
     train(run, base, out, ranks)
     curves = read_scalars(out / "events" / run.name)
     espo = run.espo
-    result = {
+    return {
         "run": asdict(run),
+        "base": base_record(base),
         "validation": curves["eval/accuracy"][1],
         "test": [tested(run.task, base, base / "base", "base", out, ranks),
                  tested(run.task, base, out / "runs" / run.name, run.name, out, ranks)],
@@ -170,11 +223,6 @@ def result_of(run: Run, options: argparse.Namespace) -> dict[str, Any] | None:
         "passes": passes(espo),
         "machine": machine(),
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(result, indent=None) + "\n")
-    unfinished.rename(path)
-    return result
 
 
 def tested(task: str, base: Path, folder: Path, name: str, out: Path, ranks: int) -> float:
@@ -218,13 +266,24 @@ def passes(espo: EspoConfig) -> float:
 
 def base_of(task: str, seed: int, out: Path, ranks: int) -> Path:
     """Make a seed's data and fine-tuned model, once."""
-    base = out / f"base-{task}-{seed}"
-    if not (base / "base/latest_checkpointed_iteration.txt").exists():
+    base = base_folder(task, seed, out)
+    if not is_made(base):
         call(
             ["bash", "examples/run_espo_tiny.sh", task, "--seed", str(seed), "--out", str(base),
              "--base-only"], out / f"logs/base-{task}-{seed}.log", ranks,
         )  # fmt: skip
+        record_base(base)
     return base
+
+
+def base_folder(task: str, seed: int, out: Path) -> Path:
+    """Where a seed's data and fine-tuned model lie."""
+    return out / f"base-{task}-{seed}"
+
+
+def is_made(base: Path) -> bool:
+    """Whether there is a fine-tuned model."""
+    return (base / "base/latest_checkpointed_iteration.txt").exists()
 
 
 def train(run: Run, base: Path, out: Path, ranks: int) -> None:

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from benchmarks.compare_bases import check_bases
 from megatron_espo.errors import UserError
 
 _BEGIN, _END = "<!-- compare {task}: begin -->", "<!-- compare {task}: end -->"
@@ -36,7 +37,12 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float] | None:
 
 
 def table(results: Sequence[dict[str, Any]]) -> list[str]:
-    """Write the comparison as Markdown lines."""
+    """Write the comparison as Markdown lines.
+
+    Raises:
+        UserError: runs of one seed started from different bases.
+    """
+    check_bases(results)
     grouped = by_objective(results)
     espo = {r["run"]["seed"]: r["test"][-1] for r in grouped.get("espo", [])}
     lines = [

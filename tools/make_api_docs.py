@@ -77,6 +77,13 @@ PARTS = (
         ),
     ),
     Part(
+        "Parts of a completion",
+        "For tasks whose reward is defined on parts, too ([parts](tasks.md#parts)).",
+        "megatron_espo.tasks.parts",
+        "tasks/parts.py",
+        ("PartedTask",),
+    ),
+    Part(
         "Loading a task",
         "",
         "megatron_espo.tasks",
@@ -96,6 +103,13 @@ PARTS = (
         "megatron_espo.objectives",
         "objectives/base.py",
         ("Objective", "Given", "Loss", "setting"),
+    ),
+    Part(
+        "Credit of parts",
+        "What an objective's `credit` returns ([credit of parts](objectives.md#credit-of-parts)).",
+        "megatron_espo.objectives",
+        "objectives/credit.py",
+        ("Credit",),
     ),
     Part(
         "Masks and their weights",

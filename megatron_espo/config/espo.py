@@ -21,8 +21,8 @@ class EspoConfig:
 
     objective: str = "espo"
     """Objective: espo, token_elbo, mean_field, diffu_grpo, coupled_grpo, wd1, gdsd, spg, rspo,
-    bridge, gdpo, stable_drl, bgpo, just_grpo, block_just_grpo, cj_grpo, trace_rl, ebpo, or your
-    own: FILE.py or my_module.my_objective (docs/objectives.md)."""
+    bridge, gdpo, stable_drl, bgpo, just_grpo, block_just_grpo, cj_grpo, trace_rl, ebpo, ospo, or
+    your own: FILE.py or my_module.my_objective (docs/objectives.md)."""
 
     objective_args: list[str] | None = field(default=None, metadata=STRINGS)
     """Settings of the objective, NAME=VALUE: psi=10 of gdsd, beta=1 of spg, ..."""

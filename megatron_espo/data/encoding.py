@@ -233,5 +233,47 @@ def decode_completion(
     Returns:
         The text before the first end, special tokens left out.
     """
-    kept = list(itertools.takewhile(lambda token: token not in eos_ids, map(int, ids)))
-    return str(tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    return _decode(tokenizer, _before_end(ids, eos_ids))
+
+
+def token_spans(
+    tokenizer: FastTokenizer, ids: Sequence[int], eos_ids: Collection[int]
+) -> list[tuple[int, int]]:
+    """Say which characters of :func:`decode_completion`'s text each token before the end wrote.
+
+    Args:
+        tokenizer: of the model that made them.
+        ids: the token ids of the completion.
+        eos_ids: ids that end it.
+
+    Returns:
+        First character and the one after the last, of each token before the first end; spans of
+        special tokens are empty, and a character of which several tokens hold bytes is the last
+        one's.
+    """
+    kept = _before_end(ids, eos_ids)
+    text = _decode(tokenizer, kept)
+    pieces = [_decode(tokenizer, [token]) for token in kept]
+    if "".join(pieces) == text:
+        ends = list(itertools.accumulate(map(len, pieces)))
+    else:
+        # What a token writes depends on those before it: bytes of one character, leading spaces.
+        ends = [_shared(_decode(tokenizer, kept[: k + 1]), text) for k in range(len(kept))]
+        ends = [*itertools.accumulate(ends[:-1], max), len(text)][: len(kept)]
+    return list(itertools.pairwise([0, *ends]))
+
+
+def _before_end(ids: Sequence[int], eos_ids: Collection[int]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in eos_ids, map(int, ids)))
+
+
+def _decode(tokenizer: FastTokenizer, ids: Sequence[int]) -> str:
+    return str(
+        tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
+def _shared(one: str, other: str) -> int:
+    """Characters that two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((k for k, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from megatron_espo.parallel.layout import Layout, object_from_first_of_samples
 from megatron_espo.rewards.workers import RewardWorkers, collect
 from megatron_espo.tasks.base import Example, Score, Task
 from megatron_espo.tasks.checking import checked_score
+from megatron_espo.tasks.parts import Coalitions, part_worths
 
 
 def decode_completions(
@@ -34,6 +36,7 @@ def score_completions(
     texts: Sequence[str],
     layout: Layout,
     ahead: Mapping[int, "Future[Score]"] | None = None,
+    coalitions: Coalitions | None = None,
 ) -> list[Score]:
     """Score completions.
 
@@ -46,6 +49,8 @@ def score_completions(
         texts: the completions.
         layout: process groups.
         ahead: what the task's workers are at already, by place in ``texts``.
+        coalitions: of parts that are to be scored, too; None for none. What workers are at already
+            was handed over with the same.
 
     Returns:
         Their scores.
@@ -58,7 +63,7 @@ def score_completions(
     scores: list[Score] | UserError = []
     if layout.is_first_of_samples:
         try:
-            scores = _score(task, examples, texts, ahead or {})
+            scores = _score(task, examples, texts, ahead or {}, coalitions)
         except UserError as error:
             scores = error
     scores = object_from_first_of_samples(scores, layout)
@@ -72,8 +77,17 @@ def _score(
     examples: Sequence[Example],
     texts: Sequence[str],
     ahead: Mapping[int, "Future[Score]"],
+    coalitions: Coalitions | None,
 ) -> list[Score]:
     pairs = list(zip(examples, texts, strict=True))
     if isinstance(task, RewardWorkers):
-        return collect([ahead.get(i) or task.submit(*pair) for i, pair in enumerate(pairs)])
-    return [checked_score(task.name, e, task.score(e, text)) for e, text in pairs]
+        return collect(
+            [ahead.get(i) or task.submit(*pair, coalitions) for i, pair in enumerate(pairs)]
+        )
+    scores = [checked_score(task.name, e, task.score(e, text)) for e, text in pairs]
+    if coalitions is None:
+        return scores
+    return [
+        replace(score, parts=part_worths(task, *pair, coalitions))
+        for score, pair in zip(scores, pairs, strict=True)
+    ]

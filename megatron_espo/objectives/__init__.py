@@ -15,6 +15,7 @@ from megatron_espo.objectives.block_just_grpo import BlockJustGrpo
 from megatron_espo.objectives.bridge import Bridge
 from megatron_espo.objectives.cj_grpo import CjGrpo
 from megatron_espo.objectives.coupled_grpo import CoupledGrpo
+from megatron_espo.objectives.credit import Credit
 from megatron_espo.objectives.diffu_grpo import DiffuGrpo
 from megatron_espo.objectives.ebpo import Ebpo
 from megatron_espo.objectives.espo import Espo
@@ -22,6 +23,7 @@ from megatron_espo.objectives.gdpo import Gdpo
 from megatron_espo.objectives.gdsd import Gdsd
 from megatron_espo.objectives.just_grpo import JustGrpo
 from megatron_espo.objectives.mean_field import MeanField
+from megatron_espo.objectives.ospo import Ospo
 from megatron_espo.objectives.rspo import Rspo
 from megatron_espo.objectives.spg import Spg
 from megatron_espo.objectives.stable_drl import StableDrl
@@ -32,6 +34,7 @@ from megatron_espo.own_code import load_own
 
 __all__ = [
     "BUILT_IN",
+    "Credit",
     "Given",
     "Loss",
     "Objective",
@@ -64,6 +67,7 @@ BUILT_IN: Mapping[str, type[Objective]] = {
     "cj_grpo": CjGrpo,
     "trace_rl": TraceRl,
     "ebpo": Ebpo,
+    "ospo": Ospo,
 }
 
 _DEFAULTS = EspoConfig()
@@ -187,6 +191,11 @@ def check_objective(espo: EspoConfig) -> EspoConfig:
         raise UserError(
             f"--espo-kl-estimator k2_unbiased multiplies draws of a whole ELBO, which {name} has "
             "not; use k2."
+        )
+    if objective.credit() is not None and not objective.per_token:
+        raise UserError(
+            f"{name}: splits advantages over tokens (credit) and has no terms of tokens; set "
+            "per_token = True and take given.token_advantages (docs/objectives.md)."
         )
     if espo.gradient == "joint" and objective.scope == "group":
         raise UserError(

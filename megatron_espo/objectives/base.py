@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.errors import UserError
+from megatron_espo.objectives.credit import Credit
 from megatron_espo.objectives.masks import ElboMasks, Masks
 
 Scope = Literal["completion", "advantages", "group"]
@@ -48,6 +49,8 @@ class Given:
         espo: the run's settings: clip range, KL penalty.
         predicted: bool ``[b, m, v, l]``, the masked tokens that each view predicts; None for
             objectives of whole completions, and where every view predicts all that it masks.
+        token_advantages: float ``[b, l]``, the advantages split over tokens; None where the
+            objective has no `Objective.credit`.
     """
 
     old: Tensor
@@ -61,6 +64,7 @@ class Given:
     length: int
     espo: EspoConfig
     predicted: Tensor | None = None
+    token_advantages: Tensor | None = None
 
     def tokens(self) -> Tensor:
         """The masks, in an objective of tokens."""
@@ -118,6 +122,14 @@ class Objective:
     def masks(self, espo: EspoConfig) -> Masks:
         """Say which views of a completion the loss needs."""
         return ElboMasks(espo.elbo_estimator, espo.kl_estimator == "k2_unbiased")
+
+    def credit(self) -> Credit | None:
+        """Say how advantages are split over tokens by the parts of a completion that a task scores.
+
+        Returns:
+            The split, of which `Given.token_advantages` come; None for none, the default.
+        """
+        return None
 
     def fitted(self, rollout: RolloutConfig, block_size: int | None) -> tuple[str, ...]:
         """Say which of its settings follow from a run's others.

@@ -84,7 +84,10 @@ def token_loss(
         return ((values * share).sum(dim=-1) / number).mean(dim=1).detach()
 
     ratio = (now - old).exp()
-    clipped = clipped_ratio(ratio, given.advantages[:, None, None], espo)
+    advantages = given.advantages[:, None]
+    if given.token_advantages is not None:
+        advantages = given.token_advantages
+    clipped = clipped_ratio(ratio, advantages[:, None], espo)
     per_token, statistics = clipped.loss, {"ratio": mean(ratio)}
     if reference is not None:
         kl = pointwise_kl(now - reference, espo.kl_estimator)
@@ -95,6 +98,6 @@ def token_loss(
     statistics["effective_sample_size"] = (sums.square() / (number * squares)).mean(dim=1)
     idle = None
     if reference is None:
-        idle = (clipped.low | clipped.high | (share == 0)).flatten(1).all(dim=1)
-        idle = idle | (given.advantages == 0)
+        none = (share == 0) | (advantages[:, None] == 0)
+        idle = (clipped.low | clipped.high | none).flatten(1).all(dim=1)
     return Loss((per_token * share).sum(dim=-1).mean(dim=1) / total, statistics, idle)

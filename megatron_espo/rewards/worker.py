@@ -14,12 +14,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
 from megatron_espo.errors import UserError
 from megatron_espo.sandbox.jail.channel import receive, send
-from megatron_espo.tasks import BUILT_IN, Blend, Example, load_task
+from megatron_espo.tasks import BUILT_IN, Blend, Example, Task, load_task
 from megatron_espo.tasks.checking import checked_score
+from megatron_espo.tasks.parts import Coalitions, part_worths
 
 OUT_OF_MEMORY = 77
 """Exit code of a worker that ran out of memory; the pool counts it as a crash."""
@@ -87,21 +90,32 @@ def main(fd: int, parent: int) -> None:
     limit_memory(_MEMORY if is_built_in else resource.RLIM_INFINITY)
     send(connection, {"ready": True})
     while (job := receive(connection)) is not None:
-        prompt = job["prompt"]
-        example = Example(prompt if isinstance(prompt, str) else tuple(prompt), job["answer"])
-        try:
-            returned = task.score(example, job["completion"])
-        except MemoryError:
-            os._exit(OUT_OF_MEMORY)
-        except Exception as error:
-            send(connection, _failure(error))
-            continue
-        try:
-            score = checked_score(task.name, example, returned)
-        except UserError as error:
-            send(connection, {"mistake": str(error)})
-        else:
-            send(connection, asdict(score))
+        send(connection, _answer(task, job))
+
+
+def _answer(task: Task, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Score a completion, or its parts where the job says which coalitions of them."""
+    prompt, text = job["prompt"], job["completion"]
+    example = Example(prompt if isinstance(prompt, str) else tuple(prompt), job["answer"])
+    try:
+        if job["coalitions"] is not None:
+            return _parts(task, example, text, Coalitions(*job["coalitions"]))
+        returned = task.score(example, text)
+    except MemoryError:
+        os._exit(OUT_OF_MEMORY)
+    except Exception as error:
+        return _failure(error)
+    try:
+        return asdict(checked_score(task.name, example, returned))
+    except UserError as error:
+        return {"mistake": str(error)}
+
+
+def _parts(task: Task, example: Example, text: str, asked: Coalitions) -> dict[str, Any]:
+    try:
+        return {"parts": part_worths(task, example, text, asked)}
+    except UserError as error:
+        return {"mistake": str(error)}
 
 
 def _failure(error: Exception) -> dict[str, str]:

@@ -6,16 +6,17 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_espo.errors import UserError
 from megatron_espo.sandbox.jail.channel import receive, send
 from megatron_espo.tasks.base import Example, Score, Task, start_line
 from megatron_espo.tasks.blend import named_task
+from megatron_espo.tasks.parts import Coalitions, Worth
 
 _ATTEMPTS = 2  # of a completion whose worker dies: the first death may not be its fault
 _START_SECONDS = 120.0  # importing a user's task may take long
@@ -41,6 +42,7 @@ class Failures(NamedTuple):
 class _Job:
     example: Example
     completion: str
+    coalitions: Coalitions | None
     future: "Future[Score]"
 
 
@@ -78,6 +80,17 @@ class _Worker:
             RewardError: the task's score raised an exception.
             UserError: the task's score returned something that cannot be used.
         """
+        answer = self._ask(job, timeout, None)
+        return None if answer is None else Score(**answer)
+
+    def parts(self, job: _Job, timeout: float) -> tuple[Worth, ...] | None:
+        """Credit the parts of a completion; as :meth:`score`."""
+        answer = self._ask(job, timeout, job.coalitions)
+        return None if answer is None else tuple((a, b, v) for a, b, v in answer["parts"])
+
+    def _ask(
+        self, job: _Job, timeout: float, coalitions: Coalitions | None
+    ) -> dict[str, Any] | None:
         self.connection.settimeout(timeout)
         prompt = job.example.prompt
         try:
@@ -87,6 +100,7 @@ class _Worker:
                     "prompt": prompt if isinstance(prompt, str) else [dict(m) for m in prompt],
                     "answer": dict(job.example.answer),
                     "completion": job.completion,
+                    "coalitions": coalitions,
                 },
             )
             answer = receive(self.connection)
@@ -96,7 +110,7 @@ class _Worker:
             raise UserError(answer["mistake"])
         if answer is not None and "error" in answer:
             raise RewardError(f"a task's score raised {answer['error']}\n{answer['traceback']}")
-        return None if answer is None else Score(**answer)
+        return answer
 
     def end(self) -> None:
         """Kill the process, whatever it does, and wait for it."""
@@ -137,12 +151,17 @@ class RewardWorkers:
         """Score one completion and wait for it."""
         return self.submit(example, completion).result()
 
-    def submit(self, example: Example, completion: str) -> "Future[Score]":
+    def submit(
+        self, example: Example, completion: str, coalitions: Coalitions | None = None
+    ) -> "Future[Score]":
         """Hand over a completion.
 
         Args:
             example: its problem.
             completion: its text.
+            coalitions: of its parts, to be scored, too, after the whole and with a time limit of
+                their own; a completion whose parts take too long, or kill the worker twice, keeps
+                its score and has no parts.
 
         Returns:
             Its score, once there is one. It may raise RewardError or UserError.
@@ -158,7 +177,7 @@ class RewardWorkers:
                 )
                 self._threads.append(thread)
                 thread.start()
-        self._jobs.put(_Job(example, completion, future))
+        self._jobs.put(_Job(example, completion, coalitions, future))
         return future
 
     def start_line(self) -> str | None:
@@ -214,9 +233,21 @@ class RewardWorkers:
         self._drop(number)
 
     def _judge(self, number: int, job: _Job) -> Score:
+        score = self._attempt(number, job, _Worker.score)
+        if score is None:
+            task = named_task(self.task, job.example)
+            return Score(reward=0.0, correct=False, metrics={}, task=task)
+        if job.coalitions is None:
+            return score
+        return replace(score, parts=self._attempt(number, job, _Worker.parts) or ())
+
+    def _attempt[T](
+        self, number: int, job: _Job, ask: Callable[[_Worker, _Job, float], T | None]
+    ) -> T | None:
+        """Ask a worker, and once more where it dies; None where it takes too long or dies again."""
         for _ in range(_ATTEMPTS):
             try:
-                found = self._worker(number).score(job, self._timeout)
+                found = ask(self._worker(number), job, self._timeout)
             except TimeoutError:
                 self._drop(number)
                 with self._lock:
@@ -229,8 +260,7 @@ class RewardWorkers:
                 if self._closed:
                     break
                 self._crashes += 1
-        task = named_task(self.task, job.example)
-        return Score(reward=0.0, correct=False, metrics={}, task=task)
+        return None
 
     def _worker(self, number: int) -> _Worker:
         if number not in self._workers:

@@ -19,6 +19,7 @@ from megatron_espo.evaluation.scoring import decode_completions
 from megatron_espo.generation.sampler import Generation
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.parallel.layout import Layout
+from megatron_espo.rl.credit import with_credit
 from megatron_espo.rl.rollout import place_completions, with_scores
 from megatron_espo.rl.types import Discarded, PreparedRollout, Prompt, Refill
 from megatron_espo.tasks.base import Score
@@ -29,7 +30,7 @@ RolloutRecord = dict[str, Any]
 _SAMPLING = ("num_evaluations", "num_committed", "mean_confidence", "work")
 # Tensors of the completions that further prompts replaced.
 _DISCARDED = ("places", "completion_lengths", *_SAMPLING)
-_SCORES = ("rewards", "correct", "metrics", "tasks")
+_SCORES = ("rewards", "correct", "metrics", "tasks", "parts")
 
 
 def record_rollout(prepared: PreparedRollout, layout: Layout, prompts: str) -> RolloutRecord:
@@ -95,7 +96,7 @@ def restore_rollout(
     steps = record.get("commit_steps", record["completions"][:, :0].int())[rows]
     columns = [*(record[name][rows] for name in _SAMPLING), steps]
     generation = Generation(completions, *columns)
-    rollout = with_scores(
+    scored = with_scores(
         place_completions(model, prompts, generation, espo.group_size),
         decode_completions(completions, tokenizer, model.stop_token_ids),
         _scores(record)[rows],
@@ -105,7 +106,7 @@ def restore_rollout(
     )
     mu = espo.updates_per_rollout
     return PreparedRollout(
-        rollout,
+        with_credit(scored, model, tokenizer, espo),
         _unstack(record["elbo_old"], rows, mu),
         _unstack(record["elbo_ref"], rows, mu),
     )
@@ -117,12 +118,14 @@ def _columns(scores: Sequence[Score]) -> dict[str, Any]:
         "correct": [bool(score.correct) for score in scores],
         "metrics": [dict(score.metrics) for score in scores],
         "tasks": [score.task for score in scores],
+        "parts": [score.parts for score in scores],
     }
 
 
 def _scores(record: Mapping[str, Any]) -> list[Score]:
-    # A record from before there could be several tasks names none.
-    known = {"tasks": [None] * len(record["rewards"]), **record}
+    # A record from before there could be several tasks, or parts, has none.
+    nothing = [None] * len(record["rewards"])
+    known = {"tasks": nothing, "parts": nothing, **record}
     return [Score(*columns) for columns in zip(*(known[name] for name in _SCORES), strict=True)]
 
 

@@ -18,6 +18,7 @@ from megatron_espo.passes.batch import pack_sequences
 from megatron_espo.rewards.workers import Failures, RewardWorkers
 from megatron_espo.rl.types import Discarded, Prompt, Refill, Rollout, SampledRollout
 from megatron_espo.tasks.base import Example, Score, Task
+from megatron_espo.tasks.parts import Coalitions
 
 
 def local_share(prompts: Sequence[Prompt], layout: Layout) -> list[Prompt]:
@@ -71,6 +72,7 @@ class ScoringAhead:
         tokenizer: the tokenizer.
         stop_token_ids: ids that end a completion.
         layout: process groups; one rank of each model-parallel group scores.
+        coalitions: of parts that are to be scored, too.
     """
 
     def __init__(
@@ -80,12 +82,14 @@ class ScoringAhead:
         tokenizer: FastTokenizer,
         stop_token_ids: Sequence[int],
         layout: Layout,
+        coalitions: Coalitions | None = None,
     ) -> None:
         self.futures: dict[int, Future[Score]] = {}
         self._workers = (
             task if isinstance(task, RewardWorkers) and layout.is_first_of_samples else None
         )
         self._examples, self._tokenizer, self._stops = examples, tokenizer, stop_token_ids
+        self._coalitions = coalitions
 
     def __call__(self, rows: Tensor, completions: Tensor) -> None:
         """Take finished rows: the sampler's ``on_finished`` hook."""
@@ -93,7 +97,7 @@ class ScoringAhead:
             return
         texts = decode_completions(completions, self._tokenizer, self._stops)
         for row, text in zip(rows.tolist(), texts, strict=True):
-            self.futures[row] = self._workers.submit(self._examples[row], text)
+            self.futures[row] = self._workers.submit(self._examples[row], text, self._coalitions)
 
     def cancel(self) -> None:
         """Give up what was handed over: the rollout was broken off."""

@@ -126,6 +126,7 @@ class Facts:
         espo: settings.
         answers: which tokens answer; None: all.
         objective: the objective.
+        token_advantages: float32 ``[n, l]``, for objectives that split advantages over tokens.
     """
 
     old: Tensor | None
@@ -136,6 +137,7 @@ class Facts:
     espo: EspoConfig
     answers: Answers | None
     objective: Objective
+    token_advantages: Tensor | None = None
 
     def tensors(self, rows: Tensor | None = None) -> tuple[Tensor | None, ...]:
         """What :meth:`given` makes a Given of, for some completions or all."""
@@ -143,6 +145,7 @@ class Facts:
             self.old,
             self.reference,
             self.advantages,
+            self.token_advantages,
             self._groups(),
             None if self.answers is None else self.answers.tokens,
             self.views.mask_indices if self.objective.per_token else None,
@@ -160,7 +163,7 @@ class Facts:
             logp: the policy's, which stand for the old ones where there are none.
             tensors: from :meth:`tensors`, on the device of ``logp``.
         """
-        old, reference, advantages, group, answer, masks, predicted, weights = tensors
+        old, reference, advantages, by_token, group, answer, masks, predicted, weights = tensors
         assert advantages is not None and weights is not None
         if answer is None:
             shape = (len(advantages), self.length)
@@ -177,6 +180,7 @@ class Facts:
             length=self.length,
             espo=self.espo,
             predicted=predicted,
+            token_advantages=by_token,
         )
 
     def _groups(self) -> Tensor | None:

@@ -24,6 +24,7 @@ from megatron_espo.objectives.masks import Ask
 from megatron_espo.parallel.layout import raised_on_all
 from megatron_espo.passes.batch import ViewBatch
 from megatron_espo.random import stream
+from megatron_espo.rl.credit import coalitions_of, with_credit
 from megatron_espo.rl.elbo import block_offsets, cut_views
 from megatron_espo.rl.prompts import further_prompts, prompts_of_rollout
 from megatron_espo.rl.provenance import prompts_digest
@@ -149,7 +150,8 @@ def _sample_rollout(trainer: Trainer, number: int, clock: Clock) -> Sampling | N
 
         def score() -> Rollout:
             done = unscored.scored()
-            return with_scores(sampled, done.texts, done.scores, espo)
+            scored = with_scores(sampled, done.texts, done.scores, espo)
+            return with_credit(scored, model, trainer.tokenizer, espo)
 
         return Sampling(sampled, score)
     data, count = trainer.train_data, espo.prompts_per_rollout
@@ -170,6 +172,7 @@ def _sample_rollout(trainer: Trainer, number: int, clock: Clock) -> Sampling | N
         place_completions(model, done.prompts, done.generation, espo.group_size),
         done.texts, done.scores, espo, refills, discarded,
     )  # fmt: skip
+    rollout = with_credit(rollout, model, trainer.tokenizer, espo)
     return Sampling(rollout, lambda: rollout)
 
 
@@ -178,8 +181,9 @@ def _complete(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Unsc
     espo, generation, model = trainer.espo, None, trainer.model
     examples = [prompt.example for prompt in prompts for _ in range(espo.group_size)]
     ahead = ScoringAhead(
-        trainer.task, examples, trainer.tokenizer, model.stop_token_ids, model.layout
-    )
+        trainer.task, examples, trainer.tokenizer, model.stop_token_ids, model.layout,
+        coalitions_of(espo),
+    )  # fmt: skip
     with (
         clock("rollout"),
         trainer.inference(),
@@ -207,7 +211,7 @@ def _complete(trainer: Trainer, prompts: Sequence[Prompt], clock: Clock) -> Unsc
             texts = decode_completions(completions, trainer.tokenizer, model.stop_token_ids)
             with raised_on_all(model.layout):
                 scores = score_completions(
-                    trainer.task, examples, texts, model.layout, ahead.futures
+                    trainer.task, examples, texts, model.layout, ahead.futures, coalitions_of(espo)
                 )
             return texts, scores
 
@@ -321,13 +325,14 @@ def _update(
                 espo.completions_per_rollout,
                 noise.recut,
                 noise.answers,
+                rollout.token_advantages,
             )
         made = trainer.make_step(step, espo.completions_per_rollout)
         if place == 0 and objective.compares_with_old:
             prepared = replace(prepared, elbo_old=(draws, *prepared.elbo_old[1:]))
         facts = Facts(
             prepared.elbo_old[place], elbo_ref, rollout.advantages, noise.views, length, espo,
-            noise.answers, objective,
+            noise.answers, objective, rollout.token_advantages,
         )  # fmt: skip
         terms = objective.loss(draws, facts.given(draws, facts.tensors()))
     elbo = mean_log_probability(draws, noise.views)

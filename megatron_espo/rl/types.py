@@ -100,6 +100,8 @@ class Rollout(SampledRollout):
         scores: n scores.
         rewards: float64 ``[n]``.
         advantages: float32 ``[n]``.
+        token_advantages: float32 ``[n, l]``, for objectives that split advantages over tokens; None
+            for others (rl.credit).
         texts: n completions as text, up to the end of sequence.
         refills: the further prompts among those of all ranks.
         discarded: the completions of this rank that they replaced; None without --espo-refill.
@@ -111,6 +113,7 @@ class Rollout(SampledRollout):
     texts: Sequence[str]
     refills: tuple[Refill, ...] = ()
     discarded: Discarded | None = None
+    token_advantages: Tensor | None = None
 
 
 class Sampling(NamedTuple):

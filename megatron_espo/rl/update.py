@@ -134,6 +134,7 @@ def accumulate_gradient(
     global_batch_size: int,
     recut: Callable[..., list[ViewBatch]] | None = None,
     answers: Answers | None = None,
+    token_advantages: Tensor | None = None,
 ) -> Accumulated:
     """Add the gradient of the mean loss over the global batch to the model's gradient buffers.
 
@@ -152,13 +153,15 @@ def accumulate_gradient(
         recut: makes micro-batches of the sequences ``chosen`` (int64 ``[k]``) like ``batches``;
             without it all of ``batches`` have a backward pass.
         answers: which tokens answer; None: all.
+        token_advantages: float32 ``[n, l]`` on the host, for objectives that ask for them.
 
     Returns:
         What was found out on the way.
     """
     facts = Facts(
-        elbo_old, elbo_ref, advantages, views, length, config, answers, objective_of(config)
-    )
+        elbo_old, elbo_ref, advantages, views, length, config, answers, objective_of(config),
+        token_advantages,
+    )  # fmt: skip
     mode = chosen_gradient(config, len(batches[0].view_index))
     return accumulate_facts(model, batches, facts, mode, global_batch_size, recut)
 

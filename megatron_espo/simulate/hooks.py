@@ -316,7 +316,10 @@ class _Hooks:
             # Made-up rewards do not say which completions have no gradient: all of them have one.
             signs = torch.ones_like(whole.advantages)
             signs[1::2] = -1.0
-            self._whole = dataclasses.replace(whole, advantages=signs)
+            by_token = whole.token_advantages
+            if by_token is not None:
+                by_token = signs[:, None].expand_as(by_token).clone()
+            self._whole = dataclasses.replace(whole, advantages=signs, token_advantages=by_token)
             return _first(self._whole, kept)
 
         return Sampling(_first(sampling.rollout, kept), score)
@@ -369,7 +372,7 @@ class _Hooks:
 
 
 def _scores_everywhere(
-    task: Any, examples: Sequence[Any], texts: Sequence[str], layout: Layout, ahead: Any = None
+    task: Any, examples: Sequence[Any], texts: Sequence[str], layout: Layout, *_: Any
 ) -> Any:
     """Score on every rank what one of them would score and send."""
     scores = [task.score(e, text) for e, text in zip(examples, texts, strict=True)]

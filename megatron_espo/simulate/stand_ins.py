@@ -77,6 +77,14 @@ class StandInTask:
         reward = digest[0] % 3 / 2
         return Score(reward, reward == 1.0, {})
 
+    def segments(self, example: Example, completion: str) -> list[tuple[int, int]]:
+        """Say that there are no parts: what they would cost is not part of a simulation."""
+        return []
+
+    def score_segments(self, example: Example, completion: str, kept: object) -> list[float]:
+        """Score no parts."""
+        return []
+
 
 class StandInRows(Dataset[dict[str, Tensor]]):
     """Rows for pre-training, or for fine-tuning with prompts and completions of mixed lengths."""

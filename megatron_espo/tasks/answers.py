@@ -62,16 +62,23 @@ def tagged_answer(text: str) -> str | None:
     Returns:
         The answer, empty where no pair encloses any, or None without a pair of tags.
     """
+    span = tagged_span(text)
+    return None if span is None else text[span[0] : span[1]]
+
+
+def tagged_span(text: str) -> tuple[int, int] | None:
+    """Return where `tagged_answer` stands: its first character and the one after its last."""
     found, stop = None, len(text)
     for _ in range(_MOST_TRIED):
         end = text.rfind(_CLOSE, 0, stop)
         start = text.rfind(_OPEN, 0, end) if end >= 0 else -1
         if start < 0:
             break
-        answer = text[start + len(_OPEN) : end].strip()
+        inside = text[start + len(_OPEN) : end]
+        answer, first = inside.strip(), end - len(inside.lstrip())
         if not _PLACEHOLDER.fullmatch(answer[:80]):
-            return answer
-        found = "" if found is None else found
+            return first, first + len(answer)
+        found = (start, start) if found is None else found
         stop = start
     return found
 

@@ -52,12 +52,15 @@ class Score:
         metrics: Extra finite numbers to log, by name; the mean over the completions that have one
             is reported, as reward/NAME. Names of `checking.RESERVED_METRICS` are taken.
         task: Which of several tasks judged (see `tasks.blend`); None with one.
+        parts: What the parts of the completion are worth (`tasks.parts`), each with its first
+            character and the one after its last; None where nobody asked. A task leaves it out.
     """
 
     reward: float
     correct: bool
     metrics: Mapping[str, float]
     task: str | None = None
+    parts: tuple[tuple[int, int, float], ...] | None = None
 
 
 class Task(Protocol):

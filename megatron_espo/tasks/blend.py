@@ -12,6 +12,7 @@ from os import PathLike, fspath
 from megatron_espo.errors import UserError
 from megatron_espo.tasks.base import Example, Score, Task, read_examples, start_line
 from megatron_espo.tasks.checking import checked_score
+from megatron_espo.tasks.parts import PartedTask, Span, scores_parts
 
 
 @dataclass(frozen=True)
@@ -113,14 +114,39 @@ class Blend:
             UserError: the task returned something that cannot be used.
         """
         task = self.parts[example.answer["task"]].task
-        inner = Example(example.prompt, example.answer["answer"])
+        inner = self._inner(example)
         score = checked_score(task.name, inner, task.score(inner, completion))
         return replace(score, task=task.name)
+
+    def segments(self, example: Example, completion: str) -> Sequence[Span]:
+        """Ask the problem's task for the parts of a completion, see `tasks.parts`."""
+        return self._parted(example).segments(self._inner(example), completion)
+
+    def score_segments(
+        self, example: Example, completion: str, kept: Sequence[Sequence[int]]
+    ) -> Sequence[float]:
+        """Ask the problem's task what some parts of a completion would earn."""
+        return self._parted(example).score_segments(self._inner(example), completion, kept)
+
+    def _parted(self, example: Example) -> PartedTask:
+        task = self.parts[example.answer["task"]].task
+        assert isinstance(task, PartedTask), "checked when the run starts"
+        return task
+
+    @staticmethod
+    def _inner(example: Example) -> Example:
+        return Example(example.prompt, example.answer["answer"])
 
     def start_line(self) -> str | None:
         """Return what the tasks have to say when a run starts."""
         lines = [line for part in self.parts.values() if (line := start_line(part.task))]
         return "\n".join(lines) or None
+
+
+def without_parts(task: Task) -> list[str]:
+    """Name the tasks, of one or several, that cannot score parts of a completion."""
+    tasks = [part.task for part in task.parts.values()] if isinstance(task, Blend) else [task]
+    return [part.name for part in tasks if not scores_parts(part)]
 
 
 def of_task(name: str, example: Example) -> Example:

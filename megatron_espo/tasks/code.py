@@ -18,7 +18,8 @@ import ast
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from os import PathLike
 from typing import Any
 
@@ -157,14 +158,68 @@ def score(example: Example, completion: str) -> Score:
     code, form = extract_code(completion)
     passed: list[bool] = []
     if code is not None and form == 1.0:
-        given = [example.answer["given"]] if example.answer["given"] else []
-        passed = sandbox.run_tests([*given, code], example.answer["tests"])
-    rate = sum(passed) / len(passed) if passed else 0.0
+        passed = _passed(example, code)
+    rate = _pass_rate(passed)
     return Score(
         reward=form + rate,
         correct=bool(passed) and all(passed),
         metrics={"format": form, "pass_rate": rate},
     )
+
+
+def segments(example: Example, completion: str) -> list[tuple[int, int]]:
+    """Return the program's statements at the top level: functions, classes, imports.
+
+    What stands inside of a function has no worth of its own, since a run of its statements is
+    hardly ever a program; a test that passes says of no token that it is the reason. Comments
+    belong to the statement after them, and statements that share a line are one part.
+
+    Args:
+        example: A problem, from `read`.
+        completion: Any text.
+
+    Returns:
+        Spans that make up the whole program; none where it is not well-formed, or where its lines
+        end as Windows' do.
+    """
+    code, _ = extract_code(completion)
+    if code is None or "\r" in completion:
+        return []
+    body = _parsed(code).body
+    lines = code.split("\n")
+    ends = [a.end_lineno for a, b in pairwise(body) if b.lineno > (a.end_lineno or 0)]
+    stop = len(completion.rstrip()) - len(_FENCE)
+    start = stop - len(code)
+    cuts = [start + sum(len(line) + 1 for line in lines[:end]) for end in ends]
+    return list(pairwise([start, *cuts, stop])) if body else []
+
+
+def score_segments(example: Example, completion: str, kept: Sequence[Sequence[int]]) -> list[float]:
+    """Run programs made of some statements of a completion's program.
+
+    Args:
+        example: A problem, from `read`.
+        completion: Any text.
+        kept: Numbers of `segments`, for each program.
+
+    Returns:
+        Their pass rates. The format is that of the whole completion and is not among them.
+    """
+    spans = segments(example, completion)
+    rates = []
+    for parts in kept:
+        code = "".join(completion[slice(*spans[part])] for part in parts)
+        rates.append(_pass_rate(_passed(example, code)))
+    return rates
+
+
+def _passed(example: Example, code: str) -> list[bool]:
+    given = [example.answer["given"]] if example.answer["given"] else []
+    return sandbox.run_tests([*given, code], example.answer["tests"])
+
+
+def _pass_rate(passed: Sequence[bool]) -> float:
+    return sum(passed) / len(passed) if passed else 0.0
 
 
 def extract_code(completion: str) -> tuple[str | None, float]:
@@ -195,11 +250,15 @@ def _is_python(code: str) -> bool:
     if len(code) > MAX_CODE:
         return False
     try:
-        with warnings.catch_warnings(action="ignore"):
-            ast.parse(code)
+        _parsed(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
+
+
+def _parsed(code: str) -> ast.Module:
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(code)
 
 
 def start_line() -> str:

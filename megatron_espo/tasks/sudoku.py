@@ -7,7 +7,7 @@ characters and the completion nothing but the 16 digits.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from itertools import permutations, product
 from os import PathLike
@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from megatron_espo.errors import UserError
-from megatron_espo.tasks.answers import tagged_answer
+from megatron_espo.tasks.answers import tagged_span
 from megatron_espo.tasks.base import (
     Example,
     Score,
@@ -99,10 +99,7 @@ def score(example: Example, completion: str) -> Score:
         The score, with the metric "givens_kept": the fraction of the givens that were copied.
     """
     puzzle, solution = example.answer["puzzle"], example.answer["solution"]
-    if is_bare(example.answer):
-        text = "".join(completion.split())
-    else:
-        text = re.sub("[^0-9]", "", tagged_answer(completion) or "")
+    text = "".join(completion[place] for place in _cells(example, completion))
     right = [digit == found for digit, found in zip(solution, text.ljust(16)[:16], strict=True)]
     blanks = [hit for given, hit in zip(puzzle, right, strict=True) if given == _BLANK]
     givens = [hit for given, hit in zip(puzzle, right, strict=True) if given != _BLANK]
@@ -111,6 +108,47 @@ def score(example: Example, completion: str) -> Score:
         correct=text == solution,
         metrics={"givens_kept": sum(givens) / len(givens) if givens else 1.0},
     )
+
+
+def _cells(example: Example, completion: str) -> list[int]:
+    """Return where in the completion the answer's characters stand, each a cell."""
+    if is_bare(example.answer):
+        return [place for place, character in enumerate(completion) if not character.isspace()]
+    start, stop = tagged_span(completion) or (0, 0)
+    return [place for place in range(start, stop) if completion[place] in "0123456789"]
+
+
+def segments(example: Example, completion: str) -> list[tuple[int, int]]:
+    """Return the cells that were blank, in the order of the text; those that are missing are none.
+
+    Args:
+        example: A puzzle, from `read`.
+        completion: Any text.
+
+    Returns:
+        Spans of one character.
+    """
+    cells = zip(example.answer["puzzle"], _cells(example, completion), strict=False)
+    return [(place, place + 1) for given, place in cells if given == _BLANK]
+
+
+def score_segments(example: Example, completion: str, kept: Sequence[Sequence[int]]) -> list[float]:
+    """Reward a completion of which some blank cells are kept and the others left empty.
+
+    Args:
+        example: A puzzle, from `read`.
+        completion: Any text.
+        kept: Numbers of `segments`, for each reward.
+
+    Returns:
+        The fractions of the blank cells that are kept and right: a cell adds the same to whatever
+        is kept besides it.
+    """
+    puzzle, solution = example.answer["puzzle"], example.answer["solution"]
+    blanks = [digit for given, digit in zip(puzzle, solution, strict=True) if given == _BLANK]
+    spans = segments(example, completion)
+    right = [completion[start] == blanks[part] for part, (start, _) in enumerate(spans)]
+    return [sum(right[part] for part in parts) / len(blanks) for parts in kept]
 
 
 def generate(

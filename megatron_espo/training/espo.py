@@ -25,6 +25,7 @@ from megatron_espo.objectives import (
 )
 from megatron_espo.objectives.advantages import load_advantage
 from megatron_espo.rewards.workers import RewardWorkers
+from megatron_espo.rl.credit import check_parts
 from megatron_espo.rl.provenance import Settings, check_provenance, settings_of
 from megatron_espo.rl.reference import reference_policy
 from megatron_espo.rl.run import Trainer
@@ -74,6 +75,7 @@ def prepare_arguments(args: argparse.Namespace) -> None:
     espo = config_from_args(EspoConfig, args)
     _check_blocks(args, espo)
     load_advantage(espo.advantage)
+    check_parts(espo)
     config_from_args(MonitorConfig, args).validate()
     if args.attention_dropout or args.hidden_dropout:
         raise UserError(

@@ -25,9 +25,10 @@ from megatron_espo.rl.update import accumulate_gradient
 
 LENGTH, TOLERANCE = 8, 1e-5
 # Tokens of one pass and of three views, bounds of whole groups, draws of another weight, a pass for
-# each token, one for each step and for two of them.
+# each token, one for each step and for two of them, an advantage for each term.
 NAMES = (
     "diffu_grpo", "coupled_grpo", "wd1", "stable_drl", "gdsd", "just_grpo", "cj_grpo", "trace_rl",
+    "ospo",
 )  # fmt: skip
 # Of models whose tokens come block by block: ratios of whole block ELBOs.
 IN_BLOCKS = ("ebpo",)
@@ -82,9 +83,11 @@ def gradient(built: Built, name: str, mode: str) -> Gradients:
     noise = uniform(stream(9, "terms"), torch.arange(N), 2 * base[0].numel())[rows].float()
     old, ref = (base + part.view_as(base) - 0.5 for part in noise.chunk(2, dim=1))
     advantages = torch.tensor([0.9, -0.9, 0.0, 0.0, 1.3, -1.3, -0.4, 0.4])[rows]
+    shares = (ids[:, None] + 5 * torch.arange(LENGTH)) % 7 / 3
     found = accumulate_gradient(
         model, batches, views, old, ref if espo.kl_coef else None, advantages, LENGTH, espo, N,
         recut, answers_of(lengths, LENGTH, model.layout),
+        advantages[:, None] * shares if objective.credit() else None,
     )  # fmt: skip
     torch.testing.assert_close(found.draws, base, rtol=1e-5, atol=1e-4)
     gradients = gradients_of(built)

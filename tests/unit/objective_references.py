@@ -29,6 +29,7 @@ class Group:
     steps: list[list[int]]
     # Of views by block, on top of the weights.
     token_weights: Table | None = None
+    token_advantages: list[list[float]] | None = None
 
     @property
     def draws(self) -> range:
@@ -76,7 +77,9 @@ def token_ratios(
             def at(table, m=m, k=k):
                 return proxy(table, i, m)[k]
 
-            loss += clip(math.exp(at(now) - at(group.old)), group.advantages[i], group)
+            own = group.token_advantages
+            advantage = group.advantages[i] if own is None else own[i][k]
+            loss += clip(math.exp(at(now) - at(group.old)), advantage, group)
             if group.reference:
                 d, d0 = (at(t) - at(group.reference) for t in (now, fixed))
                 loss += group.beta * kl(d, d0, group.estimator)
@@ -84,19 +87,38 @@ def token_ratios(
 
 
 def token_elbo(now: Table, fixed: Table, i: int, group: Group) -> float:
-    def terms(table, i, m):
-        return [
-            sum(
-                group.weights[i][d][v] * table[i][d][v][k]
-                for d in group.draws
-                for v in range(len(group.weights[i][d]))
-            )
-            / len(group.draws)
-            for k in range(group.length)
-        ]
+    def proxy(table, i, m):
+        return elbo_terms(table, i, group)
 
     every = range(group.length)
-    return token_ratios(now, fixed, i, group, terms, every, group.length, draws=[0])
+    return token_ratios(now, fixed, i, group, proxy, every, group.length, draws=[0])
+
+
+def elbo_terms(table: Table, i: int, group: Group) -> list[float]:
+    """The terms of an ELBO by token, a mean over draws."""
+    return [
+        sum(
+            group.weights[i][d][v] * table[i][d][v][k]
+            for d in group.draws
+            for v in range(len(group.weights[i][d]))
+        )
+        / len(group.draws)
+        for k in range(group.length)
+    ]
+
+
+def ospo(now: Table, fixed: Table, i: int, group: Group) -> float:
+    assert group.token_advantages is not None
+    length = group.length
+    ratio = math.exp((mean(fixed, i, group) - mean(group.old, i, group)) / length)
+    terms, same = (elbo_terms(t, i, group) for t in (now, fixed))
+    loss = 0.0
+    for term, constant, advantage in zip(terms, same, group.token_advantages[i], strict=True):
+        loss += clip(ratio * math.exp(term - constant), advantage, group) / length
+    if group.reference:
+        d, d0 = (mean(t, i, group) - mean(group.reference, i, group) for t in (now, fixed))
+        loss += group.beta * kl(d, d0, group.estimator) / length
+    return loss
 
 
 def diffu_grpo(now: Table, fixed: Table, i: int, group: Group) -> float:
@@ -287,5 +309,5 @@ REFERENCES = {
     "diffu_grpo": diffu_grpo, "coupled_grpo": coupled_grpo, "wd1": wd1, "gdsd": gdsd, "spg": spg,
     "stable_drl": stable_drl, "rspo": rspo, "bridge": bridge, "bgpo": bgpo,
     "just_grpo": just_grpo, "block_just_grpo": block_just_grpo, "cj_grpo": cj_grpo,
-    "trace_rl": trace_rl, "ebpo": ebpo,
+    "trace_rl": trace_rl, "ebpo": ebpo, "ospo": ospo, "ospo tokens=1": token_elbo,
 }  # fmt: skip

@@ -80,6 +80,16 @@ ESPO = (
             1,
             ("--rollout-editing-threshold 0.5", "--espo-objective trace_rl", "leave it out"),
         ),
+        (
+            "--espo-objective ospo --espo-task countdown",
+            1,
+            ("--espo-objective ospo", "task countdown scores none"),
+        ),
+        (
+            "--espo-objective ospo --attention-mask block-causal --block-size 8",
+            1,
+            ("--espo-objective ospo", "block by block"),
+        ),
         ("--espo-group-size 1", 1, ("--espo-group-size 1", "at least 2")),
         ("--espo-num-mc 1 --espo-kl-estimator k2_unbiased", 1, ("k2_unbiased", "--espo-num-mc 2")),
         ("--micro-batch-size 3", 1, ("--micro-batch-size 3", "32 rows")),

@@ -209,11 +209,13 @@ def test_espo_resumes_inside_a_rollout_bit_for_bit(folder: Path, whole: str) -> 
     assert_same_run(folder, "parts")
 
 
-# Three views in a draw, and views of eight steps that predict each token once.
+# Three views in a draw, views of eight steps that predict each token once, and pairs of views with
+# an advantage of each token.
 @pytest.mark.parametrize(
     ("name", "own", "views"),
     [("coupled_grpo", ["--micro-batch-size", "6", "--espo-num-mc", "1"], (3,)),
-     ("cj_grpo", ["--micro-batch-size", "8"], ())],
+     ("cj_grpo", ["--micro-batch-size", "8"], ()),
+     ("ospo", ["--micro-batch-size", "8", "--espo-num-mc", "1"], (2,))],
 )  # fmt: skip
 def test_an_objective_of_tokens_resumes_inside_a_rollout_bit_for_bit(
     folder: Path, name: str, own: list[str], views: tuple[int, ...]
@@ -231,6 +233,7 @@ def test_an_objective_of_tokens_resumes_inside_a_rollout_bit_for_bit(
     # Two tokens at each of eight steps.
     steps = state["rollout"]["commit_steps"].sort(dim=1).values.tolist()
     assert steps == [[s for s in range(8) for _ in range(2)] if name == "cj_grpo" else []] * 16
+    assert [bool(parts) for parts in state["rollout"]["parts"]] == [name == "ospo"] * 16
     other = ["--espo-objective", "espo", "--micro-batch-size", "8"]
     printed = espo(folder, runs[1].name, *flags, *other, fails=True)
     assert f"--espo-objective {name}, here it is espo" in printed

@@ -51,6 +51,10 @@ SUBSETS = torch.tensor(list(itertools.product([False, True], repeat=LENGTH)))
 B = len(SUBSETS)
 ANSWERS = torch.tensor([3, 1, 2, 3, 3, 2, 1, 3])
 ADVANTAGES = torch.tensor([1.5, -0.5, 0.0, -1.0, 0.7, 2.0, -2.0, -0.7], dtype=torch.float64)
+# Of objectives that split them: other means than ADVANTAGES, none of another sign, some zero.
+TOKEN_ADVANTAGES = ADVANTAGES[:, None] * torch.linspace(0, 2.3, B * LENGTH).double().view(
+    LENGTH, B
+).T.roll(3, 0)
 # Model evaluations that committed the tokens: out of order, some together, some with others between
 # them that committed none; what follows an answer may have been filled in.
 STEPS = torch.tensor(
@@ -61,6 +65,8 @@ FITTED = {
     "just_grpo": [f"passes={LENGTH}"], "block_just_grpo": ["passes=2"], "cj_grpo": ["passes=3"],
     "trace_rl": ["merged=2", "passes=2"],
 }  # fmt: skip
+# Settings that make another loss, with a reference of their own.
+VARIANTS = {"ospo": ["tokens=1"]}
 SHIPPED = [name for name in BUILT_IN if name in REFERENCES]
 
 
@@ -147,6 +153,7 @@ def given_of(
         LENGTH,
         espo,
         views.predicted if objective.per_token else None,
+        None if objective.credit() is None else TOKEN_ADVANTAGES,
     )
 
 
@@ -162,6 +169,7 @@ def expected(name: str, views: ElboViews, now, fixed, old, ref, espo) -> list[fl
             LENGTH, espo.clip_eps_low, espo.clip_eps_high, espo.kl_coef, espo.kl_estimator,
             STEPS[rows].tolist(),
             None if views.token_weights is None else views.token_weights[rows].tolist(),
+            TOKEN_ADVANTAGES[rows].tolist() if name.startswith("ospo") else None,
         )  # fmt: skip
         lists = now[rows].tolist(), fixed[rows].tolist()
         losses += [REFERENCES[name](*lists, i, group) for i in range(SIZE)]
@@ -173,13 +181,14 @@ def cases(name: str) -> list[Any]:
     kinds = [None]
     if "kl_coef" in honours:
         kinds += ["k1", "k2", "k3"] if "kl_estimator" in honours else ["k2"]
-    return [pytest.param(name, kind, id=f"{name}-{kind}") for kind in kinds]
+    own = [(name, FITTED.get(name))] + [(f"{name} {v}", [v]) for v in VARIANTS.get(name, ())]
+    return [pytest.param(n, v, kind, id=f"{n}-{kind}") for n, v in own for kind in kinds]
 
 
-@pytest.mark.parametrize(("name", "kl"), [case for name in SHIPPED for case in cases(name)])
-def test_loss_and_gradient_are_those_of_the_written_out_objective(name: str, kl) -> None:
+@pytest.mark.parametrize(("name", "own", "kl"), [case for name in SHIPPED for case in cases(name)])
+def test_loss_and_gradient_are_those_of_the_written_out_objective(name: str, own, kl) -> None:
     espo = EspoConfig(
-        objective=name, objective_args=FITTED.get(name), clip_eps_low=0.2, clip_eps_high=0.3,
+        objective=name.split()[0], objective_args=own, clip_eps_low=0.2, clip_eps_high=0.3,
         kl_coef=0.07,
     )  # fmt: skip
     espo = replace(espo, kl_estimator=kl or "k2")

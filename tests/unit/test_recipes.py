@@ -67,7 +67,8 @@ def test_recipes_hold_the_published_settings(task: str, parser: argparse.Argumen
 # train.yaml, wd1's train.yaml, SPG's gsm_base_spg_mix, GDSD's run_gdsd_llada_gsm8k.sh and
 # train_gdsd.yaml, DiffuCoder's config_coupled_code.yaml, JustGRPO's train.py, CJ-GRPO's train.yaml
 # and gsm_run.sh, dLLM-RL's rl_llada.yaml, NeMo-RL's
-# just_grpo-sudoku6x6-4n8g-megatron-inference-long.yaml, DARE's run_ebpo_llada2_mini.sh.
+# just_grpo-sudoku6x6-4n8g-megatron-inference-long.yaml, DARE's run_ebpo_llada2_mini.sh, OSPO's
+# ospo_prop_config.yaml.
 OBJECTIVES = {
     "diffu_grpo": (6, 16, 12, 1, 0.04, "k3", 0.5, "centred", 3e-6, 0.1),
     "wd1": (6, 8, 12, 1, 0.0, "k2", 0.2, "centred", 3e-6, 0.1),
@@ -79,6 +80,7 @@ OBJECTIVES = {
     "trace_rl": (8, 32, 1, 2, 0.0, "k2", 0.2, "std", 1e-6, 0.0),
     "block_just_grpo": (8, 128, 1, 2, 0.01, "k3", 0.2, "leave-one-out", 3e-7, 0.01),
     "ebpo": (8, 16, 1, 16, 0.0, "k2", 0.2, "std", 5e-7, 0.01),
+    "ospo": (8, 8, 1, 2, 0.0, "k2", 0.2, "std", 5e-6, 0.05),
 }
 
 

@@ -59,7 +59,10 @@ def prepared(dp_rank: int, dp_size: int, with_reference: bool) -> PreparedRollou
     completions[::2, -1] = 257
     elbos = torch.randn(2, 2, N, 2, generator=generator)
     rows = slice(dp_rank * N // dp_size, (dp_rank + 1) * N // dp_size)
-    scores = [Score(i / 8, i % 3 == 0, {"kept": i / 4} if i % 2 else {}) for i in range(N)][rows]
+    scores = [
+        Score(i / 8, i % 3 == 0, {"kept": i / 4} if i % 2 else {}, None, ((0, 1, i / 9),) * (i % 3))
+        for i in range(N)
+    ][rows]
     texts = decode_completions(completions[rows], TOKENIZER, (257,))
     cost = torch.arange(N)[rows]
     work = (cost[:, None] * 5 + torch.arange(4)).double()
