@@ -5,7 +5,8 @@ with a KL penalty, through the optimizer: on this project's side what training r
 side the same passes in plain PyTorch on transformers' Llama (benchmarks/straightforward.py) with
 PyTorch's AdamW. Both hold the same weights and use the same threads. Before anything is timed, both
 learn from one rollout with the same masks: ELBOs, and the weights after all its updates, must
-agree. Then they take turns, each with samples of its own.
+agree. Then they take turns, each with its own samples: the likeliest tokens, unless --temperature
+says otherwise, because random numbers for every logit cost the other side most of its time.
 
     python -m benchmarks.iteration --shape large-vocabulary
 """
@@ -117,13 +118,14 @@ def operations(trainer: Trainer, sizes: Sizes) -> dict[str, float]:
     return {"straightforward": rollout + frozen + learning, "this project": ours.total}
 
 
-def measure(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
+def measure(name: str, sizes: Sizes, pairs: int, temperature: float) -> dict[str, Any]:
     """Compare the two sides.
 
     Args:
         name: of the shape.
         sizes: of the iteration.
         pairs: interleaved rounds.
+        temperature: of the rollouts that are timed.
 
     Returns:
         Seconds and ratios, in all and by phase.
@@ -132,10 +134,11 @@ def measure(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
     trainer = build(shape, sizes)
     theirs = Straightforward(llama_oracle(trainer.model, shape), trainer, shape, sizes)
     differences = check_equal(trainer, theirs, shape)
+    trainer = replace(trainer, rollout=replace(trainer.rollout, temperature=temperature))
     phases: dict[str, list[dict[str, float]]] = {"straightforward": [], "this project": []}
     number = iter(range(1, 1000))
     sides: dict[str, Callable[[], Any]] = {
-        "straightforward": lambda: phases["straightforward"].append(theirs.iteration()),
+        "straightforward": lambda: phases["straightforward"].append(theirs.iteration(temperature)),
         "this project": lambda: phases["this project"].append(our_iteration(trainer, next(number))),
     }
     seconds, _ = interleaved(sides, pairs)
@@ -148,7 +151,7 @@ def measure(name: str, sizes: Sizes, pairs: int) -> dict[str, Any]:
     other = phases["straightforward"][1:]
     return {
         "machine": machine(),
-        "sizes": vars(sizes),
+        "sizes": vars(sizes) | {"temperature": temperature},
         "largest differences": differences,
         "seconds": {side: spread(times) for side, times in seconds.items()},
         "times as fast": found,
@@ -173,13 +176,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--shape", choices=SHAPES, default="large-vocabulary", help="the model")
     parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of timed rollouts")
     parser.add_argument("--threads", type=int, default=2, help="of either side")
     parser.add_argument("--out", type=Path, help="JSON to write")
     options = parser.parse_args(argv)
     if argv is None:
         keep_freed_memory()
     torch.set_num_threads(options.threads)
-    report = measure(options.shape, SIZES[options.shape], options.pairs)
+    report = measure(options.shape, SIZES[options.shape], options.pairs, options.temperature)
     print(json.dumps({"machine": report["machine"], "sizes": report["sizes"]}))
     columns = ("times as fast", "operations allow", "share reached", "rollout", "ELBOs and updates")
     cells = [

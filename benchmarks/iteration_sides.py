@@ -211,10 +211,10 @@ class Straightforward:
             self.shape.mask_token_id, advantages, KL_COEF, self.sizes.rows,
         )  # fmt: skip
 
-    def iteration(self) -> dict[str, float]:
+    def iteration(self, temperature: float) -> dict[str, float]:
         """Run a rollout and its updates; returns seconds by phase."""
         started, sizes = time.perf_counter(), self.sizes
-        completions = self.rollout(temperature=1.0)
+        completions = self.rollout(temperature)
         sampled = time.perf_counter()
         advantages = self.score(completions)
         scored = time.perf_counter()
