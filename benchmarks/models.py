@@ -55,10 +55,11 @@ class Shape:
 SHAPES = {
     "large-vocabulary": Shape(126464, 256, 4, 126336),
     "small-vocabulary": Shape(4096, 512, 8, 4095),
+    "tiny": Shape(384, 128, 4, 256),
     "smoke": Shape(384, 64, 2, 256),
 }
-"""The shapes that are measured: LLaDA's vocabulary on a small body, a small head, and a shape on
-which tests see that everything runs."""
+"""The shapes that are measured: LLaDA's vocabulary on a small body, a small head, the demo's size,
+and a shape on which tests see that everything runs."""
 
 
 def build_random(shape: Shape, seed: int = 1) -> DiffusionModel:
