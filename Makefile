@@ -71,7 +71,10 @@ layouts: setup  ## the table of docs/parallelism.md, measured anew
 	@mkdir -p runs
 	LAYOUT_TABLE=docs/parallelism.md $(DIST)
 
-bench: setup  ## rollouts, updates and whole iterations against a straightforward implementation
+# Other people's code, where PEERS names a folder with checkouts and their environment (docs/performance.md).
+PEERS ?=
+
+bench: setup  ## rollouts, updates and whole iterations against a straightforward implementation, and with PEERS= against others
 	for shape in large-vocabulary small-vocabulary tiny; do \
 		$(BIN)/python -W ignore -m benchmarks.iteration --shape $$shape \
 			--out runs/benchmark/$$shape-iteration.json || exit 1; done
@@ -83,6 +86,10 @@ bench: setup  ## rollouts, updates and whole iterations against a straightforwar
 		$(BIN)/python -W ignore -m benchmarks.rollout_and_elbo --shape $$shape --only rollout \
 			--trained runs/benchmark/$$shape/checkpoint \
 			--out runs/benchmark/$$shape-trained.json || exit 1; done
+	$(if $(PEERS),$(BIN)/python -W ignore -m benchmarks.confident --shape tiny && \
+		$(BIN)/python -W ignore -m benchmarks.peers --peer-python $(PEERS)/venv/bin/python \
+			--fast-dllm $(PEERS)/Fast-dLLM --llada $(PEERS)/LLaDA --espo $(PEERS)/ESPO \
+			--shape large-vocabulary small-vocabulary tiny --out runs/benchmark/peers.json)
 
 compare: setup  ## objectives on the demo's tasks with the same bases, seeds, sampler and noise
 	for task in sudoku countdown; do $(RUN) -W ignore -m benchmarks.compare --task $$task \

@@ -32,6 +32,7 @@ TRAINING = {
     # Steps, rows per step and learning rate that make the model confident in some minutes.
     "large-vocabulary": (200, 4, 2e-3),
     "small-vocabulary": (200, 4, 1e-3),
+    "tiny": (400, 8, 2e-3),
     "smoke": (3, 4, 1e-3),
 }
 

@@ -140,12 +140,14 @@ def our_update(
     gradient: str,
     head_chunk: int | None = None,
     sequences_per_batch: int = 1,
+    update: Update | None = None,
 ) -> Tensor:
     """Add an update's gradient with this project; returns the ELBO draws, ``[n, m]``.
 
-    A micro-batch holds all views of some sequences, by default of one.
+    A micro-batch holds all views of some sequences, by default of one. The inputs are those of
+    :func:`make_update`, or others that were drawn the same way.
     """
-    update = make_update(work)
+    update = update or make_update(work)
     for chunk in unwrap_model(list(model.chunks)):
         chunk.output_layer.chunk_rows = head_chunk  # as --head-chunk does
     for chunk in model.chunks:

@@ -3,11 +3,13 @@
 import json
 import os
 import subprocess
+import sys
 from itertools import groupby
 from pathlib import Path
 
 import pytest
 from interpreter import python
+from peer_stand_in import write_stand_in
 
 from benchmarks.confident import LENGTH, RUN, reward, write_data
 from benchmarks.measure import interleaved, peak_memory, ratios, spread
@@ -17,7 +19,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str) -> str:
+def run(*arguments: str, status: int = 0) -> str:
     """Run a benchmark as a user does."""
     done = subprocess.run(
         [python(), "-W", "ignore", "-m", *arguments],
@@ -29,7 +31,7 @@ def run(*arguments: str) -> str:
         timeout=560,
         check=False,
     )
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert done.returncode == status, done.stdout[-3000:]
     return done.stdout
 
 
@@ -99,6 +101,67 @@ def test_rounding_of_logits_is_told_from_other_rounding() -> None:
         # The three are sides of one triangle, printed with two digits.
         assert 0 < alone <= 1.1 * (unrounded + rounded)
         assert rounded <= 1.1 * (alone + unrounded)
+
+
+# Blocks of one step: caches change nothing, and the stand-in knows no other.
+PEERS = (
+    "benchmarks.peers --shape smoke --pairs 2 --threads 1 --prompt-length 8 --completion-length 16 "
+    "--block-length 8 --denoising-steps 2 --threshold 1e-9 --trained"
+).split()
+
+
+def test_peers_take_turns_after_equal_tokens_elbos_and_gradients(tmp_path: Path) -> None:
+    flags = write_stand_in(tmp_path / "peers")
+    folder, out = tmp_path / "models", tmp_path / "report.json"
+    run(*f"benchmarks.confident --shape smoke --threads 1 --out {folder}/smoke".split())
+    printed = run(*PEERS, str(folder), *flags, "--out", str(out))
+    report = json.loads(out.read_text())
+    cases = report["smoke"]["cases"]
+    assert len(cases) == 7
+    for name, row in cases.items():
+        assert f"| {name} " in printed
+        seconds = row["their seconds"]["median"], row["our seconds"]["median"]
+        assert min(seconds) > 0 and row["times as fast"]["median"] > 0
+        assert row["weights"] == ("trained" if "threshold" in name else "random")
+        # Two blocks; two draws of two sides against two sequences.
+        assert row["evaluations"] == ([4, 2] if name == "ESPO update" else [2, 2])
+    assert max(cases["ESPO update"]["largest difference"].values()) < 1e-5
+    assert report["smoke"]["peer"]["transformers"] == "4.49.0"
+    assert report["commits"].keys() == {"fast-dllm", "llada", "espo"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"added": 1}, "error: Fast-dLLM, prefix cache: 32 of 32 tokens differ"),
+        ({"scale": 1.01}, "error: ESPO: ELBOs or gradients differ ({'ELBO': "),
+    ],
+)
+def test_peers_that_do_something_else_are_not_timed(
+    tmp_path: Path, wrong: dict[str, float], said: str
+) -> None:
+    flags = write_stand_in(tmp_path / "peers", **wrong)
+    printed = run(*PEERS, str(tmp_path), *flags, status=2)
+    assert said in printed and "times as fast" not in printed
+
+
+def test_what_peers_lack_is_said_in_one_sentence(tmp_path: Path) -> None:
+    python4, *rest = flags = write_stand_in(tmp_path)
+    (tmp_path / "LLaDA/generate.py").unlink()
+    printed = run(*PEERS, str(tmp_path), *flags, status=2)
+    assert printed == (
+        f"error: --llada {tmp_path}/LLaDA: holds no generate.py; give a checkout of "
+        "github.com/ML-GSAI/LLaDA.\n"
+    )
+    (tmp_path / "LLaDA/generate.py").touch()
+    ours = [python4, sys.executable, *rest[1:]]
+    printed = run(*PEERS, str(tmp_path), *ours, status=2).splitlines()[-1]
+    assert printed.startswith(f"error: --peer-python: {sys.executable} has transformers 5.")
+    assert printed.endswith(
+        "their code needs transformers 4; install it in an environment of its own."
+    )
+    printed = run(*PEERS, str(tmp_path), python4, "/no/such/python", *rest[1:], status=2)
+    assert "error: --peer-python /no/such/python: cannot be started (" in printed
 
 
 def hold(megabytes: int):

@@ -8,6 +8,14 @@ from megatron_espo.model.cpu import matmul
 DTYPE = torch.float64
 
 
+@pytest.fixture(params=[True, False], ids=["amd", "other"], autouse=True)
+def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the rules of either kind of processors with AVX-512, and call small products large."""
+    monkeypatch.setattr(matmul, "_has_avx512", lambda: True)
+    monkeypatch.setattr(matmul, "_is_amds", lambda: request.param)
+    monkeypatch.setattr(matmul, "_LARGE_PRODUCT", 2**14)
+
+
 @pytest.mark.parametrize("shape", [(3,), (7, 2), (1, 1), (17, 1), (40, 3), (150, 2)])
 @pytest.mark.parametrize("outputs", [12, 5000])
 def test_linear_and_its_gradients(shape: tuple[int, ...], outputs: int) -> None:
@@ -72,6 +80,16 @@ def test_product_laid_out_by_features(rows: int, monkeypatch: pytest.MonkeyPatch
     ):
         assert found is not None
         assert (found - expected).abs().max() < 5e-6 * expected.abs().max()
+
+
+def test_gradient_is_added_to_the_buffer_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_GRADIENT_ROWS", 100)
+    weight, hidden = torch.randn(250, 64, requires_grad=True), torch.randn(7, 3, 64)
+    weight.main_grad = before = torch.randn(250, 64)  # type: ignore[attr-defined]
+    expected = before.to(DTYPE) + torch.ones(250, 21, dtype=DTYPE) @ hidden.flatten(0, 1).to(DTYPE)
+    matmul.linear(hidden, weight).sum().backward()
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    assert (before - expected).abs().max() < 5e-6 * expected.abs().max()
 
 
 def test_frozen_weight_gets_no_gradient() -> None:

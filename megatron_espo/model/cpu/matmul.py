@@ -3,19 +3,22 @@
 PyTorch sends float32 products on x86 to MKL. For few rows and a large weight, such as an output
 head, oneDNN's kernels, which are part of the same PyTorch, take less time; how few depends on the
 processor. Where a product's reader takes it laid out by features, MKL is at its fastest with the
-weight as the left factor (docs/performance.md has figures). Nothing here is used on GPUs.
+weight as the left factor. With AVX-512 on AMD's processors, which MKL makes no use of there, all
+products but small ones are oneDNN's, in the backward pass, too (docs/measurements has figures).
+Nothing here is used on GPUs.
 
 Symbols: r rows, h input features, n output features.
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer
+from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer, mark_added
 
 # Up to this many rows oneDNN's kernel is the faster one.
 _FEW_ROWS_WITH_AVX512, _FEW_ROWS = 48, 256
@@ -23,6 +26,10 @@ _FEW_ROWS_WITH_AVX512, _FEW_ROWS = 48, 256
 _LARGE_WEIGHT = 2**20
 # From this many entries on the weight goes to the left where it may.
 _LEFT_WEIGHT = 2**18
+# Where MKL is slow: a product of as many multiplications earns the dearer call back.
+_LARGE_PRODUCT = 2**20
+# Rows of a weight whose gradient is held before it is added to the buffer.
+_GRADIENT_ROWS = 2048
 
 
 def is_handled(*tensors: Tensor) -> bool:
@@ -47,6 +54,24 @@ def _has_avx512() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
+@cache
+def _is_amds() -> bool:
+    """Say whether the processor is AMD's, as far as the system tells."""
+    file = Path("/proc/cpuinfo")
+    return file.exists() and "AuthenticAMD" in file.read_text()
+
+
+def _is_onednns(multiplications: int) -> bool:
+    """Say whether oneDNN makes a product of that many, whatever its form."""
+    return _has_avx512() and _is_amds() and multiplications >= _LARGE_PRODUCT
+
+
+def _onednn(rows: Tensor, weight: Tensor) -> Tensor:
+    """Compute ``rows weight^T`` with oneDNN."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+    return product
+
+
 def _few_rows() -> int:
     return _FEW_ROWS_WITH_AVX512 if _has_avx512() else _FEW_ROWS
 
@@ -54,11 +79,12 @@ def _few_rows() -> int:
 def _product(hidden: Tensor, weight: Tensor, by_features: bool) -> Tensor:
     """Compute ``hidden weight^T`` of ``[..., h]`` and ``[n, h]``: ``[..., n]``; see `linear`."""
     entries = weight.numel()
-    if by_features and entries >= _LEFT_WEIGHT and not _has_avx512():
+    if _is_onednns(hidden.numel() * weight.size(0)):
+        product = _onednn(hidden.flatten(0, -2), weight)
+    elif by_features and entries >= _LEFT_WEIGHT and not _has_avx512():
         product = torch.mm(weight, hidden.flatten(0, -2).t()).t()
     elif entries >= _LARGE_WEIGHT and hidden.numel() <= weight.size(1) * _few_rows():
-        rows = hidden.flatten(0, -2)
-        product = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+        product = _onednn(hidden.flatten(0, -2), weight)
     elif hidden.is_contiguous():
         return torch.nn.functional.linear(hidden, weight)
     else:
@@ -81,14 +107,30 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight = ctx.saved_tensors
         of_hidden = of_weight = None
-        # Here MKL's kernels are as fast or faster.
-        if ctx.needs_input_grad[0]:
+        # On other processors MKL's kernels are as fast or faster here.
+        is_onednns = _is_onednns(gradient.numel() * weight.size(1))
+        if ctx.needs_input_grad[0] and is_onednns:
+            product = _onednn(gradient.flatten(0, -2), weight.t())
+            of_hidden = product.view(*gradient.shape[:-1], weight.size(1))
+        elif ctx.needs_input_grad[0]:
             of_hidden = gradient @ weight
-        if ctx.needs_input_grad[1] and has_buffer(weight):
-            of_weight = add_weight_gradient(weight, gradient, hidden)
-        elif ctx.needs_input_grad[1]:
-            of_weight = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
+        if ctx.needs_input_grad[1]:
+            of_weight = _of_weight(weight, gradient, hidden, is_onednns)
         return of_hidden, of_weight, None
+
+
+def _of_weight(weight: Tensor, gradient: Tensor, hidden: Tensor, is_onednns: bool) -> Tensor:
+    """Compute a weight's gradient, or add it to Megatron's buffer."""
+    if not has_buffer(weight):
+        return gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
+    buffer: Tensor = weight.main_grad  # type: ignore[attr-defined]
+    if not is_onednns or buffer.dtype != gradient.dtype:
+        return add_weight_gradient(weight, gradient, hidden)
+    gradient, hidden = gradient.flatten(0, -2), hidden.flatten(0, -2)
+    parts = zip(gradient.split(_GRADIENT_ROWS, 1), buffer.split(_GRADIENT_ROWS), strict=True)
+    for part, place in parts:
+        place += _onednn(part.t(), hidden.t())
+    return mark_added(weight)
 
 
 def linear(hidden: Tensor, weight: Tensor, by_features: bool = False) -> Tensor:
