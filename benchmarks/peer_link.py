@@ -94,7 +94,8 @@ def export(checkpoint: Path, out: Path) -> None:
     Raises:
         UserError: the converter's last words.
     """
-    command = [sys.executable, "-W", "ignore", str(ROOT / "tools/convert_hf.py"), "to-hf"]
+    python = os.environ.get("PYTHON_EXEC", sys.executable)  # as torchrun does
+    command = [python, "-W", "ignore", str(ROOT / "tools/convert_hf.py"), "to-hf"]
     command += ["--megatron", str(checkpoint), "--family", "llada", "--dtype", "float32"]
     command += ["--tokenizer-model", str(checkpoint.parent / "tokenizer"), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import groupby
@@ -13,6 +14,8 @@ from peer_stand_in import write_stand_in
 
 from benchmarks.confident import LENGTH, RUN, reward, write_data
 from benchmarks.measure import interleaved, peak_memory, ratios, spread
+from benchmarks.peer_link import Peer, check_checkouts
+from megatron_espo.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -136,32 +139,40 @@ def test_peers_take_turns_after_equal_tokens_elbos_and_gradients(tmp_path: Path)
         ({"added": 1}, "error: Fast-dLLM, prefix cache: 32 of 32 tokens differ"),
         ({"scale": 1.01}, "error: ESPO: ELBOs or gradients differ ({'ELBO': "),
     ],
+    ids=["rollout", "update"],
 )
 def test_peers_that_do_something_else_are_not_timed(
-    tmp_path: Path, wrong: dict[str, float], said: str
+    tmp_path: Path, wrong: dict[str, float], said: str, request: pytest.FixtureRequest
 ) -> None:
     flags = write_stand_in(tmp_path / "peers", **wrong)
-    printed = run(*PEERS, str(tmp_path), *flags, status=2)
+    part = request.node.callspec.id
+    printed = run(*PEERS, str(tmp_path), *flags, "--only", part, status=2)
     assert said in printed and "times as fast" not in printed
 
 
 def test_what_peers_lack_is_said_in_one_sentence(tmp_path: Path) -> None:
-    python4, *rest = flags = write_stand_in(tmp_path)
+    write_stand_in(tmp_path)
+    checkouts = {name: str(tmp_path / name) for name in ("Fast-dLLM", "LLaDA")}
+    checkouts = {name.lower(): folder for name, folder in checkouts.items()}
+    assert check_checkouts(checkouts).keys() == {"fast-dllm", "llada"}
     (tmp_path / "LLaDA/generate.py").unlink()
-    printed = run(*PEERS, str(tmp_path), *flags, status=2)
-    assert printed == (
-        f"error: --llada {tmp_path}/LLaDA: holds no generate.py; give a checkout of "
-        "github.com/ML-GSAI/LLaDA.\n"
+    with pytest.raises(UserError) as lacking:
+        check_checkouts(checkouts)
+    assert str(lacking.value) == (
+        f"--llada {tmp_path}/LLaDA: holds no generate.py; give a checkout of "
+        "github.com/ML-GSAI/LLaDA."
     )
     (tmp_path / "LLaDA/generate.py").touch()
-    ours = [python4, sys.executable, *rest[1:]]
-    printed = run(*PEERS, str(tmp_path), *ours, status=2).splitlines()[-1]
-    assert printed.startswith(f"error: --peer-python: {sys.executable} has transformers 5.")
-    assert printed.endswith(
-        "their code needs transformers 4; install it in an environment of its own."
-    )
-    printed = run(*PEERS, str(tmp_path), python4, "/no/such/python", *rest[1:], status=2)
-    assert "error: --peer-python /no/such/python: cannot be started (" in printed
+    for own, said in (
+        (sys.executable, f"{sys.executable} has transformers 5."),
+        ("/no/such/python", "/no/such/python: cannot be started ("),
+    ):
+        with pytest.raises(UserError, match=f"--peer-python:? {re.escape(said)}") as wrong:
+            Peer(own, tmp_path / "model", checkouts, 1, tmp_path / "log")
+        if own == sys.executable:
+            assert str(wrong.value).endswith(
+                "their code needs transformers 4; install it in an environment of its own."
+            )
 
 
 def hold(megabytes: int):
