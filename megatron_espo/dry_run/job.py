@@ -32,6 +32,7 @@ class Job:
         updates: optimizer steps that are run.
         record_trace: whether to keep each rank's sequence of collectives.
         processes: ranks at a time.
+        repeat: whether experts that do the same are run once; the books are the same without it.
     """
 
     target: str
@@ -46,6 +47,7 @@ class Job:
     updates: int = 2
     record_trace: bool = False
     processes: int = 1
+    repeat: bool = True
 
     @property
     def is_script(self) -> bool:

@@ -37,6 +37,7 @@ from megatron_espo.dry_run.stand_in_checkpoint import (
     write_checkpoint,
 )
 from megatron_espo.errors import UserError
+from megatron_espo.model.experts import shares_experts
 from megatron_espo.plan.plan import PEAK_FLOPS
 from megatron_espo.recipes import expand_recipes, last_value
 from megatron_espo.startup.arguments import config_from_args, plan_arguments
@@ -125,9 +126,15 @@ def make_job(
         The job.
 
     Raises:
-        UserError: --simulate-ranks names a rank that the run does not have.
+        UserError: --simulate-ranks names a rank that the run does not have, or ranks are to be
+            compared that make passes for each other.
     """
     config = config_from_args(SimulateConfig, args)
+    if config.compare and shares_experts(args):
+        raise UserError(
+            "--simulate-compare: ranks that share experts go on with padding until the last one is "
+            "done, and a simulated rank does not know when the others are; leave it out."
+        )
     target, flags = _target(module, argv)
     return Job(
         target=target,

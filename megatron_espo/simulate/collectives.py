@@ -91,6 +91,7 @@ class Collectives:
             dtype: element type.
         """
         ledger = self._ledger
+        ledger.tell()
         label, ranks = self.label(group), dist.get_process_group_ranks(group)
         entry = ledger.phase.collectives.setdefault(
             f"{kind.split()[0]}/{label}/{len(ranks)}", [0, 0]

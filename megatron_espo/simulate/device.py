@@ -22,6 +22,7 @@ from megatron_espo.simulate.ledger import Ledger, size_of, small
 from megatron_espo.simulate.private import FakeMode, FakeTensor, flop_registry
 
 aten = torch.ops.aten
+_DEVICE_OF = torch.ops.prim.device.default
 CUDA = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 # Tensors of more elements have no known values.
@@ -132,6 +133,8 @@ class FakeDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operation of PyTorch."""
         kwargs = kwargs or {}
+        if func is _DEVICE_OF:  # a question, often asked by autograd; nothing is launched
+            return self._fake(func, types, args, kwargs)
         if func.namespace == "c10d":
             return self.collectives(func, args, kwargs)
         packet = func.overloadpacket

@@ -32,6 +32,7 @@ from megatron_espo.rl.types import Prompt, Rollout, SampledRollout, Sampling
 from megatron_espo.simulate import stand_ins
 from megatron_espo.simulate.experts import balance_experts
 from megatron_espo.simulate.ledger import Ledger, size_of
+from megatron_espo.simulate.repeats import repeat_alike
 from megatron_espo.supervised import forward_step
 from megatron_espo.training import espo, pretrain
 
@@ -74,6 +75,8 @@ def install(job: Job, ledger: Ledger) -> None:
     hooks.reinforcement()
     hooks.pretraining()
     balance_experts()
+    if job.repeat:
+        repeat_alike(ledger)
     replace_everywhere(problems.load_workers, lambda config: stand_ins.StandInTask())
     stand_ins.replace_checkpoint_files(ledger)
     replace_everywhere(weights_mark.fingerprint, stand_ins.mark_of_base)

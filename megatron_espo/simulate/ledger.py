@@ -52,6 +52,8 @@ class Ledger:
     Attributes:
         rank: what is written down.
         live: bytes of the GPU alive now.
+        tape: gets what happens, while someone listens: memory that is made and released, kernels,
+            and the bare names of all else.
     """
 
     def __init__(self, rank: int, ceilings: Ceilings) -> None:
@@ -64,7 +66,11 @@ class Ledger:
         self.rank = Rank(rank)
         self.ceilings = ceilings
         self.live = 0
+        self.tape: list[tuple[Any, ...]] | None = None
         self._storages: dict[int, tuple[Any, int, str, str]] = {}
+        # Addresses of storages are above.
+        self._number = 0
+        self._place: str | None = None
         self._name = "start"
         self._parts_at = 0
         self.phase = self.rank.phases.setdefault("start", Phase())
@@ -107,9 +113,42 @@ class Ledger:
         if key in self._storages:
             return
         size = -(-storage.nbytes() // _BLOCK) * _BLOCK
-        place = place_of_call(4) if size > _NAMED else ""
-        reference = weakref.ref(storage, partial(self._free, key))
+        place = self._place
+        if place is None:
+            place = place_of_call(4) if size > _NAMED else ""
+        self._add(key, weakref.ref(storage, partial(self._free, key)), size, place)
+
+    @contextlib.contextmanager
+    def at(self, place: str) -> Iterator[None]:
+        """Say where the tensors that are made inside the context would be made."""
+        self._place = place
+        try:
+            yield
+        finally:
+            self._place = None
+
+    def make(self, size: int, place: str) -> int:
+        """Count memory that no tensor holds.
+
+        Args:
+            size: bytes, as :meth:`track` rounds them.
+            place: where a tensor would be made.
+
+        Returns:
+            Its name for :meth:`release`.
+        """
+        self._number -= 1
+        self._add(self._number, None, size, place)
+        return self._number
+
+    def release(self, key: int) -> None:
+        """Release what :meth:`make` counted."""
+        self._free(key, None)
+
+    def _add(self, key: int, reference: Any, size: int, place: str) -> None:
         self._storages[key] = (reference, size, place, self._name)
+        if self.tape is not None:
+            self.tape.append(("make", key, size, place))
         self.live += size
         phase = self.phase
         if self.live > phase.peak:
@@ -126,6 +165,13 @@ class Ledger:
         entry = self._storages.pop(key, None)
         if entry is not None:
             self.live -= entry[1]
+            if self.tape is not None:
+                self.tape.append(("free", key))
+
+    def tell(self) -> None:
+        """Tell who listens that something else happens."""
+        if self.tape is not None:
+            self.tape.append(("else",))
 
     # ---- time
 
@@ -138,6 +184,8 @@ class Ledger:
             moved: bytes read and written.
             fp8: whether it multiplies in FP8.
         """
+        if self.tape is not None:
+            self.tape.append(("kernel", name, flops, moved, fp8))
         phase = self.phase
         phase.kernels += 1
         phase.operations[name] = phase.operations.get(name, 0) + 1
@@ -147,23 +195,28 @@ class Ledger:
 
     def attention(self, kernel: str, rows: int, queries: int, keys: int, mode: str) -> None:
         """Note the shape that an attention kernel is chosen or built for."""
+        self.tell()
         name = f"{kernel} {rows} x {queries} x {keys} {mode}"
         self.phase.attention[name] = self.phase.attention.get(name, 0) + 1
 
     def wait(self, kind: str) -> None:
         """Note that the host waits for the device."""
+        self.tell()
         _add(self.phase.waits, f"{kind} at {place_of_call(3)}")
 
     def unknown(self, kind: str) -> None:
         """Note that the host reads a value that cannot be known."""
+        self.tell()
         _add(self.phase.unknown, f"{kind} at {place_of_call(3)}")
 
     def complain(self, what: str) -> None:
         """Note what a GPU would refuse."""
+        self.tell()
         _add(self.phase.complaints, f"{what} at {place_of_call(3)}")
 
     def copied(self, to_device: bool, size: int) -> None:
         """Count a copy between host and device."""
+        self.tell()
         entry = self.phase.to_device if to_device else self.phase.to_host
         entry[0] += 1
         entry[1] += size

@@ -6,6 +6,7 @@ A process of its own, in which nothing is simulated: it plans as `--dry-run --si
 starts the simulating process, once for all.
 """
 
+import dataclasses
 import io
 import json
 import sys
@@ -32,6 +33,12 @@ ESPO = (
 PIPELINE = "--pipeline-model-parallel-size 2 --tensor-model-parallel-size 1".split()
 CONTEXT = "--context-parallel-size 2 --tensor-model-parallel-size 1".split()
 BLOCKS = "--attention-mask block-causal --block-size 8".split()
+EXPERTS = (
+    "--recipe llada2_mini --recipe gsm8k --num-query-groups 2 --num-layers 3 --num-experts 16 "
+    "--moe-layer-freq [0]+[1]*2 --moe-ffn-hidden-size 32 --moe-shared-expert-intermediate-size 32 "
+    "--moe-router-topk 4 --moe-router-num-groups 4 --moe-router-group-topk 2 --kv-channels 16 "
+    "--expert-model-parallel-size 2"
+).split()
 LOOP = "--seq-length 64 --micro-batch-size 2 --global-batch-size 64".split()
 EVALUATION = (
     "--load checkpoints/llada-8b --bf16 --tensor-model-parallel-size 2 --sequence-parallel "
@@ -72,6 +79,7 @@ STARTED = {
         "run_espo_8b.sh",
         ["--recipe", "countdown", *WIDTH, *ESPO, *BLOCKS, "--rollout-cache", "exact", *COMPARE],
     ),
+    "espo, experts": ("run_espo_8b.sh", [*WIDTH, *EXPERTS, *ESPO, *BLOCKS, *COMPARE[:-1], *TWO]),
     "pretrain, blocks": (
         "adapt_8b.sh",
         [
@@ -177,6 +185,19 @@ def main(folder: Path) -> None:
     )
     (own / "tokenizer").symlink_to(Path(module.folder) / "tokenizer")
     plans["disagreeing"] = plans["module"]
+    # Experts that do the same are run one by one.
+    own = folder / "alone"
+    own.mkdir()
+    experts = jobs["espo, experts"]
+    jobs["espo, experts alone"] = dataclasses.replace(
+        experts,
+        flags=[flag.replace(experts.folder, str(own)) for flag in experts.flags],
+        folder=str(own),
+        repeat=False,
+    )
+    for path in Path(experts.folder).iterdir():
+        (own / path.name).symlink_to(path)
+    plans["espo, experts alone"] = plans["espo, experts"]
     results = {}
     for (name, job), ranks in zip(
         jobs.items(), simulation.run_jobs(list(jobs.values())), strict=True

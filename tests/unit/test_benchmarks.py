@@ -9,10 +9,13 @@ from itertools import groupby
 from pathlib import Path
 
 import pytest
+import torch
 from interpreter import python
 from peer_stand_in import write_stand_in
+from safetensors.torch import load_file, save_file
 
 from benchmarks.confident import LENGTH, RUN, reward, write_data
+from benchmarks.conversion import difference, hashes, shape_of
 from benchmarks.measure import interleaved, peak_memory, ratios, spread
 from benchmarks.peer_link import Peer, check_checkouts
 from megatron_espo.errors import UserError
@@ -238,3 +241,39 @@ def test_training_text_fills_prompt_and_completion_with_runs(tmp_path: Path) -> 
 )
 def test_reward_counts_the_letters_that_the_language_allows(completion: str, wanted: float) -> None:
     assert reward("kaa", completion) == wanted
+
+
+def test_a_mixture_comes_back_from_the_converter_tensor_by_tensor(tmp_path: Path) -> None:
+    folder = tmp_path / "made"
+    options = f"llada2 --tiny --layers 2 --leave-free 0 --folder {folder}"
+    printed = run("benchmarks.conversion", *options.split())
+    shape = shape_of("llada2", 2, small=True)
+    experts = shape.experts
+    assert experts is not None and experts.layers == (0, 1) and shape.num_layers == 2
+    # Of each layer the norms, those of heads, qkv and its projection; the first's feed-forward
+    # part; router, biases, experts and the shared one of the second; embedding, norm and head.
+    number = 2 * 6 + 3 + 2 + 3 * (experts.num_experts + 1) + 3
+    assert f"{number} of {number} tensors equal in 1 files" in printed
+    assert "| to-megatron | " in printed and "| to-hf | " in printed
+    assert not folder.exists()
+
+
+def test_a_tensor_that_differs_in_a_bit_in_type_or_in_place_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    tensors = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.ones(2, 2)}
+    save_file(tensors, path)
+    before = hashes(tmp_path)
+    assert before.keys() == {"a", "b"} and before["b"].shape == (2, 2)
+    save_file(load_file(path), path, metadata={"format": "pt"})
+    assert difference(before, hashes(tmp_path)) is None
+    for changed in (
+        {"a": -tensors["a"]},  # a zero's sign
+        {"a": tensors["a"].half()},
+        {"b": tensors["b"].view(4)},
+        {"c": tensors["a"].clone()},
+    ):
+        save_file({**tensors, **changed}, path)
+        found = difference(before, hashes(tmp_path))
+        assert found is not None and found.startswith(next(iter(changed)))
+    save_file(tensors, tmp_path / "other.safetensors")
+    assert "other.safetensors" in str(difference(before, hashes(tmp_path)))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from megatron_espo.dry_run.compare import find_mismatch
 from megatron_espo.dry_run.extrapolate import Cost, espo_costs, rollout_cost
 from megatron_espo.dry_run.record import Collective, Phase, Rank
 from megatron_espo.dry_run.roofline import Ceilings
-from megatron_espo.dry_run.simulation import simulate, without_own_flags
+from megatron_espo.dry_run.simulation import make_job, simulate, without_own_flags
 
 ROOT = Path(__file__).parents[2]
 PAIR, WORLD = "0,1#0", "0,1,2,3#0"
@@ -170,7 +171,7 @@ def test_updates_are_extrapolated_by_what_they_repeat() -> None:
     assert cost.seconds(Ceilings(launch=1.0)) == 10.0
 
 
-def planned(**more: int) -> argparse.Namespace:
+def planned(**more: Any) -> argparse.Namespace:
     sizes = {"world_size": 8, "tensor_model_parallel_size": 2, "context_parallel_size": 1,
              "pipeline_model_parallel_size": 1, "data_parallel_size": 4,
              "use_tp_pp_dp_mapping": False}  # fmt: skip
@@ -190,6 +191,15 @@ def test_ranks_that_are_simulated() -> None:
     assert chosen_ranks(planned(), SimulateConfig(ranks="5,3,5")) == [3, 5]
     with pytest.raises(ValueError, match=r"--simulate-ranks 8: the run has ranks 0 to 7"):
         chosen_ranks(planned(), SimulateConfig(ranks="8"))
+
+
+def test_ranks_that_make_passes_for_each_other_are_not_compared(tmp_path: Path) -> None:
+    args = planned(num_experts=8, expert_model_parallel_size=8)
+    args.expert_tensor_parallel_size = None
+    for name, value in vars(SimulateConfig(compare=True)).items():
+        setattr(args, f"simulate_{name}", value)
+    with pytest.raises(ValueError, match="--simulate-compare: ranks that share experts go on"):
+        make_job("megatron_espo.training.espo", [], args, 8, tmp_path)
 
 
 def test_settings_are_checked() -> None:
