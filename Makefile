@@ -71,7 +71,7 @@ layouts: setup  ## the table of docs/parallelism.md, measured anew
 	@mkdir -p runs
 	LAYOUT_TABLE=docs/parallelism.md $(DIST)
 
-# Other people's code, where PEERS names a folder with checkouts and their environment (docs/performance.md).
+# Other people's code, where PEERS names a folder with checkouts and their environment (docs/peers.md).
 PEERS ?=
 
 bench: setup  ## rollouts, updates and whole iterations against a straightforward implementation, and with PEERS= against others
