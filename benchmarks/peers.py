@@ -28,7 +28,7 @@ from benchmarks.measure import as_json, keep_freed_memory, machine, print_table
 from benchmarks.models import SHAPES
 from benchmarks.peer_compare import Case, compare_rollouts, compare_updates
 from benchmarks.peer_link import Peer, check_checkouts, export, save_random
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Workload, add_sizes, sized
 from megatron_espo.errors import UserError
 from megatron_espo.model.handle import DiffusionModel
 from megatron_espo.startup.setup import start_anew
@@ -140,16 +140,7 @@ def measure_shape(
     Returns:
         The report.
     """
-    default = Workload(SHAPES[name])
-    rollout = replace(
-        default.rollout,
-        completion_length=options.completion_length,
-        block_length=options.block_length,
-        denoising_steps=options.denoising_steps,
-        micro_batch_size=options.rows,
-    )
-    rollout.validate()
-    work = replace(default, rows=options.rows, prompt_length=options.prompt_length, rollout=rollout)
+    work = sized(Workload(SHAPES[name]), options)
     works = [work]
     trained = Path(options.trained) / name / "checkpoint"
     if (trained / "latest_checkpointed_iteration.txt").is_file():
@@ -161,6 +152,7 @@ def measure_shape(
         rows, versions = measure(each, options, checkouts)
         report["cases"] |= rows
         report["peer"] = report.get("peer") or versions
+    rollout = work.rollout
     print_report(
         f"{name}: {work.rows} rows, prompt {work.prompt_length}, completion "
         f"{rollout.completion_length}, block {rollout.block_length}, {rollout.denoising_steps} "
@@ -177,7 +169,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: flags; those of the process if None.
     """
-    default = Workload(SHAPES["smoke"])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -194,10 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--threshold", type=float, default=0.9, help="of parallel decoding")
     add("--pairs", type=int, default=5, help="rounds")
     add("--threads", type=int, default=2, help="of either side")
-    add("--rows", type=int, default=default.rows, help="completions sampled at once")
-    add("--prompt-length", type=int, default=default.prompt_length)
-    add("--completion-length", type=int, default=default.rollout.completion_length)
-    add("--block-length", type=int, default=default.rollout.block_length)
+    add_sizes(add)
     add("--denoising-steps", type=int, default=128, help="without a threshold")
     add("--out", type=Path, help="JSON to write")
     options = parser.parse_args(argv)

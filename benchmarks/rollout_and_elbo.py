@@ -268,11 +268,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     add("--held-out", type=int, default=default.held_out, help="prompts for the reward")
     add("--pairs", type=int, default=5, help="interleaved rounds")
     add("--threads", type=int, default=2, help="of either side")
-    add("--rows", type=int, default=default.rows, help="completions sampled at once")
+    workloads.add_sizes(add)
     add("--sequences", type=int, default=default.sequences, help="completions of an update")
-    add("--prompt-length", type=int, default=default.prompt_length)
-    add("--completion-length", type=int, default=default.rollout.completion_length)
-    add("--block-length", type=int, default=default.rollout.block_length)
     add("--denoising-steps", type=int, default=default.rollout.denoising_steps)
     add("--temperature", type=float, default=0.0, help="of the rollouts")
     add("--head-chunk", type=int, default=128, help="rows of the update whose head is in chunks")
@@ -284,27 +281,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if argv is None and not options.default_allocator:
         keep_freed_memory()
     torch.set_num_threads(options.threads)
-    rollout = replace(
-        default.rollout,
-        completion_length=options.completion_length,
-        block_length=options.block_length,
-        denoising_steps=options.denoising_steps,
-        temperature=options.temperature,
-        micro_batch_size=options.rows,
-    )
-    rollout.validate()
     work = replace(
         default,
         shape=SHAPES[options.shape],
-        rows=options.rows,
         sequences=options.sequences,
-        prompt_length=options.prompt_length,
-        rollout=rollout,
         trained=options.trained,
         head_scale=options.head_scale,
         sides=tuple(options.sides),
         held_out=options.held_out,
     )
+    work = workloads.sized(work, options, options.temperature)
+    rollout = work.rollout
     report: dict[str, Any] = {"machine": machine(), "work": asdict(work)}
     print(json.dumps(report["machine"]))
     if not options.only_memory:

@@ -1,5 +1,6 @@
 """The work that is timed: rollouts and ESPO updates, on either side, from the same weights."""
 
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +12,14 @@ from transformers import LlamaForCausalLM
 
 from benchmarks import straightforward
 from benchmarks.confident import read_prompts, reward
-from benchmarks.models import Shape, build_random, build_trained, llama_oracle, random_prompts
+from benchmarks.models import (
+    SHAPES,
+    Shape,
+    build_random,
+    build_trained,
+    llama_oracle,
+    random_prompts,
+)
 from megatron_espo.config import EspoConfig, RolloutConfig
 from megatron_espo.conversion.verification import quiet
 from megatron_espo.diffusion.noise import ElboViews, elbo_views
@@ -77,6 +85,45 @@ class Workload:
         """The same work at a size that costs nothing, to load what is loaded at first use."""
         rollout = replace(self.rollout, completion_length=4, block_length=4, denoising_steps=1)
         return replace(self, rows=1, sequences=1, prompt_length=4, rollout=rollout)
+
+
+def add_sizes(add: Callable[..., Any]) -> None:
+    """Add the flags that :func:`sized` reads, with the defaults of a Workload.
+
+    Args:
+        add: a parser's ``add_argument``.
+    """
+    default = Workload(SHAPES["smoke"])
+    add("--rows", type=int, default=default.rows, help="completions sampled at once")
+    add("--prompt-length", type=int, default=default.prompt_length)
+    add("--completion-length", type=int, default=default.rollout.completion_length)
+    add("--block-length", type=int, default=default.rollout.block_length)
+
+
+def sized(work: Workload, options: Namespace, temperature: float = 0.0) -> Workload:
+    """Give work the sizes of a command line.
+
+    Args:
+        work: the rest.
+        options: with those of :func:`add_sizes`, and ``denoising_steps``.
+        temperature: of the rollouts.
+
+    Returns:
+        The work.
+
+    Raises:
+        UserError: the sizes do not fit together.
+    """
+    rollout = replace(
+        work.rollout,
+        completion_length=options.completion_length,
+        block_length=options.block_length,
+        denoising_steps=options.denoising_steps,
+        temperature=temperature,
+        micro_batch_size=options.rows,
+    )
+    rollout.validate()
+    return replace(work, rows=options.rows, prompt_length=options.prompt_length, rollout=rollout)
 
 
 def our_rollout(model: DiffusionModel, work: Workload, config: RolloutConfig) -> Generation:

@@ -8,14 +8,14 @@ Symbols: r rows, h hidden size, n vocabulary entries of this rank.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-# Rows of a weight whose float32 gradient is held at a time.
-_BLOCK = 4096
+# Rows of a weight whose float32 gradient is held at a time; fewer where the CPU's caches count.
+_BLOCK, _BLOCK_ON_CPU = 4096, 2048
 
 
 @contextlib.contextmanager
@@ -61,13 +61,19 @@ def has_buffer(weight: Tensor) -> bool:
     return hasattr(weight, "main_grad") and not getattr(weight, "zero_out_wgrad", False)
 
 
-def add_weight_gradient(weight: Tensor, gradient: Tensor, hidden: Tensor) -> Tensor:
+def add_weight_gradient(
+    weight: Tensor,
+    gradient: Tensor,
+    hidden: Tensor,
+    product: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
     """Add the gradient of a product ``hidden @ weight.t()`` to the weight's buffer, in float32.
 
     Args:
         weight: ``[n, h]``; its ``main_grad`` is added to, and marked as added to.
         gradient: of the product, ``[..., n]`` in the weight's type.
         hidden: ``[..., h]`` in the weight's type.
+        product: makes ``a b^T`` of ``[k, r]`` and ``[h, r]`` in the buffer's type; None: PyTorch's.
 
     Returns:
         ``[n, h]`` for autograd, which Megatron's hook drops: it wants a gradient of each weight to
@@ -75,11 +81,14 @@ def add_weight_gradient(weight: Tensor, gradient: Tensor, hidden: Tensor) -> Ten
     """
     gradient, hidden = gradient.flatten(0, -2), hidden.flatten(0, -2)
     buffer: Tensor = weight.main_grad  # type: ignore[attr-defined]
-    if gradient.dtype == buffer.dtype:
+    if gradient.dtype == buffer.dtype and product is None:
         buffer.addmm_(gradient.t(), hidden)
         return mark_added(weight)
-    for part, place in zip(gradient.split(_BLOCK, dim=1), buffer.split(_BLOCK), strict=True):
-        if part.is_cuda and part.dtype != torch.float32:
+    rows = _BLOCK if product is None else _BLOCK_ON_CPU
+    for part, place in zip(gradient.split(rows, dim=1), buffer.split(rows), strict=True):
+        if product is not None:
+            place.add_(product(part.t(), hidden.t()))
+        elif part.is_cuda and part.dtype != torch.float32:
             place.add_(torch.mm(part.t(), hidden, out_dtype=torch.float32))
         else:
             place.add_(part.t().float() @ hidden.float())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_espo.model import weight_gradients
 from megatron_espo.model.cpu import matmul
 
 DTYPE = torch.float64
@@ -83,7 +84,7 @@ def test_product_laid_out_by_features(rows: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_gradient_is_added_to_the_buffer_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(matmul, "_GRADIENT_ROWS", 100)
+    monkeypatch.setattr(weight_gradients, "_BLOCK_ON_CPU", 100)
     weight, hidden = torch.randn(250, 64, requires_grad=True), torch.randn(7, 3, 64)
     weight.main_grad = before = torch.randn(250, 64)  # type: ignore[attr-defined]
     expected = before.to(DTYPE) + torch.ones(250, 21, dtype=DTYPE) @ hidden.flatten(0, 1).to(DTYPE)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer, mark_added
+from megatron_espo.model.weight_gradients import add_weight_gradient, has_buffer
 
 # Up to this many rows oneDNN's kernel is the faster one.
 _FEW_ROWS_WITH_AVX512, _FEW_ROWS = 48, 256
@@ -28,8 +28,6 @@ _LARGE_WEIGHT = 2**20
 _LEFT_WEIGHT = 2**18
 # Where MKL is slow: a product of as many multiplications earns the dearer call back.
 _LARGE_PRODUCT = 2**20
-# Rows of a weight whose gradient is held before it is added to the buffer.
-_GRADIENT_ROWS = 2048
 
 
 def is_handled(*tensors: Tensor) -> bool:
@@ -114,23 +112,13 @@ class _Linear(torch.autograd.Function):
             of_hidden = product.view(*gradient.shape[:-1], weight.size(1))
         elif ctx.needs_input_grad[0]:
             of_hidden = gradient @ weight
-        if ctx.needs_input_grad[1]:
-            of_weight = _of_weight(weight, gradient, hidden, is_onednns)
+        if ctx.needs_input_grad[1] and has_buffer(weight):
+            # oneDNN's product has the type of its factors.
+            own = is_onednns and weight.main_grad.dtype == gradient.dtype
+            of_weight = add_weight_gradient(weight, gradient, hidden, _onednn if own else None)
+        elif ctx.needs_input_grad[1]:
+            of_weight = gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
         return of_hidden, of_weight, None
-
-
-def _of_weight(weight: Tensor, gradient: Tensor, hidden: Tensor, is_onednns: bool) -> Tensor:
-    """Compute a weight's gradient, or add it to Megatron's buffer."""
-    if not has_buffer(weight):
-        return gradient.flatten(0, -2).t() @ hidden.flatten(0, -2)
-    buffer: Tensor = weight.main_grad  # type: ignore[attr-defined]
-    if not is_onednns or buffer.dtype != gradient.dtype:
-        return add_weight_gradient(weight, gradient, hidden)
-    gradient, hidden = gradient.flatten(0, -2), hidden.flatten(0, -2)
-    parts = zip(gradient.split(_GRADIENT_ROWS, 1), buffer.split(_GRADIENT_ROWS), strict=True)
-    for part, place in parts:
-        place += _onednn(part.t(), hidden.t())
-    return mark_added(weight)
 
 
 def linear(hidden: Tensor, weight: Tensor, by_features: bool = False) -> Tensor:
